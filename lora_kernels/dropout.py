@@ -1,0 +1,142 @@
+"""keep(seed, row, column): the dropout mask as a pure function, the same bits in every backend and for any tiling.
+
+A mask is never stored: the backward pass computes it again from the 64-bit seed. Eight neighbouring columns share one
+Philox4x32-7 block (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
+
+    counter = (column // 8, row, offset mod 2^32, offset // 2^32)      key = (seed mod 2^32, seed // 2^32)
+
+The four 32-bit words of the block are eight 16-bit lanes, the low half of a word before its high half. Column `k` is kept
+where lane `k % 8` >= threshold(p) = round(65536 p). Kept values are scaled by 1 / (1 - p̂) with p̂ = threshold / 65536,
+so that the expectation is exact.
+"""
+
+import torch
+from torch import Tensor
+
+PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57  # multipliers
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85  # key increments
+PHILOX_ROUNDS = 7
+LANES = 8  # columns per Philox block
+LANE_RANGE = 1 << 16
+_LOW = 0xFFFFFFFF
+
+
+def threshold(p: float) -> int:
+    """round(65536 p): a lane below it is dropped."""
+    return round(p * LANE_RANGE)
+
+
+def keep_scale(p: float) -> float:
+    """1 / (1 - p̂), the factor of kept values; 0 where everything is dropped."""
+    kept = LANE_RANGE - threshold(p)
+    return LANE_RANGE / kept if kept else 0.0
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """An int64 0-d tensor on `device` from torch's generator of that device: no synchronisation, capturable in a graph,
+    and replayed by `torch.utils.checkpoint`, which restores the generator's state.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    """`seed` as an int64 0-d tensor on `device`. Raises TypeError or ValueError for anything else."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(
+                f"seed: got a {seed.dtype} tensor of shape {tuple(seed.shape)}, expected one int64 value; "
+                "use torch.tensor(seed, dtype=torch.int64)"
+            )
+        if seed.device != device:
+            raise ValueError(f"seed: got a tensor on {seed.device}, expected it on {device}; use seed.to({str(device)!r})")
+        return seed.detach().reshape(())
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: got {type(seed).__name__}, expected None, an int or an int64 tensor")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: got {seed}, expected a signed 64-bit integer; use seed % 2**63")
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def check_p(p: float, name: str = "dropout_p") -> None:
+    """Raise unless p is a number in [0, 1]."""
+    if isinstance(p, Tensor) or isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{name}: got {type(p).__name__}, expected a float")
+    if not 0.0 <= p <= 1.0:  # NaN fails too
+        raise ValueError(f"{name}: got {p}, expected a probability in [0, 1]")
+
+
+def philox(counter: tuple[Tensor, ...], seed: Tensor, rounds: int = PHILOX_ROUNDS) -> tuple[Tensor, ...]:
+    """Philox4x32: four int64 tensors of 32-bit words, broadcast against each other, whose upper halves are garbage.
+
+    Products of two 32-bit words wrap in int64 but keep all 64 bits. Only what is multiplied next needs its upper half
+    cleared. A counter word that is a row, a column or a scalar stays that small until a round mixes it with the others,
+    so the first two rounds cost nothing.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(rounds):
+        p0, p1 = c0 * PHILOX_M0, c2 * PHILOX_M1
+        c0, c2 = _mix(p1, c1, k0), _mix(p0, c3, k1)
+        c1, c3 = p1, p0
+        k0, k1 = k0 + PHILOX_W0, k1 + PHILOX_W1
+    return c0, c1, c2, c3
+
+
+def _mix(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
+    """high(product) ^ word ^ key, 32 bits; in place where the shapes allow it: fresh memory is half of the cost."""
+    high = product >> 32
+    if torch.broadcast_shapes(high.shape, word.shape) != high.shape:
+        return (high ^ (word ^ key)) & _LOW
+    return high.bitwise_xor_(word).bitwise_xor_(key).bitwise_and_(_LOW)
+
+
+def keep_rows(
+    start: int, stop: int, in_features: int, p: float, seed: Tensor, *, offset: int = 0, dtype: torch.dtype = torch.bool
+) -> Tensor:
+    """keep(seed, row, column) of rows start … stop - 1 as [stop - start, in_features] ones and zeros of `dtype`."""
+    device, blocks = seed.device, -(-in_features // LANES)
+    column = torch.arange(blocks, device=device)
+    row = torch.arange(start, stop, device=device)[:, None]
+    low, high = (torch.full((), word, dtype=torch.int64, device=device) for word in (offset & _LOW, offset >> 32))
+    w0, w1, w2, w3 = philox((column, row, low, high), seed)
+    words = torch.empty(stop - start, blocks, 4, dtype=torch.int32, device=device)
+    for i, word in enumerate((w0, w1, w2, w3)):
+        words[..., i] = word  # keeps the low 32 bits
+    lanes = words.bitwise_xor_(-0x7FFF8000).view(torch.int16).flatten(1)  # unsigned order as signed order: flip bits 15, 31
+    keep = torch.empty(stop - start, in_features, dtype=dtype, device=device)
+    if threshold(p) == LANE_RANGE:  # the one threshold that int16 cannot hold
+        return keep.zero_()
+    return torch.ge(lanes[:, :in_features], threshold(p) - LANE_RANGE // 2, out=keep)
+
+
+def dropout_mask(
+    M: int, K: int, p: float, seed: int | Tensor, *, offset: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """keep(seed, row, column) for M rows and K columns: bool[M, K], True where the value is kept.
+
+    `lora_linear(x, …, dropout_p=p, seed=seed)` with x of M rows uses exactly this mask, with offset 0; kept values are
+    scaled by `keep_scale(p)`. `offset`, below 2^64, gives independent masks from one seed. `device` defaults to the seed's,
+    or the CPU. Raises ValueError for p outside [0, 1] and M above 2^32, where row counters would repeat.
+    """
+    check_p(p, "p")
+    if not 0 <= M <= 1 << 32 or K < 0:
+        raise ValueError(f"M, K: got {M}, {K}, expected 0 <= M <= 2**32 and K >= 0")
+    if not 0 <= offset < 1 << 64:
+        raise ValueError(f"offset: got {offset}, expected an unsigned 64-bit integer")
+    if device is None:
+        device = seed.device if isinstance(seed, Tensor) else "cpu"
+    seed = as_seed(seed.to(device) if isinstance(seed, Tensor) else seed, torch.empty(0, device=device).device)
+    keep = torch.empty(M, K, dtype=torch.bool, device=device)
+    for rows in row_chunks(M, K, keep.device):
+        keep[rows] = keep_rows(rows.start, rows.stop, K, p, seed, offset=offset)
+    return keep
+
+
+def row_chunks(M: int, width: int, device: torch.device) -> list[slice]:
+    """Slices of M rows, each of about 2^20 elements on a CPU, so that the work on one stays in its cache (2^26 elsewhere)."""
+    return slices(M, max(1, (1 << (20 if device.type == "cpu" else 26)) // max(1, width)))
+
+
+def slices(size: int, step: int) -> list[slice]:
+    """Consecutive slices of at most `step` that cover range(size)."""
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]

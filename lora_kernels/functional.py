@@ -1,0 +1,144 @@
+"""lora_linear and its autograd formula: what is saved, and which gradient needs which equation."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from . import ops
+from .dropout import as_seed, draw_seed
+from .reference import Needs, weight_gradient
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ + c, with gradients for x, A, B, c, and W where it is trained too (Hu et al. 2021, §4.1).
+
+    Shapes: x[..., K], weight W[N, K], lora_A[R, K], lora_B[N, R], bias c[N] -> y[..., N].
+    Dtypes: bfloat16, float16, float32 or float64. x, weight and bias share one, which is also y's; the adapters share one,
+    which may be another (float32 adapters over a 16-bit base are computed in float32). Under torch.autocast, x, weight and
+    bias of any dtype are read as autocast's.
+    scaling: s = alpha / r, a float or a 0-d tensor, which is read on the device.
+    dropout_p: applies whenever it is above 0; pass 0 in evaluation. The mask is `dropout_mask(M, K, dropout_p, seed)`.
+    seed: None draws it from torch's generator of x's device.
+
+    Saves x itself, h = drop(x)·Aᵀ [M, R] and the seed for the backward pass, each only if a wanted gradient reads it.
+    Raises TypeError or ValueError for arguments that do not fit, and RuntimeError on a second derivative.
+    """
+    dtype = _compute_dtype(x, weight)
+    ops.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, dtype)
+    if dropout_p == 0:
+        seed = None
+    else:
+        seed = draw_seed(x.device) if seed is None else as_seed(seed, x.device)
+    if torch.compiler.is_compiling():
+        if not isinstance(scaling, Tensor):
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            scaling = torch.full((), scaling, dtype=wide, device=x.device)
+        forward = torch.ops.lora_kernels.lora_forward
+    else:
+        forward = LoRALinearFunction.apply
+    y, _ = forward(x, weight, lora_A, lora_B, bias, scaling, float(dropout_p), seed, dtype)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """autocast's dtype where it applies (never to float64), otherwise weight's."""
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
+        return torch.get_autocast_dtype(x.device.type)
+    return weight.dtype
+
+
+def _save_for_backward(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, _ = inputs
+    _, h = output
+    need_x, need_W, need_A, need_B, _ = ctx.needs_input_grad[:5]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(h)
+    ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+    ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+    ctx.dropout_p = dropout_p
+    ctx.scaling = None if isinstance(scaling, Tensor) else scaling
+    ctx.save_for_backward(
+        x if need_A or need_W else None,
+        weight if need_x else None,
+        lora_A if need_x else None,
+        lora_B if need_x or need_A else None,
+        h if need_B else None,
+        scaling if isinstance(scaling, Tensor) else None,
+        seed if need_x or need_A else None,
+    )
+
+
+def _backward(
+    lora_backward: Callable[..., tuple], ctx: FunctionCtx, dy: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
+    x, weight, lora_A, lora_B, h, scaling, seed = ctx.saved_tensors
+    need_x, need_W, need_A, need_B, need_c = ctx.needs_input_grad[:5]
+    needs = Needs(need_x, need_A, need_B, need_c)
+    scaling = ctx.scaling if scaling is None else scaling
+    dx, dA, dB, dc = lora_backward(
+        dy, x if need_A else None, weight, lora_A, lora_B, h, scaling, ctx.dropout_p, seed, needs
+    )
+    return (
+        dx.view(ctx.x_shape).to(ctx.x_dtype) if need_x else None,
+        weight_gradient(dy, x.reshape(-1, x.shape[-1]).to(dy.dtype)).to(ctx.weight_dtype) if need_W else None,
+        dA if need_A else None,
+        dB if need_B else None,
+        dc.to(ctx.bias_dtype) if need_c else None,
+        *(None,) * 4,
+    )
+
+
+class LoRABackwardFunction(torch.autograd.Function):
+    """ops.lora_backward under create_graph=True: its own derivative is an error, not a silent zero."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *args: Any) -> tuple[Tensor | None, ...]:
+        return ops.lora_backward(*args)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> NoReturn:
+        _no_second_derivative(ctx, *grads)
+
+
+def _no_second_derivative(ctx: FunctionCtx, *grads: Tensor | None) -> NoReturn:
+    raise RuntimeError(
+        "lora_linear: the second derivative is not implemented; "
+        "for a gradient penalty or a Hessian compute the layer with plain PyTorch operations"
+    )
+
+
+def _eager_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    return LoRABackwardFunction.apply(*args) if torch.is_grad_enabled() else ops.lora_backward(*args)
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """(y[M, N], h[M, R]) of ops.lora_forward, differentiable once; h carries no gradient."""
+
+    forward = staticmethod(ops.lora_forward)
+    setup_context = staticmethod(_save_for_backward)
+    backward = staticmethod(functools.partial(_backward, _eager_backward))
+
+
+# The same formula for the registered operators, which torch.compile differentiates.
+torch.library.register_autograd(
+    "lora_kernels::lora_forward",
+    functools.partial(_backward, torch.ops.lora_kernels.lora_backward),
+    setup_context=_save_for_backward,
+)
+torch.library.register_autograd("lora_kernels::lora_backward", _no_second_derivative)

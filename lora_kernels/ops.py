@@ -1,0 +1,187 @@
+"""The two operations every backend provides, checked once and registered with torch.library.
+
+    lora_forward   equations 1, 2     (x, W, A, B, s, c, dropout) -> y, h
+    lora_backward  equations 3 to 6   (dy, x, W, A, B, h, s, dropout, needs) -> dx, dA, dB, dc
+
+Eager mode calls the Python functions here, which pick a backend from the tensors; `torch.compile` and `torch.export` see the
+registered operators `torch.ops.lora_kernels.*` of the same names, which do the same. A registered operator cannot return None
+or take a float-or-tensor argument: there, a gradient that is not needed is an empty tensor and the scaling is a tensor.
+"""
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .dropout import as_seed, check_p
+from .reference import Needs
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def lora_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Equations 1 and 2 on checked arguments. x[..., K] is flattened to M rows; x, weight and bias are read as `dtype`.
+
+    Returns fresh y[M, N] of `dtype` and h[M, R] of the adapter's dtype.
+    """
+    x = x.reshape(-1, x.shape[-1]).to(dtype)
+    backend = backends.choose(x, weight, lora_A, lora_B)
+    bias = None if bias is None else bias.to(dtype)
+    return backend.lora_forward(x, weight.to(dtype), lora_A, lora_B, scaling, bias, dropout_p, seed)
+
+
+def lora_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    h: Tensor | None,
+    scaling: float | Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Equations 3 to 6 for the gradients that `needs` names: dx[M, K], dA, dB, dc. dy[M, N] has the forward's `dtype`."""
+    if x is not None:
+        x = x.reshape(-1, x.shape[-1]).to(dy.dtype)
+    if weight is not None:
+        weight = weight.to(dy.dtype)
+    backend = backends.choose(dy, weight, lora_A, lora_B)
+    return backend.lora_backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    dropout_p: float,
+    dtype: torch.dtype,
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, what it is, what it should be and the cure."""
+    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    if bias is not None:
+        tensors["bias"] = bias
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected bfloat16, float16, float32 or float64")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {x.device} as x; use {name}.to(x.device)")
+    _check_shapes(x, weight, lora_A, lora_B, bias)
+    _check_dtypes(x, weight, lora_A, lora_B, bias, dtype)
+    _check_scaling(scaling, x.device)
+    check_p(dropout_p)
+
+
+def _check_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+    for name, tensor, letters in (("weight", weight, "N, K"), ("lora_A", lora_A, "R, K"), ("lora_B", lora_B, "N, R")):
+        if tensor.ndim != 2:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected two dimensions [{letters}]")
+    (N, K), R = weight.shape, lora_A.shape[0]
+    if R == 0:
+        raise ValueError(f"lora_A: got rank 0 (shape {tuple(lora_A.shape)}), expected at least 1; for no adapter use F.linear")
+    expected = {"lora_A": (lora_A, (R, K)), "lora_B": (lora_B, (N, R))}
+    if bias is not None:
+        expected["bias"] = (bias, (N,))
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            cure = f"; use {name}.T" if tensor.ndim == 2 and tensor.T.shape == shape else ""
+            raise ValueError(
+                f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)} "
+                f"for weight {tuple(weight.shape)} and rank {R}{cure}"
+            )
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {K}] for weight {tuple(weight.shape)}")
+
+
+def _check_dtypes(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> None:
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"lora_B: got dtype {lora_B.dtype}, expected {lora_A.dtype} as lora_A; use lora_B.to(lora_A.dtype)")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.dtype != weight.dtype and not (autocast and dtype != torch.float64):
+            raise TypeError(
+                f"{name}: got dtype {tensor.dtype}, expected {weight.dtype} as weight; "
+                f"use {name}.to(weight.dtype), or torch.autocast"
+            )
+
+
+def _check_scaling(scaling: float | Tensor, device: torch.device) -> None:
+    if not isinstance(scaling, Tensor):
+        if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+            raise TypeError(f"scaling: got {type(scaling).__name__}, expected a float or a 0-d tensor")
+        return
+    if scaling.ndim != 0 or not scaling.is_floating_point():
+        raise ValueError(
+            f"scaling: got a {scaling.dtype} tensor of shape {tuple(scaling.shape)}, expected a 0-d floating-point tensor"
+        )
+    if scaling.device != device and scaling.device.type != "cpu":
+        raise ValueError(f"scaling: got a tensor on {scaling.device}, expected {device}; use scaling.to({str(device)!r})")
+    if scaling.requires_grad:
+        raise ValueError("scaling: requires_grad is set, but scaling has no gradient here; use scaling.detach()")
+
+
+# ---- torch.library: the same two functions, as operators that a compiler can see ----
+
+_library = torch.library.Library("lora_kernels", "DEF")
+_library.define(
+    "lora_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor scaling, float dropout_p, "
+    "Tensor? seed, ScalarType dtype) -> (Tensor y, Tensor h)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "lora_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? h, Tensor scaling, "
+    "float dropout_p, Tensor? seed, bool[] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dc)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _forward_op(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, dtype):
+    check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, dtype)
+    if dropout_p > 0 and seed is None:
+        raise ValueError("seed: got None, expected an int64 tensor where dropout_p > 0")
+    seed = None if seed is None else as_seed(seed, x.device)
+    return lora_forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, dtype)
+
+
+def _backward_op(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
+    grads = lora_backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, Needs(*needs))
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, dtype):
+    M = x.shape[:-1].numel()
+    return x.new_empty(M, weight.shape[0], dtype=dtype), lora_A.new_empty(M, lora_A.shape[0])
+
+
+def _backward_fake(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
+    needs, total = Needs(*needs), torch.promote_types(dy.dtype, torch.float32)
+    M, N = dy.shape
+    return (
+        dy.new_empty(M, weight.shape[1]) if needs.dx else dy.new_empty(0),
+        lora_B.new_empty(lora_B.shape[1], x.shape[-1]) if needs.dA else dy.new_empty(0),
+        h.new_empty(N, h.shape[1]) if needs.dB else dy.new_empty(0),
+        dy.new_empty(N, dtype=total) if needs.dc else dy.new_empty(0),
+    )
+
+
+_library.impl("lora_forward", _forward_op, "CompositeExplicitAutograd")
+_library.impl("lora_backward", _backward_op, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_kernels::lora_forward", _forward_fake, lib=_library)
+torch.library.register_fake("lora_kernels::lora_backward", _backward_fake, lib=_library)

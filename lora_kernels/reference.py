@@ -1,0 +1,140 @@
+"""The equations in plain PyTorch: the specification, the CPU backend, the fallback and the tests' oracle.
+
+    M tokens, K in-features, N out-features, R rank
+    x[M,K]  W[N,K]  A[R,K]  B[N,R]  c[N] bias  s scaling      y dy [M,N]   h g [M,R]   dx[M,K]   dA dB dc: like A B c
+
+    1  h  = drop(x)·Aᵀ                  4  dx = dy·W + undrop(g·A)
+    2  y  = x·Wᵀ + s·h·Bᵀ + c           5  dA = gᵀ·drop(x)
+    3  g  = s·dy·B                      6  dB = s·dyᵀ·h      dc = Σ dy
+
+drop(v) = v · keep / (1 - p̂), with the mask of dropout.py; undrop is its transpose, the same product. Where the base weight is
+trained too, dW = dyᵀ·x.
+
+In 2 and 4 the low-rank term is written first and the base product is added to it in place, so that the low-rank term is
+rounded once. Rows are taken in chunks: what equations 1, 3-6 need of a chunk is read once, stays in cache, and is computed in
+`work_dtype`; x is never copied whole.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dropout import keep_rows, keep_scale, row_chunks, slices
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward pass computes."""
+
+    dx: bool
+    dA: bool
+    dB: bool
+    dc: bool
+
+
+def lora_forward(
+    x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Equations 1 and 2: y[M,N] in x's dtype, h[M,R] in A's."""
+    (M, K), N, work = x.shape, W.shape[0], work_dtype(x, A)
+    y, h = x.new_empty(M, N), A.new_empty(M, A.shape[0])
+    Aw, Bw, cw = (None if t is None else t.to(work) for t in (A, B, c))
+    for rows in row_chunks(M, max(K, N), x.device):
+        h[rows] = dropped(x[rows].to(work), drop_factor(rows, K, p, seed, work)) @ Aw.T  # 1
+        sh = h[rows].to(work) * s
+        y[rows] = sh @ Bw.T if cw is None else torch.addmm(cw, sh, Bw.T)
+    return add_product(y, x, W.T), h  # 2
+
+
+def lora_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    W: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    h: Tensor | None,
+    s: float | Tensor,
+    p: float,
+    seed: Tensor | None,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Equations 3 to 6: those of (dx, dA, dB, dc) that `needs` names, None for the others.
+
+    What no needed equation reads may be None: dx reads W, A and B; dA reads x and B; dB reads h. dx has dy's dtype, dA and dB
+    have the adapter's, dc is in float32 or wider.
+    """
+    (M, N), work = dy.shape, work_dtype(*(t for t in (dy, B, h) if t is not None))
+    total = torch.promote_types(work, torch.float32)  # sums over rows
+    Aw, Bw = (None if t is None else t.to(work) for t in (A, B))
+    K = W.shape[1] if needs.dx else x.shape[1] if needs.dA else 0
+    dx = dy.new_empty(M, K) if needs.dx else None
+    dA = B.new_zeros(B.shape[1], K, dtype=total) if needs.dA else None
+    dB = h.new_zeros(N, h.shape[1], dtype=total) if needs.dB else None
+    dc = dy.new_zeros(N, dtype=torch.promote_types(dy.dtype, torch.float32)) if needs.dc else None
+    for rows in row_chunks(M, max(K, N), dy.device):
+        dyw = dy[rows].to(work)
+        if needs.dB:
+            dB += dyw.T @ (h[rows].to(work) * s)  # 6
+        if needs.dc:
+            dc += dyw.sum(0, dtype=dc.dtype)  # 6
+        if needs.dA or needs.dx:
+            g = (dyw @ Bw) * s  # 3
+            drop = drop_factor(rows, K, p, seed, work)
+        if needs.dA:
+            dA += g.T @ dropped(x[rows].to(work), drop)  # 5
+        if needs.dx:
+            dx[rows] = dropped(g @ Aw, drop)
+    if needs.dx:
+        add_product(dx, dy, W)  # 4
+    return dx, None if dA is None else dA.to(B.dtype), None if dB is None else dB.to(h.dtype), dc
+
+
+def why_not(x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None) -> None:
+    """None: PyTorch computes with any tensors that pass the checks."""
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dW = dyᵀ·x, for a base weight that is trained as well."""
+    return add_product(dy.new_zeros(dy.shape[1], x.shape[1]), dy.T, x)
+
+
+def drop_factor(rows: slice, K: int, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """keep / (1 - p̂) of these rows, or None where nothing is dropped."""
+    return None if p == 0 else keep_rows(rows.start, rows.stop, K, p, seed, dtype=dtype).mul_(keep_scale(p))
+
+
+def dropped(v: Tensor, factor: Tensor | None) -> Tensor:
+    return v if factor is None else v * factor
+
+
+def work_dtype(*tensors: Tensor) -> torch.dtype:
+    """The widest dtype among the tensors; float32 where that would be a 16-bit type on a CPU."""
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return torch.promote_types(dtype, torch.float32) if tensors[0].device.type == "cpu" else dtype
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a·b in place, by the device's own matrix product where it has one for this dtype.
+
+    A CPU without instructions for a 16-bit dtype falls to a scalar loop in PyTorch (seconds to minutes per layer): there
+    tiles go through float32, whose copies stay small.
+    """
+    if out.device.type != "cpu" or cpu_multiplies(out.dtype):
+        return out.addmm_(a, b)
+    for rows in slices(a.shape[0], 2048):
+        a32 = a[rows].float()
+        for columns in slices(b.shape[1], 512):
+            out[rows, columns] = torch.addmm(out[rows, columns].float(), a32, b[:, columns].float())
+    return out
+
+
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has matrix instructions for `dtype` that PyTorch uses."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return bool(getattr(torch.ops.mkldnn, name)())
+
