@@ -65,48 +65,60 @@ def check_p(p: float, name: str = "dropout_p") -> None:
         raise ValueError(f"{name}: got {p}, expected a probability in [0, 1]")
 
 
-def philox(counter: tuple[Tensor, ...], seed: Tensor, rounds: int = PHILOX_ROUNDS) -> tuple[Tensor, ...]:
-    """Philox4x32: four int64 tensors of 32-bit words, broadcast against each other, whose upper halves are garbage.
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, scratch: Tensor, rounds: int = PHILOX_ROUNDS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32 of int64 counter words that broadcast to scratch[6, ...]: four of its tensors, whose low halves are the words.
 
-    Products of two 32-bit words wrap in int64 but keep all 64 bits. Only what is multiplied next needs its upper half
-    cleared. A counter word that is a row, a column or a scalar stays that small until a round mixes it with the others,
-    so the first two rounds cost nothing.
+    A product of two 32-bit words wraps in int64 but keeps all of its 64 bits; only what is multiplied next needs a clear upper
+    half. In the first two rounds rows, columns and offsets hardly mix yet, and broadcasting keeps the words that small. The
+    others run in place: fresh memory for each operation would cost more than the arithmetic.
     """
     c0, c1, c2, c3 = counter
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(rounds):
+    steps = torch.arange(rounds, device=seed.device)
+    keys = list(zip((seed + steps * PHILOX_W0).unbind(), ((seed >> 32) + steps * PHILOX_W1).unbind(), strict=True))
+    for k0, k1 in keys[:2]:
         p0, p1 = c0 * PHILOX_M0, c2 * PHILOX_M1
-        c0, c2 = _mix(p1, c1, k0), _mix(p0, c3, k1)
-        c1, c3 = p1, p0
-        k0, k1 = k0 + PHILOX_W0, k1 + PHILOX_W1
+        c0, c1, c2, c3 = ((p1 >> 32) ^ (c1 ^ k0)) & _LOW, p1, ((p0 >> 32) ^ (c3 ^ k1)) & _LOW, p0
+    c0, c1, c2, c3 = (word.copy_(small) for word, small in zip(scratch, (c0, c1, c2, c3), strict=False))
+    p0, p1 = scratch[4:]
+    for k0, k1 in keys[2:]:
+        torch.mul(c0, PHILOX_M0, out=p0)
+        torch.mul(c2, PHILOX_M1, out=p1)
+        torch.bitwise_right_shift(p1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_LOW)
+        torch.bitwise_right_shift(p0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_LOW)
+        c1, p1 = p1, c1
+        c3, p0 = p0, c3
     return c0, c1, c2, c3
 
 
-def _mix(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
-    """high(product) ^ word ^ key, 32 bits; in place where the shapes allow it: fresh memory is half of the cost."""
-    high = product >> 32
-    if torch.broadcast_shapes(high.shape, word.shape) != high.shape:
-        return (high ^ (word ^ key)) & _LOW
-    return high.bitwise_xor_(word).bitwise_xor_(key).bitwise_and_(_LOW)
+class KeepRows:
+    """keep(seed, row, column) for successive slices of rows, all in the memory of the first: [rows, K] ones and zeros.
 
+    A result is valid until the next call.
+    """
 
-def keep_rows(
-    start: int, stop: int, in_features: int, p: float, seed: Tensor, *, offset: int = 0, dtype: torch.dtype = torch.bool
-) -> Tensor:
-    """keep(seed, row, column) of rows start … stop - 1 as [stop - start, in_features] ones and zeros of `dtype`."""
-    device, blocks = seed.device, -(-in_features // LANES)
-    column = torch.arange(blocks, device=device)
-    row = torch.arange(start, stop, device=device)[:, None]
-    low, high = (torch.full((), word, dtype=torch.int64, device=device) for word in (offset & _LOW, offset >> 32))
-    w0, w1, w2, w3 = philox((column, row, low, high), seed)
-    words = torch.empty(stop - start, blocks, 4, dtype=torch.int32, device=device)
-    for i, word in enumerate((w0, w1, w2, w3)):
-        words[..., i] = word  # keeps the low 32 bits
-    lanes = words.bitwise_xor_(-0x7FFF8000).view(torch.int16).flatten(1)  # unsigned order as signed order: flip bits 15, 31
-    keep = torch.empty(stop - start, in_features, dtype=dtype, device=device)
-    if threshold(p) == LANE_RANGE:  # the one threshold that int16 cannot hold
-        return keep.zero_()
-    return torch.ge(lanes[:, :in_features], threshold(p) - LANE_RANGE // 2, out=keep)
+    def __init__(self, K: int, p: float, seed: Tensor, *, offset: int = 0, dtype: torch.dtype = torch.bool):
+        self.K, self.threshold, self.seed, self.dtype = K, threshold(p), seed, dtype
+        self.column = torch.arange(-(-K // LANES), device=seed.device)
+        self.offset = [torch.full((), word, device=seed.device) for word in (offset & _LOW, offset >> 32)]
+        self.scratch: Tensor | None = None
+
+    def __call__(self, rows: slice) -> Tensor:
+        M = rows.stop - rows.start
+        if self.scratch is None or self.scratch.shape[1] < M:
+            self.scratch = self.seed.new_empty(6, M, len(self.column))
+            self.words = self.seed.new_empty(M, len(self.column), 4, dtype=torch.int32)
+            self.keep = self.seed.new_empty(M, self.K, dtype=self.dtype)
+        row = torch.arange(rows.start, rows.stop, device=self.seed.device)[:, None]
+        words, keep = self.words[:M], self.keep[:M]
+        for i, word in enumerate(philox((self.column, row, *self.offset), self.seed, self.scratch[:, :M])):
+            words[..., i] = word  # its low half
+        if self.threshold == LANE_RANGE:  # the one threshold that int16 cannot hold
+            return keep.zero_()
+        words.bitwise_xor_(-0x7FFF8000)  # flips bits 15 and 31: signed 16-bit lanes then compare as unsigned ones
+        lanes = words.view(torch.int16).flatten(1)[:, : self.K]
+        return torch.ge(lanes, self.threshold - LANE_RANGE // 2, out=keep)
 
 
 def dropout_mask(
@@ -127,8 +139,9 @@ def dropout_mask(
         device = seed.device if isinstance(seed, Tensor) else "cpu"
     seed = as_seed(seed.to(device) if isinstance(seed, Tensor) else seed, torch.empty(0, device=device).device)
     keep = torch.empty(M, K, dtype=torch.bool, device=device)
+    keep_rows = KeepRows(K, p, seed, offset=offset)
     for rows in row_chunks(M, K, keep.device):
-        keep[rows] = keep_rows(rows.start, rows.stop, K, p, seed, offset=offset)
+        keep[rows] = keep_rows(rows)
     return keep
 
 
@@ -138,5 +151,5 @@ def row_chunks(M: int, width: int, device: torch.device) -> list[slice]:
 
 
 def slices(size: int, step: int) -> list[slice]:
-    """Consecutive slices of at most `step` that cover range(size)."""
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    """Consecutive slices of at most `step` that cover range(size); one empty slice for size 0."""
+    return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
