@@ -59,7 +59,7 @@ def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
 
 def check_p(p: float, name: str = "dropout_p") -> None:
     """Raise unless p is a number in [0, 1]."""
-    if isinstance(p, Tensor) or isinstance(p, bool) or not isinstance(p, (int, float)):
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
         raise TypeError(f"{name}: got {type(p).__name__}, expected a float")
     if not 0.0 <= p <= 1.0:  # NaN fails too
         raise ValueError(f"{name}: got {p}, expected a probability in [0, 1]")
@@ -101,7 +101,8 @@ class KeepRows:
     def __init__(self, K: int, p: float, seed: Tensor, *, offset: int = 0, dtype: torch.dtype = torch.bool):
         self.K, self.threshold, self.seed, self.dtype = K, threshold(p), seed, dtype
         self.column = torch.arange(-(-K // LANES), device=seed.device)
-        self.offset = [torch.full((), word, device=seed.device) for word in (offset & _LOW, offset >> 32)]
+        self.offset_low = torch.full((), offset & _LOW, device=seed.device)
+        self.offset_high = torch.full((), offset >> 32, device=seed.device)
         self.scratch: Tensor | None = None
 
     def __call__(self, rows: slice) -> Tensor:
@@ -112,7 +113,8 @@ class KeepRows:
             self.keep = self.seed.new_empty(M, self.K, dtype=self.dtype)
         row = torch.arange(rows.start, rows.stop, device=self.seed.device)[:, None]
         words, keep = self.words[:M], self.keep[:M]
-        for i, word in enumerate(philox((self.column, row, *self.offset), self.seed, self.scratch[:, :M])):
+        counter = (self.column, row, self.offset_low, self.offset_high)
+        for i, word in enumerate(philox(counter, self.seed, self.scratch[:, :M])):
             words[..., i] = word  # its low half
         if self.threshold == LANE_RANGE:  # the one threshold that int16 cannot hold
             return keep.zero_()

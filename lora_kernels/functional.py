@@ -6,7 +6,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from . import ops
 from .dropout import as_seed, draw_seed
@@ -39,15 +38,15 @@ def lora_linear(
     """
     dtype = _compute_dtype(x, weight)
     ops.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, dtype)
-    if dropout_p == 0:
-        seed = None
-    else:
+    if dropout_p > 0:
         seed = draw_seed(x.device) if seed is None else as_seed(seed, x.device)
+    else:
+        seed = None
     if torch.compiler.is_compiling():
         if not isinstance(scaling, Tensor):
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             scaling = torch.full((), scaling, dtype=wide, device=x.device)
-        forward = torch.ops.lora_kernels.lora_forward
+        forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.lora_kernels.lora_forward
     else:
         forward = LoRALinearFunction.apply
     y, _ = forward(x, weight, lora_A, lora_B, bias, scaling, float(dropout_p), seed, dtype)
@@ -61,7 +60,7 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _save_for_backward(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, _ = inputs
     _, h = output
     need_x, need_W, need_A, need_B, _ = ctx.needs_input_grad[:5]
@@ -82,18 +81,14 @@ def _save_for_backward(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Te
     )
 
 
-def _backward(
-    lora_backward: Callable[..., tuple], ctx: FunctionCtx, dy: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _backward(lora_backward: Callable[..., tuple], ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
     x, weight, lora_A, lora_B, h, scaling, seed = ctx.saved_tensors
     need_x, need_W, need_A, need_B, need_c = ctx.needs_input_grad[:5]
     needs = Needs(need_x, need_A, need_B, need_c)
     scaling = ctx.scaling if scaling is None else scaling
-    dx, dA, dB, dc = lora_backward(
-        dy, x if need_A else None, weight, lora_A, lora_B, h, scaling, ctx.dropout_p, seed, needs
-    )
+    dx, dA, dB, dc = lora_backward(dy, x if need_A else None, weight, lora_A, lora_B, h, scaling, ctx.dropout_p, seed, needs)
     return (
         dx.view(ctx.x_shape).to(ctx.x_dtype) if need_x else None,
         weight_gradient(dy, x.reshape(-1, x.shape[-1]).to(dy.dtype)).to(ctx.weight_dtype) if need_W else None,
@@ -108,15 +103,15 @@ class LoRABackwardFunction(torch.autograd.Function):
     """ops.lora_backward under create_graph=True: its own derivative is an error, not a silent zero."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *args: Any) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         return ops.lora_backward(*args)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> NoReturn:
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
         _no_second_derivative(ctx, *grads)
 
 
-def _no_second_derivative(ctx: FunctionCtx, *grads: Tensor | None) -> NoReturn:
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError(
         "lora_linear: the second derivative is not implemented; "
         "for a gradient penalty or a Hessian compute the layer with plain PyTorch operations"
@@ -131,7 +126,7 @@ class LoRALinearFunction(torch.autograd.Function):
     """(y[M, N], h[M, R]) of ops.lora_forward, differentiable once; h carries no gradient."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = ops.lora_forward(*inputs)
         _save_for_backward(ctx, inputs, output)  # a setup_context of its own would cost 50 µs per call (torch 2.13)
         return output

@@ -94,7 +94,7 @@ def _check_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bia
     (N, K), R = weight.shape, lora_A.shape[0]
     if R == 0:
         raise ValueError(f"lora_A: got rank 0 (shape {tuple(lora_A.shape)}), expected at least 1; for no adapter use F.linear")
-    expected = {"lora_A": (lora_A, (R, K)), "lora_B": (lora_B, (N, R))}
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"lora_A": (lora_A, (R, K)), "lora_B": (lora_B, (N, R))}
     if bias is not None:
         expected["bias"] = (bias, (N,))
     for name, (tensor, shape) in expected.items():
@@ -108,9 +108,7 @@ def _check_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bia
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {K}] for weight {tuple(weight.shape)}")
 
 
-def _check_dtypes(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> None:
+def _check_dtypes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
     if lora_A.dtype != lora_B.dtype:
         raise TypeError(f"lora_B: got dtype {lora_B.dtype}, expected {lora_A.dtype} as lora_A; use lora_B.to(lora_A.dtype)")
     autocast = torch.is_autocast_enabled(x.device.type)

@@ -145,4 +145,3 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
         return False
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     return bool(getattr(torch.ops.mkldnn, name)())
-

@@ -1,7 +1,7 @@
 """Which backend computes a call: chosen per call from the tensors, in the order of BACKENDS, and always with a reason.
 
-A backend is a module with the contract's functions, `lora_forward` and `lora_backward`, and `why_not(x, weight, lora_A, lora_B)`,
-which returns None where it can compute with these tensors and otherwise the reason that it cannot.
+A backend is a module with the contract's functions, `lora_forward` and `lora_backward`, and
+`why_not(x, weight, lora_A, lora_B)`, which returns None where it can compute with these tensors, otherwise the reason why not.
 """
 
 import functools
@@ -25,7 +25,7 @@ class use_backend:
     sets the initial value.
     """
 
-    current = "auto"
+    current = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 
     def __init__(self, name: str):
         if name not in ("auto", *BACKENDS):
@@ -62,12 +62,16 @@ def why_not(name: str, x: Tensor, weight: Tensor | None, lora_A: Tensor | None, 
 
 def choose(x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None) -> ModuleType:
     """The backend that computes with these tensors. Raises RuntimeError if an explicitly requested one cannot."""
-    names = list(BACKENDS) if use_backend.current == "auto" else [use_backend.current]
-    for name in names:
-        reason = why_not(name, x, weight, lora_A, lora_B)
+    requested = use_backend.current
+    if requested not in ("auto", *BACKENDS):  # only the environment variable is not checked before
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}: got {requested!r}, expected 'auto', " + ", ".join(map(repr, BACKENDS)))
+    reason = None
+    for name in BACKENDS if requested == "auto" else (requested,):
+        backend = load(name)
+        reason = backend if isinstance(backend, str) else backend.why_not(x, weight, lora_A, lora_B)
         if reason is None:
-            return load(name)  # type: ignore[return-value]
-    raise RuntimeError(f"backend {names[-1]!r} was requested but cannot compute this call: {reason}; use use_backend('auto')")
+            return backend  # type: ignore[return-value]
+    raise RuntimeError(f"backend {requested!r} was requested but cannot compute this call: {reason}; use use_backend('auto')")
 
 
 @dataclass(frozen=True)

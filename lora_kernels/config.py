@@ -1,0 +1,77 @@
+"""LoRAConfig, with PEFT's field names, and PEFT's rules for which module names it means."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from .dropout import check_p
+
+ALL_LINEAR = "all-linear"
+_Number = TypeVar("_Number", int, float)
+
+
+@dataclass
+class LoRAConfig:
+    """What `add_lora` adds, in PEFT's words (peft.LoraConfig has more fields; the ones here mean the same).
+
+    r, lora_alpha: rank and α of every layer, unless `rank_pattern` / `alpha_pattern` ({name or regex: value}, matched
+        against the end of a module's path) say otherwise. The low-rank term is scaled by α/r, or α/√r with `use_rslora`.
+    lora_dropout: probability with which the adapter's input is dropped in training mode.
+    target_modules: a list of names (a path equal to one, or ending in ".name"), a regex that must match the whole path, or
+        "all-linear" (the default): every linear layer but the output head.
+    exclude_modules: names or a regex, as above, that are left alone.
+    init_lora_weights: see LoRALinear.
+    bias: which biases are trained: "none", "lora_only" (those of the adapted layers) or "all".
+    modules_to_save: names of whole modules to train in a copy beside the adapters, such as a new classifier head.
+
+    Raises ValueError or TypeError at once for a value outside its range.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str = ALL_LINEAR
+    exclude_modules: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, r in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+                raise ValueError(f"{name}: got {r!r}, expected an integer of at least 1")
+        check_p(self.lora_dropout, "lora_dropout")
+        if self.bias not in ("none", "lora_only", "all"):
+            raise ValueError(f"bias: got {self.bias!r}, expected 'none', 'lora_only' or 'all'")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"{name}: got {value!r}, expected a list of names or a valid regex: {error}") from None
+        if not self.target_modules:
+            raise ValueError(f"target_modules: got {self.target_modules!r}, expected names, a regex or {ALL_LINEAR!r}")
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save: got {self.modules_to_save!r}, expected a list of names")
+
+    def rank_and_alpha(self, path: str) -> tuple[int, float]:
+        """r and lora_alpha for the module at `path`: the first pattern that matches, or the general value."""
+        return _first_match(self.rank_pattern, path, self.r), _first_match(self.alpha_pattern, path, self.lora_alpha)
+
+
+def _first_match(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def names_match(path: str, names: Iterable[str] | str | None) -> bool:
+    """Whether a module's path is meant by a regex (the whole path) or a list of names (the path or its end)."""
+    if names is None:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)

@@ -1,0 +1,303 @@
+"""LoRALinear: owns the tensors of a frozen linear layer and its adapters; `forward` is one call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .dropout import check_p
+from .functional import lora_linear
+from .initialization import check_init, initialize, rewrites_weight
+
+DEFAULT_ADAPTER = "default"
+
+
+@dataclass
+class Adapter:
+    """The settings of one adapter of a layer; its A and B are parameters of the layer."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    scaling: float | Tensor = 1.0  # a 0-d tensor may be put here: it is read on the device
+
+
+class LoRALinear(nn.Module):
+    """y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ + c: a drop-in nn.Linear with named low-rank adapters, one of them active.
+
+    x[..., in_features] -> y[..., out_features]. `weight` [out, in] (frozen) and `bias` keep nn.Linear's names, so a base
+    checkpoint loads unchanged; adapter `name` is `lora_A[name]` [r, in] and `lora_B[name]` [out, r]. s = lora_alpha / r, or
+    lora_alpha / √r with use_rslora (Kalajdzievski 2023). Dropout applies in training mode only.
+
+    init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with deviation 1/r, B zero), "orthogonal" (A and B
+    in orthogonal subspaces, r even), "pissa" or "pissa_niter_<n>" (principal singular vectors of W, Meng et al. 2024), "olora"
+    (QR of W, Büyükakyüz 2024), or False (A and B both random, for tests). The last two named ones take s·B·A out of W, so that
+    the layer's function is unchanged, and need to be the layer's only adapter.
+
+    fan_in_fan_out: weight is stored as [in, out], as in transformers' Conv1D.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _initial_A: Tensor | None
+    _initial_B: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        super().__init__()
+        self._adopt(linear.weight, linear.bias, fan_in_fan_out=False)  # type: ignore[arg-type]
+        self.add_adapter(
+            DEFAULT_ADAPTER,
+            r,
+            lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+        )
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, *, r: int | None = 8, adapter_name: str = DEFAULT_ADAPTER, **adapter: Any
+    ) -> "LoRALinear":
+        """A LoRALinear over `linear`'s own weight and bias, shared and frozen, with its training mode and hooks.
+
+        linear: nn.Linear or transformers' Conv1D. `adapter`: the options of `add_adapter`; lora_alpha defaults to r, as in the
+        constructor. r=None adds no adapter.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        fan_in_fan_out = type(linear).__name__ == "Conv1D"
+        if not (isinstance(linear, nn.Linear) or fan_in_fan_out):
+            raise TypeError(f"linear: got {type(linear).__name__}, expected nn.Linear or transformers' Conv1D")
+        layer._adopt(linear.weight, linear.bias, fan_in_fan_out)  # type: ignore[arg-type]
+        layer._source = (linear,)
+        layer.train(linear.training)
+        vars(layer).update({name: hooks for name, hooks in vars(linear).items() if "_hooks" in name})
+        if r is not None:
+            layer.add_adapter(adapter_name, r, adapter.pop("lora_alpha", 8), **adapter)
+        return layer
+
+    def _adopt(self, weight: nn.Parameter, bias: nn.Parameter | None, fan_in_fan_out: bool) -> None:
+        self.fan_in_fan_out = fan_in_fan_out
+        self.out_features, self.in_features = weight.T.shape if fan_in_fan_out else weight.shape
+        for parameter in (weight, *([] if bias is None else [bias])):
+            parameter.requires_grad_(False)
+        self.weight, self.bias = weight, bias
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.adapters: dict[str, Adapter] = {}
+        self.active_adapter: str | None = None
+        self._source: tuple[nn.Module, ...] = ()  # the layer that this one stands for; a tuple hides it from nn.Module
+        self._unmerged: tuple[nn.Parameter, ...] = ()  # the weight without the adapter, while merged
+        # A and B of an initialisation that took s·B·A out of the weight: with them the original weight is known
+        self.register_buffer("_initial_A", None, persistent=False)
+        self.register_buffer("_initial_B", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.active_adapter is None or self.merged:
+            return self._base_forward(x)
+        adapter = self.adapters[self.active_adapter]
+        return lora_linear(
+            x,
+            self.matrix,
+            self.lora_A[self.active_adapter],
+            self.lora_B[self.active_adapter],
+            self.bias,
+            scaling=adapter.scaling,
+            dropout_p=adapter.lora_dropout if self.training else 0.0,
+        )
+
+    def _base_forward(self, x: Tensor) -> Tensor:
+        if self.merged and self.training and torch.is_grad_enabled():
+            raise RuntimeError("LoRALinear is merged, so its adapter gets no gradient: call unmerge() to train, or eval()")
+        if self._initial_A is None or self._initial_B is None or self.merged:
+            return F.linear(x, self.matrix, self.bias)
+        return lora_linear(x, self.matrix, self._initial_A, self._initial_B, self.bias, scaling=self._initial_scaling)
+
+    @property
+    def matrix(self) -> Tensor:
+        """W[out_features, in_features], whatever the layout of `weight`."""
+        return self.weight.T if self.fan_in_fan_out else self.weight
+
+    # ---- adapters ----
+
+    def add_adapter(
+        self,
+        name: str,
+        r: int,
+        lora_alpha: float,
+        *,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Add and initialise adapter `name`; the first one becomes the active one. dtype: of A and B, by default the weight's.
+
+        Raises ValueError for a name in use or with a dot in it, r < 1, lora_dropout outside [0, 1], an unknown initialisation,
+        or a second adapter beside one that rewrote the weight.
+        """
+        if not name or "." in name or name in self.adapters:
+            raise ValueError(f"name: got {name!r}, expected a new name without dots; adapters here: {list(self.adapters)}")
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise ValueError(f"r: got {r!r}, expected an integer of at least 1")
+        check_p(lora_dropout, "lora_dropout")
+        check_init(init_lora_weights, r, self.in_features, self.out_features)
+        self._refuse_if_merged("add an adapter")
+        if self.adapters and (rewrites_weight(init_lora_weights) or self._initial_A is not None):
+            raise ValueError(
+                f"init_lora_weights: an initialisation that rewrites the weight must be the layer's only adapter; "
+                f"adapters here: {list(self.adapters)}"
+            )
+        scaling = lora_alpha / (r**0.5 if use_rslora else r)
+        adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, scaling)
+        A, B = self.weight.new_empty(r, self.in_features, dtype=dtype), self.weight.new_empty(self.out_features, r, dtype=dtype)
+        self._initialize(adapter, A, B)
+        self.adapters[name] = adapter
+        trainable = self.active_adapter is None and len(self.adapters) == 1
+        self.lora_A[name], self.lora_B[name] = (nn.Parameter(t, requires_grad=trainable) for t in (A, B))
+        if trainable:
+            self.active_adapter = name
+
+    def set_adapter(self, name: str | None) -> None:
+        """Make `name` the active adapter; None leaves the base layer alone.
+
+        The adapter becomes trainable if both of its matrices were frozen (one that was frozen on purpose stays so), the others
+        are frozen. None freezes nothing. Raises KeyError for an unknown name, RuntimeError while merged.
+        """
+        self._refuse_if_merged("change the active adapter")
+        if name is not None:
+            self._require(name)
+            for other in self.adapters:
+                A, B = self.lora_A[other], self.lora_B[other]
+                if other != name:
+                    A.requires_grad_(False)
+                    B.requires_grad_(False)
+                elif not (A.requires_grad or B.requires_grad):
+                    A.requires_grad_(True)
+                    B.requires_grad_(True)
+        self.active_adapter = name
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove adapter `name`. If it was active, none is. A weight it rewrote is restored, to the rounding of its dtype."""
+        self._refuse_if_merged("delete an adapter")
+        self._require(name)
+        self._restore_weight()
+        del self.adapters[name], self.lora_A[name], self.lora_B[name]
+        if self.active_adapter == name:
+            self.active_adapter = None
+
+    def reset_lora_parameters(self, name: str) -> None:
+        """Initialise A and B of adapter `name` again, as when it was added."""
+        self._refuse_if_merged("reset an adapter")
+        self._require(name)
+        self._restore_weight()
+        self._initialize(self.adapters[name], self.lora_A[name].data, self.lora_B[name].data)
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's initialisation of weight and bias, and that of every adapter: for a layer made on the meta device."""
+        self._refuse_if_merged("reset the layer")
+        self._initial_A = self._initial_B = None
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+        for name in self.adapters:
+            self.reset_lora_parameters(name)
+
+    def _initialize(self, adapter: Adapter, A: Tensor, B: Tensor) -> None:
+        method = adapter.init_lora_weights
+        residual = initialize(method, A, B, self.matrix.detach(), float(adapter.scaling))
+        if residual is not None:
+            self.weight = self._as_weight(residual)
+            self._initial_A, self._initial_B, self._initial_scaling = A.clone(), B.clone(), float(adapter.scaling)
+
+    def _restore_weight(self) -> None:
+        self.weight = self._original_weight()
+        self._initial_A = self._initial_B = None
+
+    def _original_weight(self) -> nn.Parameter:
+        if self._initial_A is None or self._initial_B is None:
+            return self.weight
+        return self._plus(self._initial_A, self._initial_B, self._initial_scaling)
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """A and B of every adapter."""
+        return [*self.lora_A.parameters(), *self.lora_B.parameters()]
+
+    def to_linear(self) -> nn.Module:
+        """The plain layer, the one given to `from_linear` or an nn.Linear, with the merged weight or else the original one."""
+        weight = self.weight if self.merged else self._original_weight()
+        source = self._source or (nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"),)
+        linear = source[0].train(self.training)
+        linear.weight, linear.bias = weight, self.bias  # type: ignore[assignment]
+        return linear
+
+    # ---- merging ----
+
+    @property
+    def merged(self) -> bool:
+        """Whether the active adapter is in the weight."""
+        return bool(self._unmerged)
+
+    def merge(self) -> None:
+        """W + s·B·A, rounded once to W's dtype, becomes the weight; the unmerged one is kept, so unmerge() is bit-exact.
+
+        The tensor that may be shared with other modules is not written to. Costs a second weight while merged.
+        Raises RuntimeError if already merged or if no adapter is active.
+        """
+        self._refuse_if_merged("merge again")
+        if self.active_adapter is None:
+            raise RuntimeError("cannot merge: no adapter is active; call set_adapter(name) first")
+        name, unmerged = self.active_adapter, self.weight
+        self.weight = self._plus(self.lora_A[name], self.lora_B[name], self.adapters[name].scaling)
+        self._unmerged = (unmerged,)
+
+    def unmerge(self) -> None:
+        """The weight as it was before merge(), the same Parameter. Raises RuntimeError if not merged."""
+        if not self.merged:
+            raise RuntimeError("cannot unmerge: LoRALinear is not merged")
+        (self.weight,), self._unmerged = self._unmerged, ()
+
+    @torch.no_grad()
+    def _plus(self, A: Tensor, B: Tensor, scaling: float | Tensor) -> nn.Parameter:
+        """W + s·B·A as a new weight."""
+        wide = torch.promote_types(torch.promote_types(self.weight.dtype, A.dtype), torch.float32)
+        return self._as_weight(self.matrix.to(wide) + scaling * (B.to(wide) @ A.to(wide)))
+
+    def _as_weight(self, matrix: Tensor) -> nn.Parameter:
+        stored = (matrix.T if self.fan_in_fan_out else matrix).to(self.weight.dtype)
+        return nn.Parameter(stored.contiguous(), requires_grad=self.weight.requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALinear":
+        super()._apply(fn, recurse)
+        for weight in self._unmerged:
+            weight.data = fn(weight.data)
+        return self
+
+    def _require(self, name: str) -> None:
+        if name not in self.adapters:
+            raise KeyError(f"adapter {name!r}: not found; adapters here: {list(self.adapters)}")
+
+    def _refuse_if_merged(self, action: str) -> None:
+        if self.merged:
+            raise RuntimeError(f"cannot {action}: LoRALinear is merged; call unmerge() first")
+
+    def extra_repr(self) -> str:
+        adapters = ", ".join(f"{name}: r={a.r}, lora_alpha={a.lora_alpha}" for name, a in self.adapters.items())
+        base = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{base}, active={self.active_adapter}, merged={self.merged}, adapters={{{adapters}}}"

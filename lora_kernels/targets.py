@@ -1,0 +1,112 @@
+"""Which modules of a model a LoRAConfig means, why others are left out, and whether the adapters fit; changes nothing."""
+
+import contextlib
+import difflib
+
+from torch import nn
+
+from .config import ALL_LINEAR, LoRAConfig, names_match
+from .initialization import check_init
+from .modules import LoRALinear
+from .ops import FLOATS
+
+HEAD_NAMES = ("lm_head", "score", "classifier")  # output heads of models that do not name theirs
+
+
+def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The modules to adapt by path, and why other candidates are not. Raises ValueError if nothing can be adapted."""
+    if isinstance(model, (nn.Linear, LoRALinear)):
+        raise ValueError(f"model: got a single {type(model).__name__}, which cannot be exchanged in place; use from_linear")
+    plan: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    everything = config.target_modules == ALL_LINEAR
+    heads = _output_heads(model) if everything else set()
+    adapted = lora_layers(model)
+    for path, module in model.named_modules():
+        if any(parent in adapted for parent in parents(path)[1:]):
+            continue
+        wanted = _is_linear(module) if everything else path != "" and names_match(path, config.target_modules)
+        if not wanted:
+            continue
+        if id(module) in heads:
+            reason: str | None = 'the output head, which "all-linear" leaves out'
+        elif names_match(path, config.exclude_modules):
+            reason = "exclude_modules names it"
+        elif any(names_match(parent, config.modules_to_save) for parent in parents(path)):
+            reason = "modules_to_save trains it whole"
+        else:
+            reason = _why_unsuitable(module)
+        if reason is None:
+            plan[path] = module
+        else:
+            skipped[path] = reason
+    for layer in adapted.values():
+        if adapter_name in layer.adapters:
+            raise ValueError(f"adapter_name: got {adapter_name!r}, which is in use; choose another or remove_lora(model) first")
+    if not plan:
+        raise ValueError(_nothing_matches(model, config, skipped))
+    for path, module in plan.items():
+        in_features, out_features = (module.matrix if isinstance(module, LoRALinear) else module.weight).shape  # type: ignore
+        check_init(config.init_lora_weights, config.rank_and_alpha(path)[0], in_features, out_features)
+    return plan, skipped
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """nn.Linear and its subclasses, transformers' Conv1D and LoRALinear."""
+    return isinstance(module, (nn.Linear, LoRALinear)) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def _why_unsuitable(module: nn.Module) -> str | None:
+    if isinstance(module, LoRALinear):
+        return None
+    if type(module) is not nn.Linear and not _is_conv1d(module):
+        return f"a {type(module).__name__}, not an nn.Linear or Conv1D: its forward may differ"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance (as accelerate's offload hooks do), and would be lost"
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weight is not a parameter (computed by a hook?)"
+    if module.weight.dtype not in FLOATS:
+        return f"its weight has dtype {module.weight.dtype}"
+    return None
+
+
+def _output_heads(model: nn.Module) -> set[int]:
+    """ids of the modules that "all-linear" leaves out."""
+    heads = {id(module) for name, module in model.named_children() if name in HEAD_NAMES}
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        heads.add(id(model.get_output_embeddings()))  # type: ignore[operator]
+    return heads
+
+
+def _nothing_matches(model: nn.Module, config: LoRAConfig, skipped: dict[str, str]) -> str:
+    leaves = sorted({path.split(".")[-1] for path, module in model.named_modules() if _is_linear(module)})
+    names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    near = [match for name in names for match in difflib.get_close_matches(name.split(".")[-1], leaves, cutoff=0.5)]
+    message = f"target_modules: {config.target_modules!r} matches no linear layer of {type(model).__name__}"
+    if skipped:
+        message += "; skipped: " + "; ".join(f"{path}: {reason}" for path, reason in list(skipped.items())[:3])
+    return message + f"; near names: {near}; linear layers here: {leaves[:20]}"
+
+
+def plan_modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    found = {path: module for path, module in model.named_modules() if path and names_match(path, config.modules_to_save)}
+    for name in config.modules_to_save or []:
+        if not any(names_match(path, [name]) for path in found):
+            near = difflib.get_close_matches(name, [path for path, _ in model.named_modules()], cutoff=0.5)
+            raise ValueError(f"modules_to_save: {name!r} is not in {type(model).__name__}; near names: {near}")
+    return {path: module for path, module in found.items() if not any(parent in found for parent in parents(path)[1:])}
+
+
+def parents(path: str) -> list[str]:
+    """The path itself and the modules around it, innermost first."""
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every LoRALinear of the model by its path, once each."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
