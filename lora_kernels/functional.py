@@ -36,8 +36,8 @@ def lora_linear(
     Saves x itself, h = drop(x)·Aᵀ [M, R] and the seed for the backward pass, each only if a wanted gradient reads it.
     Raises TypeError or ValueError for arguments that do not fit, and RuntimeError on a second derivative.
     """
+    ops.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     dtype = _compute_dtype(x, weight)
-    ops.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, dtype)
     if dropout_p > 0:
         seed = draw_seed(x.device) if seed is None else as_seed(seed, x.device)
     else:

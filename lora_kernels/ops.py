@@ -68,7 +68,6 @@ def check(
     bias: Tensor | None,
     scaling: float | Tensor,
     dropout_p: float,
-    dtype: torch.dtype,
 ) -> None:
     """Raise TypeError or ValueError, naming the argument, what it is, what it should be and the cure."""
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
@@ -82,7 +81,7 @@ def check(
         if tensor.device != x.device:
             raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {x.device} as x; use {name}.to(x.device)")
     _check_shapes(x, weight, lora_A, lora_B, bias)
-    _check_dtypes(x, weight, lora_A, lora_B, bias, dtype)
+    _check_dtypes(x, weight, lora_A, lora_B, bias)
     _check_scaling(scaling, x.device)
     check_p(dropout_p)
 
@@ -108,12 +107,13 @@ def _check_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bia
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {K}] for weight {tuple(weight.shape)}")
 
 
-def _check_dtypes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+def _check_dtypes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
     if lora_A.dtype != lora_B.dtype:
         raise TypeError(f"lora_B: got dtype {lora_B.dtype}, expected {lora_A.dtype} as lora_A; use lora_B.to(lora_A.dtype)")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
+        return  # x, weight and bias are read as autocast's dtype
     for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and tensor.dtype != weight.dtype and not (autocast and dtype != torch.float64):
+        if tensor is not None and tensor.dtype != weight.dtype:
             raise TypeError(
                 f"{name}: got dtype {tensor.dtype}, expected {weight.dtype} as weight; "
                 f"use {name}.to(weight.dtype), or torch.autocast"
@@ -151,7 +151,7 @@ _library.define(
 
 
 def _forward_op(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, dtype):
-    check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, dtype)
+    check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if dropout_p > 0 and seed is None:
         raise ValueError("seed: got None, expected an int64 tensor where dropout_p > 0")
     seed = None if seed is None else as_seed(seed, x.device)

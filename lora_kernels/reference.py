@@ -39,14 +39,14 @@ def lora_forward(
 ) -> tuple[Tensor, Tensor]:
     """Equations 1 and 2: y[M,N] in x's dtype, h[M,R] in A's."""
     (M, K), N, work, scale = x.shape, W.shape[0], work_dtype(x, A), keep_scale(p)
-    y, h = x.new_empty(M, N), A.new_empty(M, A.shape[0])
+    y, h = x.new_empty(M, N, dtype=product_dtype(x)), A.new_empty(M, A.shape[0])
     Aw, Bw, cw = A.to(work), B.to(work), None if c is None else c.to(work)
     keep = KeepRows(K, p, seed, dtype=work) if p > 0 else None
     for rows in row_chunks(M, max(K, N), x.device):
         xw = x[rows].to(work)
         h[rows] = ((xw if keep is None else xw * keep(rows)) @ Aw.T).mul_(scale)  # 1
         set_product(y[rows], h[rows].to(work) * s, Bw.T, cw)
-    return add_product(y, x, W.T), h  # 2
+    return add_product(y, x, W.T).to(x.dtype), h  # 2
 
 
 def lora_backward(
@@ -71,7 +71,8 @@ def lora_backward(
     Bw = None if B is None else B.to(work).T.contiguous().T  # dy·B is twice as fast with B's columns contiguous
     K = W.shape[1] if needs.dx else x.shape[1] if needs.dA else 0
     keep = KeepRows(K, p, seed, dtype=work) if p > 0 and (needs.dx or needs.dA) else None
-    dx, dA, dB, dc = dy.new_empty(M, K) if needs.dx else None, None, None, None
+    dx = dy.new_empty(M, K, dtype=product_dtype(dy)) if needs.dx else None
+    dA = dB = dc = None
     for rows in row_chunks(M, max(K, N), dy.device):
         dyw = dy[rows].to(work)
         if needs.dB:
@@ -90,7 +91,7 @@ def lora_backward(
             if mask is not None:
                 dx_rows.mul_(mask)
     if needs.dx:
-        add_product(dx, dy, W)  # 4
+        dx = add_product(dx, dy, W).to(dy.dtype)  # 4
     return dx, None if dA is None else dA.to(B.dtype), None if dB is None else dB.to(h.dtype).contiguous(), dc
 
 
@@ -100,7 +101,7 @@ def why_not(x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Ten
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """dW = dyᵀ·x, for a base weight that is trained as well."""
-    return add_product(dy.new_zeros(dy.shape[1], x.shape[1]), dy.T, x)
+    return add_product(dy.new_zeros(dy.shape[1], x.shape[1], dtype=product_dtype(x)), dy.T, x).to(x.dtype)
 
 
 def total(sum_so_far: Tensor | None, part: Tensor) -> Tensor:
@@ -123,18 +124,22 @@ def set_product(out: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None) -> T
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out += a·b in place, by the device's own matrix product where it has one for this dtype.
-
-    A CPU without instructions for a 16-bit dtype falls to a scalar loop in PyTorch (seconds to minutes per layer): there
-    tiles go through float32, whose copies stay small.
-    """
-    if out.device.type != "cpu" or cpu_multiplies(out.dtype):
+    """out += a·b in place, in out's dtype: the product's own, or float32 in tiles, whose copies stay small."""
+    if out.dtype == a.dtype:
         return out.addmm_(a, b)
     for rows in slices(a.shape[0], 2048):
-        a32 = a[rows].float()
+        wide = a[rows].to(out.dtype)
         for columns in slices(b.shape[1], 512):
-            out[rows, columns] = torch.addmm(out[rows, columns].float(), a32, b[:, columns].float())
+            out[rows, columns].addmm_(wide, b[:, columns].to(out.dtype))
     return out
+
+
+def product_dtype(t: Tensor) -> torch.dtype:
+    """The dtype in which base products are summed up: t's own where its device multiplies it, else float32.
+
+    A CPU without instructions for a 16-bit dtype falls to a scalar loop in PyTorch (seconds to minutes per layer).
+    """
+    return torch.float32 if t.device.type == "cpu" and not cpu_multiplies(t.dtype) else t.dtype
 
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:

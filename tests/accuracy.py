@@ -1,0 +1,149 @@
+"""The one tolerance rule: err(tested) <= 1.5 · err(PyTorch at that dtype) + tiny, for each output and gradient apart.
+
+err is ‖· − truth‖ / ‖truth‖, and also the largest element error over the largest magnitude; truth is float64 on the CPU.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_kernels import dropout_mask, lora_linear
+from lora_kernels.dropout import keep_scale
+
+MARGIN = 1.5
+# tiny, in epsilons of the dtype, by norm and for the largest element. Where there is little to average over, two sound orders
+# of summation differ by this much, and the largest element of a 16-bit result may have been rounded once more.
+TINY = {
+    torch.bfloat16: (1 / 16, 1 / 4),
+    torch.float16: (1 / 16, 1 / 4),
+    torch.float32: (2, 2),
+    torch.float64: (64, 64),
+}
+NAMES = ("x", "W", "A", "B", "c")
+
+
+@dataclass
+class Case:
+    """One call of lora_linear with everything that it depends on. dtype is of x, W and c; adapter_dtype of A and B."""
+
+    M: int | tuple[int, ...] = 17
+    K: int = 24
+    N: int = 33
+    R: int = 4
+    p: float = 0.0
+    scaling: float | Tensor = 2.0
+    bias: bool = True
+    dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype | None = None
+    needs: tuple[str, ...] = ("x", "A", "B", "c")
+    seed: int = 20260
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    strided: bool = False
+    autocast: torch.dtype | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Freshly drawn inputs and the gradient dy, leaves where the case wants their gradient."""
+        shape = (self.M,) if isinstance(self.M, int) else self.M
+        wide, adapter = self.dtype, self.adapter_dtype or self.dtype
+        values = {
+            "x": self._draw(*shape, self.K).to(wide),
+            "W": (self._draw(self.N, self.K) / self.K**0.5).to(wide),
+            "A": (torch.randn(self.R, self.K) / self.K**0.5).to(adapter),
+            "B": (torch.randn(self.N, self.R) / self.R**0.5).to(adapter),
+            "c": torch.randn(self.N).to(wide),
+            "dy": self._draw(*shape, self.N).to(self.autocast or wide),
+        }
+        if not self.bias:
+            del values["c"]
+        values = {name: value.to(self.device) for name, value in values.items()}
+        for name in self.needs:
+            if name in values:
+                values[name].requires_grad_()
+        return values
+
+    def _draw(self, *shape: int) -> Tensor:
+        """Normal values; if `strided`, a view whose rows lie apart and which does not start where its memory does."""
+        if not self.strided:
+            return torch.randn(*shape)
+        return torch.randn(*shape[:-1], shape[-1] + 5)[..., 3:-2]
+
+    def mask(self) -> Tensor:
+        rows = torch.Size((self.M,) if isinstance(self.M, int) else self.M).numel()
+        return dropout_mask(rows, self.K, self.p, self.seed)
+
+
+Outputs = dict[str, Tensor]
+
+
+def run(case: Case, tensors: dict[str, Tensor], compute: Callable[..., Tensor]) -> Outputs:
+    """y and the wanted gradients of compute(x, W, A, B, c)."""
+    leaves = [tensors[name] for name in NAMES if name in case.needs and name in tensors]
+    with torch.autocast(case.device.type, case.autocast or torch.bfloat16, enabled=case.autocast is not None):
+        y = compute(*(tensors.get(name) for name in NAMES))
+    grads = torch.autograd.grad(y, leaves, tensors["dy"].to(y.dtype)) if leaves else ()
+    names = [f"d{name}" for name in NAMES if name in case.needs and name in tensors]
+    return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def ours(case: Case, tensors: dict[str, Tensor]) -> Outputs:
+    return run(
+        case, tensors, lambda *args: lora_linear(*args, scaling=case.scaling, dropout_p=case.p, seed=case.seed)
+    )
+
+
+def pytorch(case: Case, tensors: dict[str, Tensor]) -> Outputs:
+    """Plain PyTorch operations at the case's dtypes, in the order that PEFT uses."""
+
+    def compute(x: Tensor, W: Tensor, A: Tensor, B: Tensor, c: Tensor | None) -> Tensor:
+        keep = case.mask().view(x.shape).to(x.device)
+        dropped = (x * keep * keep_scale(case.p)).to(A.dtype)
+        low_rank = F.linear(F.linear(dropped, A), B) * case.scaling
+        y = F.linear(x, W, c)
+        return (y + low_rank).to(y.dtype)
+
+    return run(case, tensors, compute)
+
+
+def truth(case: Case, tensors: dict[str, Tensor]) -> Outputs:
+    exact = replace(case, autocast=None, device=torch.device("cpu"), scaling=float(case.scaling))
+    wide = {name: t.detach().cpu().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    return pytorch(exact, wide)
+
+
+def errors(value: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Relative error by norm, and by the largest element; absolute where the truth is zero."""
+    difference = value.detach().cpu().double() - exact
+    if not exact.numel():
+        return 0.0, 0.0
+    norm, largest = exact.norm().item() or 1.0, exact.abs().max().item() or 1.0
+    return difference.norm().item() / norm, difference.abs().max().item() / largest
+
+
+def violations(tested: Outputs, plain: Outputs, exact: Outputs, dtype: torch.dtype) -> list[str]:
+    """What breaks the rule, a line each."""
+    lines = []
+    for name, value in exact.items():
+        if tested[name].shape != value.shape:
+            lines.append(f"{name}: got shape {tuple(tested[name].shape)}, expected {tuple(value.shape)}")
+            continue
+        pairs = zip(("norm", "max"), errors(tested[name], value), errors(plain[name], value), TINY[dtype], strict=True)
+        for kind, error, reference, tiny in pairs:
+            if not error <= MARGIN * reference + tiny * torch.finfo(dtype).eps:  # NaN breaks it too
+                lines.append(f"{name}: {kind} error {error:.3g}, PyTorch's is {reference:.3g}")
+    return lines
+
+
+def check(case: Case) -> None:
+    """Assert the rule for lora_linear, that dtypes are PyTorch's, and that no input was written to."""
+    tensors = case.tensors()
+    before = {name: t.detach().clone() for name, t in tensors.items()}
+    tested, plain, exact = ours(case, tensors), pytorch(case, tensors), truth(case, tensors)
+    assert {name: t.dtype for name, t in tested.items()} == {name: t.dtype for name, t in plain.items()}
+    narrow = case.autocast or case.dtype
+    broken = violations(tested, plain, exact, narrow)
+    assert not broken, f"{case}: {broken}"
+    for name, t in tensors.items():
+        assert torch.equal(t, before[name]), f"{name} was written to"
