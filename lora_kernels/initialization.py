@@ -49,9 +49,9 @@ def initialize(method: bool | str, A: Tensor, B: Tensor, weight: Tensor, scaling
 def _orthogonal(A: Tensor, B: Tensor) -> None:
     """A = Yᵀ·Q₁, B = Z·Q₂ with Q₁, Q₂ the odd and even rows of one rotation: B·A = 0 though neither is zero."""
     r, half = A.shape[0], A.shape[0] // 2
-    rotation = torch.linalg.qr(torch.randn(r, r, device=A.device)).Q
-    A.copy_((torch.randn(A.shape[1], half, device=A.device) @ rotation[0::2]).T / 10)
-    B.copy_(torch.randn(B.shape[0], half, device=A.device) @ rotation[1::2] / 10)
+    rotation = torch.linalg.qr(torch.randn(r, r, device=A.device).double()).Q
+    A.copy_((torch.randn(A.shape[1], half, device=A.device).double() @ rotation[0::2]).T / 10)
+    B.copy_(torch.randn(B.shape[0], half, device=A.device).double() @ rotation[1::2] / 10)
 
 
 def _from_weight(method: str, A: Tensor, B: Tensor, weight: Tensor, scaling: float) -> Tensor:

@@ -27,10 +27,8 @@ class Exchange:
     def activate(self, model: nn.Module, adapter: str | None) -> None:
         owner = model.get_submodule(self.path)
         present, chosen = getattr(owner, self.attribute), self.choices.get(adapter, self.choices[None])
-        if isinstance(chosen, nn.Module) and (tensor := next(present.parameters(), None)) is not None:
-            chosen.to(tensor.device)  # a copy that was put aside has missed model.to(device)
-        elif isinstance(chosen, nn.Parameter):
-            chosen.data = chosen.data.to(present.device)
+        for aside, here in zip(_tensors(chosen), _tensors(present), strict=True):
+            aside.data = aside.data.to(here)  # what was put aside has missed model.to(…)
         setattr(owner, self.attribute, chosen)
 
 
@@ -199,15 +197,15 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state = {}
     for path, layer in _adapted_layers(model).items():
-        for matrix, values in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            for adapter, value in values.items():
-                state[f"{path}.{matrix}.{adapter}"] = value.detach()
+        for name in layer.adapters:
+            state[f"{path}.lora_A.{name}"] = layer.lora_A[name].detach()
+            state[f"{path}.lora_B.{name}"] = layer.lora_B[name].detach()
     for exchange in _state(model).exchanges:
         owner = f"{exchange.path}.{exchange.attribute}".removeprefix(".")
         for adapter, choice in exchange.choices.items():
             if isinstance(choice, nn.Module) and adapter is not None:
                 state.update({f"{owner}.modules_to_save.{adapter}.{key}": value for key, value in choice.state_dict().items()})
-            elif adapter is not None:
+            elif isinstance(choice, nn.Parameter) and adapter is not None:
                 state[f"{owner}.{adapter}"] = choice.detach()
     return state
 
@@ -303,6 +301,10 @@ def _disable_fast_paths(model: nn.Module, state: LoRAState) -> None:
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     owner, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(owner), attribute, module)
+
+
+def _tensors(value: nn.Module | nn.Parameter) -> list[Tensor]:
+    return [*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else [value]
 
 
 def _state(model: nn.Module) -> LoRAState:

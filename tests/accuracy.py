@@ -89,9 +89,7 @@ def run(case: Case, tensors: dict[str, Tensor], compute: Callable[..., Tensor]) 
 
 
 def ours(case: Case, tensors: dict[str, Tensor]) -> Outputs:
-    return run(
-        case, tensors, lambda *args: lora_linear(*args, scaling=case.scaling, dropout_p=case.p, seed=case.seed)
-    )
+    return run(case, tensors, lambda *args: lora_linear(*args, scaling=case.scaling, dropout_p=case.p, seed=case.seed))
 
 
 def pytorch(case: Case, tensors: dict[str, Tensor]) -> Outputs:

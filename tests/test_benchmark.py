@@ -7,6 +7,7 @@ from lora_kernels import accuracy_gate, benchmark
 from lora_kernels.accuracy_gate import Problem, gate
 from lora_kernels.benchmark import BARE, OURS, OURS_FP32, PEFT, PEFT_FP32, Case, choose_suite, measure_case
 from lora_kernels.console import CommandError, Output
+from lora_kernels.dropout import dropout_mask
 
 CPU = torch.device("cpu")
 
@@ -25,15 +26,22 @@ def test_gate_accepts_the_kernels(dtype, p):
 
 def test_truth_is_what_autograd_gives_in_float64():
     small = problem(torch.float64, p=0.5)
-    keep = torch.rand(33, 40) < 0.5
-    rows = torch.tensor([0, 7, 32])
+    keep = dropout_mask(33, 40, 0.5, seed=3)
     x, A, B = (t.detach().clone().requires_grad_() for t in (small.x, small.A, small.B))
     y = x @ small.W.T + 2.0 * ((x * keep * 2) @ A.T @ B.T)
     dx, dA, dB = torch.autograd.grad(y, (x, A, B), small.dy)
-    expected = {"y": y.detach()[rows], "dx": dx[rows], "dA": dA, "dB": dB}
-    found = accuracy_gate.truth(small, keep, rows)
+    expected = {"y": y.detach(), "dx": dx, "dA": dA, "dB": dB}
+    found = accuracy_gate.truth(small, seed=3)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
+
+
+def test_only_some_rows_of_a_long_problem_are_multiplied_in_float64_and_the_ends_are_among_them(monkeypatch):
+    monkeypatch.setattr(accuracy_gate, "CHECKED_ROWS", 4)
+    found = accuracy_gate.truth(problem(), seed=3)
+    whole = {name: value.shape[0] for name, value in found.items()}
+    assert whole == {"y": 4, "dx": 4, "dA": 4, "dB": 24}
+    assert accuracy_gate._checked_rows(problem()).tolist() == [0, 11, 21, 32]
 
 
 def broken(scale_y=1.0, gradient=None, seed_offset=0):
@@ -82,12 +90,14 @@ def test_rows_hold_every_variant_with_consistent_ratios():
     assert reasons == []
     by_name = {row["variant"]: row for row in rows}
     assert list(by_name) == [BARE, OURS, OURS_FP32, PEFT, PEFT_FP32]
-    assert by_name[BARE]["times_bare"] == 1.0 and by_name[PEFT]["times_peft"] == 1.0
+    assert by_name[BARE]["times_bare"] == 1.0
+    assert by_name[PEFT]["times_peft"] == 1.0
     for row in rows:
         assert row["p20_us"] <= row["median_us"] <= row["p80_us"]
         assert row["times_bare"] == pytest.approx(row["median_us"] / by_name[BARE]["median_us"])
         assert row["tflops"] == pytest.approx(case.flops(row["variant"] != BARE) / row["median_us"] * 1e-6)
-    assert by_name[OURS]["backend"] == "torch" and by_name[PEFT]["backend"] is None
+    assert by_name[OURS]["backend"] == "torch"
+    assert by_name[PEFT]["backend"] is None
 
 
 def test_saved_bytes_are_h_and_a_seed_while_peft_saves_tensors_of_the_size_of_x():

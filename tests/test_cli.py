@@ -28,8 +28,10 @@ def run(monkeypatch, capsys):
 
 def assert_one_line_error(result, *parts):
     code, out, err = result
-    assert code == 2 and out == ""
-    assert err.endswith("\n") and err.count("\n") == 1, err
+    assert code == 2
+    assert out == ""
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
     for part in ("lora-kernels: ", *parts):
         assert part in err
 
@@ -55,13 +57,15 @@ def test_report_gives_every_backend_a_reason(run):
     assert all(row["reason"] for row in found["backends"])
     used = [row for row in found["backends"] if row["device"] == "cpu" and row["used"]]
     assert [row["backend"] for row in used] == ["torch", "torch"]  # float32 and bfloat16
-    assert found["packages"]["torch"] in err and "native" in err  # the tables moved to stderr
+    assert found["packages"]["torch"] in err
+    assert "native" in err
 
 
 def test_memory_of_shapes_writes_json_to_a_file(run, tmp_path):
     target = tmp_path / "memory.json"
     code, out, _ = run("memory", "--shape", "64x32:3", "--rank", 4, "--tokens", 10, "--json", target)
-    assert code == 0 and "64 → 32" in out
+    assert code == 0
+    assert "64 → 32" in out
     found = json.loads(target.read_text())
     assert found["lora"]["trainable_parameters"] == 3 * 4 * 96
     assert found["lora"]["saved_activations"] == 3 * (10 * 4 * 4 + 8)
@@ -93,20 +97,23 @@ def test_bad_input_is_one_line_and_exit_code_2(run, arguments, parts):
 
 def test_an_unknown_option_exits_with_2(run):
     code, _, err = run("bench", "--no-such-option")
-    assert code == 2 and "--no-such-option" in err
+    assert code == 2
+    assert "--no-such-option" in err
 
 
 def test_bench_runs_a_small_case(run, tmp_path):
     target = tmp_path / "bench.json"
     shape = ["--shape", "48x32", "--tokens", 16, "--rank", 4, "--dtype", "float32", "--dtype", "bfloat16"]
     code, out, _ = run("bench", *shape, "--device", "cpu", "--repeats", 2, "--json", target)
-    assert code == 0 and "48→32 M=16 r=4 p=0.1 bfloat16" in out
+    assert code == 0
+    assert "48→32 M=16 r=4 p=0.1 bfloat16" in out
     found = json.loads(target.read_text())
     assert {(row["dtype"], row["variant"]) for row in found["rows"]} >= {
         ("float32", "lora_kernels"),
         ("bfloat16", "lora_kernels, fp32 adapters"),
     }
-    assert found["header"]["packages"]["torch"] and found["failures"] == []
+    assert found["header"]["packages"]["torch"]
+    assert found["failures"] == []
 
 
 def test_bench_exits_with_1_when_a_result_is_wrong(run, monkeypatch):
@@ -115,10 +122,12 @@ def test_bench_exits_with_1_when_a_result_is_wrong(run, monkeypatch):
     real = accuracy_gate.lora_linear
     monkeypatch.setattr(accuracy_gate, "lora_linear", lambda *args, **kwargs: 1.01 * real(*args, **kwargs))
     code, out, _ = run("bench", "--shape", "48x32", "--tokens", 16, "--rank", 4, "--device", "cpu", "--repeats", 1)
-    assert code == 1 and "no times reported" in out
+    assert code == 1
+    assert "no times reported" in out
 
 
 @pytest.mark.parametrize("command", ["demo", "bench", "report", "memory"])
 def test_help_names_the_json_option(run, command):
     code, out, _ = run(command, "--help")
-    assert code == 0 and "--json" in out
+    assert code == 0
+    assert "--json" in out

@@ -42,9 +42,7 @@ def python_philox(counter, key, rounds=7):
 def python_keep(row, column, p, seed, offset=0):
     """The specification, word by word."""
     unsigned = seed % (1 << 64)
-    words = python_philox(
-        (column // 8, row, offset & 0xFFFFFFFF, offset >> 32), (unsigned & 0xFFFFFFFF, unsigned >> 32)
-    )
+    words = python_philox((column // 8, row, offset & 0xFFFFFFFF, offset >> 32), (unsigned & 0xFFFFFFFF, unsigned >> 32))
     word, half = divmod(column % 8, 2)
     return (words[word] >> (16 * half) & 0xFFFF) >= round(p * 65536)
 

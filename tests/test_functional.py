@@ -142,7 +142,9 @@ def test_a_cpu_without_16_bit_instructions(dtype, monkeypatch):
 
 
 def test_several_chunks_of_rows(monkeypatch, device):
-    monkeypatch.setattr("lora_kernels.reference.row_chunks", lambda M, width, device: [slice(i, min(i + 7, M)) for i in range(0, M, 7)])
+    monkeypatch.setattr(
+        "lora_kernels.reference.row_chunks", lambda M, width, device: [slice(i, min(i + 7, M)) for i in range(0, M, 7)]
+    )
     check(Case(M=40, p=0.2, dtype=torch.bfloat16, device=device))
 
 
@@ -339,7 +341,11 @@ def test_second_derivative_is_an_error(device):
         ({"x": "x"}, TypeError, "x: got str, expected a torch.Tensor"),
         ({"x": torch.ones(3, 5)}, ValueError, r"x: got shape \(3, 5\), expected \[\.\.\., 4\]"),
         ({"x": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "x: got dtype torch.int64"),
-        ({"x": torch.ones(3, 4).double()}, TypeError, r"x: got dtype torch.float64, expected torch.float32 as weight; use x.to"),
+        (
+            {"x": torch.ones(3, 4).double()},
+            TypeError,
+            r"x: got dtype torch.float64, expected torch.float32 as weight; use x.to",
+        ),
         ({"weight": torch.ones(4)}, ValueError, r"weight: got shape \(4,\), expected two dimensions \[N, K\]"),
         ({"lora_A": torch.ones(4, 2)}, ValueError, r"lora_A: got shape \(4, 2\), expected \(4, 4\)"),
         ({"lora_A": torch.ones(0, 4)}, ValueError, "lora_A: got rank 0"),

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-WORDS = "the frozen layer keeps its weight while a small adapter learns what the text says about rank and scale".split()
+SENTENCE = "the frozen layer keeps its weight while a small adapter learns what the text says about rank and scale"
+WORDS = SENTENCE.split()
 TEXT = " ".join(WORDS[i * i % len(WORDS)] + WORDS[i % 7] for i in range(1500))
 
 

