@@ -51,7 +51,7 @@ def test_a_named_backend_is_used_or_raises(fussy):
     with use_backend("triton"):
         compute()
         assert len(fussy.calls) == 1
-        with pytest.raises(RuntimeError, match="backend 'triton' was requested but cannot.*9 features are not a multiple of 8"):
+        with pytest.raises(RuntimeError, match=r"'triton' was requested but cannot.*9 features are not a multiple of 8"):
             lora_linear(torch.ones(2, 9), torch.ones(3, 9), torch.ones(1, 9), torch.ones(3, 1))
 
 

