@@ -84,8 +84,9 @@ class Settings:
 
 
 def run(settings: Settings, output: Output) -> dict[str, Any]:
-    """The whole command; returns what its JSON holds. Raises CommandError for bad input, RuntimeError for a lossy
-    round trip of the adapter.
+    """The whole command; returns what its JSON holds.
+
+    Raises CommandError for bad input, RuntimeError for a lossy round trip of the adapter.
     """
     settings.check()
     require("demo", "transformers", "peft", "safetensors", "matplotlib")
