@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.environment import environment
+from lora_kernels.commands.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG_TAIL = 4000  # characters of each stage's log that are kept: the summary of a test run, or a traceback

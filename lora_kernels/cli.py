@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import CommandError, Output, format_bytes
+from .commands.console import CommandError, Output, format_bytes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,7 +59,7 @@ def demo(
     json_file: Json = None,
 ) -> None:
     """Fine-tune a small language model on real text, beside PEFT, and read the adapter back bit for bit."""
-    from .demo import Settings, run
+    from .commands.demo import Settings, run
 
     settings = Settings(
         model=model,
@@ -92,8 +92,8 @@ def bench(
     json_file: Json = None,
 ) -> None:
     """Time forward + backward of one LoRA layer beside the bare linear and PEFT; exit 1 if a result is wrong."""
-    from . import benchmark
-    from .memory import parse_shapes
+    from .commands import benchmark
+    from .commands.memory import parse_shapes
 
     out = Output(json_file)
     on = _device(device)
@@ -122,7 +122,7 @@ def report(json_file: Json = None) -> None:
     import torch
 
     from .backends import backend_report
-    from .environment import environment
+    from .commands.environment import environment
 
     out = Output(json_file)
     found: dict[str, Any] = environment()
@@ -155,7 +155,7 @@ def memory(
     json_file: Json = None,
 ) -> None:
     """Count the bytes of LoRA training beside full fine-tuning, for a model or for shapes."""
-    from . import memory as count
+    from .commands import memory as count
     from .config import LoRAConfig
 
     out = Output(json_file)
@@ -186,7 +186,7 @@ def _device(name: str | None) -> Any:
 
 
 def _dtype(name: str) -> Any:
-    from .benchmark import DTYPES
+    from .commands.benchmark import DTYPES
 
     if name not in DTYPES:
         raise CommandError(f"--dtype: got {name!r}, expected one of {', '.join(DTYPES)}")

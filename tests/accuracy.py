@@ -1,6 +1,7 @@
-"""The one tolerance rule: err(tested) <= 1.5 · err(PyTorch at that dtype) + tiny, for each output and gradient apart.
+"""Cases of lora_linear for the one tolerance rule, which lora_kernels/commands/accuracy_gate.py states.
 
-err is ‖· − truth‖ / ‖truth‖, and also the largest element error over the largest magnitude; truth is float64 on the CPU.
+err(tested) <= 1.5 · err(PyTorch at that dtype) + tiny, for each output and gradient apart; err is ‖· − truth‖ / ‖truth‖, and
+also the largest element error over the largest magnitude; truth is float64 on the CPU.
 """
 
 from collections.abc import Callable
@@ -11,17 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import dropout_mask, lora_linear
+from lora_kernels.commands.accuracy_gate import errors, violations
 from lora_kernels.dropout import keep_scale
 
-MARGIN = 1.5
-# tiny, in epsilons of the dtype, by norm and for the largest element. Where there is little to average over, two sound orders
-# of summation differ by this much, and the largest element of a 16-bit result may have been rounded once more.
-TINY = {
-    torch.bfloat16: (1 / 16, 1 / 4),
-    torch.float16: (1 / 16, 1 / 4),
-    torch.float32: (2, 2),
-    torch.float64: (64, 64),
-}
+__all__ = ["Case", "check", "errors", "ours", "pytorch", "run", "truth", "violations"]
 NAMES = ("x", "W", "A", "B", "c")
 
 
@@ -109,29 +103,6 @@ def truth(case: Case, tensors: dict[str, Tensor]) -> Outputs:
     exact = replace(case, autocast=None, device=torch.device("cpu"), scaling=float(case.scaling))
     wide = {name: t.detach().cpu().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
     return pytorch(exact, wide)
-
-
-def errors(value: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Relative error by norm, and by the largest element; absolute where the truth is zero."""
-    difference = value.detach().cpu().double() - exact
-    if not exact.numel():
-        return 0.0, 0.0
-    norm, largest = exact.norm().item() or 1.0, exact.abs().max().item() or 1.0
-    return difference.norm().item() / norm, difference.abs().max().item() / largest
-
-
-def violations(tested: Outputs, plain: Outputs, exact: Outputs, dtype: torch.dtype) -> list[str]:
-    """What breaks the rule, a line each."""
-    lines = []
-    for name, value in exact.items():
-        if tested[name].shape != value.shape:
-            lines.append(f"{name}: got shape {tuple(tested[name].shape)}, expected {tuple(value.shape)}")
-            continue
-        pairs = zip(("norm", "max"), errors(tested[name], value), errors(plain[name], value), TINY[dtype], strict=True)
-        for kind, error, reference, tiny in pairs:
-            if not error <= MARGIN * reference + tiny * torch.finfo(dtype).eps:  # NaN breaks it too
-                lines.append(f"{name}: {kind} error {error:.3g}, PyTorch's is {reference:.3g}")
-    return lines
 
 
 def check(case: Case) -> None:

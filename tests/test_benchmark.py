@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lora_kernels import accuracy_gate, benchmark
-from lora_kernels.accuracy_gate import Problem, gate
-from lora_kernels.benchmark import BARE, OURS, OURS_FP32, PEFT, PEFT_FP32, Case, choose_suite, measure_case
-from lora_kernels.console import CommandError, Output
+from lora_kernels.commands import accuracy_gate, benchmark
+from lora_kernels.commands.accuracy_gate import Problem, gate
+from lora_kernels.commands.benchmark import BARE, OURS, OURS_FP32, PEFT, PEFT_FP32, Case, choose_suite, measure_case
+from lora_kernels.commands.console import CommandError, Output
 from lora_kernels.dropout import dropout_mask
 
 CPU = torch.device("cpu")

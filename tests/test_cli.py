@@ -117,7 +117,7 @@ def test_bench_runs_a_small_case(run, tmp_path):
 
 
 def test_bench_exits_with_1_when_a_result_is_wrong(run, monkeypatch):
-    from lora_kernels import accuracy_gate
+    from lora_kernels.commands import accuracy_gate
 
     real = accuracy_gate.lora_linear
     monkeypatch.setattr(accuracy_gate, "lora_linear", lambda *args, **kwargs: 1.01 * real(*args, **kwargs))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels.measure import interleaved, peak_bytes, saved_bytes, summarize
+from lora_kernels.commands.measure import interleaved, peak_bytes, saved_bytes, summarize
 
 
 def test_saved_bytes_counts_an_intermediate_once_however_often_it_is_saved():

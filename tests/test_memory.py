@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from lora_kernels.commands.console import CommandError, Output
+from lora_kernels.commands.measure import saved_bytes
+from lora_kernels.commands.memory import Layers, check_rank, footprints, group_layers, parse_shapes, run
 from lora_kernels.config import LoRAConfig
-from lora_kernels.console import CommandError, Output
-from lora_kernels.measure import saved_bytes
-from lora_kernels.memory import Layers, check_rank, footprints, group_layers, parse_shapes, run
 from lora_kernels.surgery import add_lora, lora_parameters
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import LoRAConfig
+from ..config import LoRAConfig
+from ..modules import LoRALinear
+from ..surgery import add_lora
 from .console import CommandError, Output, format_bytes
-from .modules import LoRALinear
 from .pretrained import meta_model
-from .surgery import add_lora
 
 SEED_BYTES = 8
 ADAMW_MOMENTS = 2

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends import backend_report
+from ..modules import LoRALinear
 from .accuracy_gate import Problem, gate, truth
-from .backends import backend_report
 from .console import CommandError, Output, format_bytes
 from .environment import environment
 from .measure import Timing, interleaved, peak_bytes, saved_bytes
-from .modules import LoRALinear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BARE, PEFT = "bare frozen linear", "PEFT eager"

@@ -1,4 +1,4 @@
-"""The correctness gate of the benchmark: no speed is reported for a result that is wrong.
+"""The one tolerance rule, and the benchmark's gate that applies it: no speed is reported for a wrong result.
 
 Truth is float64 on the CPU. Every output and gradient must satisfy err <= 1.5 · err(plain PyTorch at that dtype)
 + tiny, both for ‖· − truth‖ / ‖truth‖ and for the largest element error over the largest magnitude.
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dropout import dropout_mask, keep_scale
-from .functional import lora_linear
+from ..dropout import dropout_mask, keep_scale
+from ..functional import lora_linear
 
 MARGIN = 1.5
 # tiny, in epsilons of the output's dtype, by norm and for the largest element: the values of the test suite's rule.
@@ -75,15 +75,21 @@ def gate(problem: Problem, seed: int, exact: dict[str, Tensor] | None = None) ->
     y = lora_linear(x, W, A, B, scaling=problem.lora_alpha_over_r, dropout_p=problem.p, seed=seed)
     tested = _outputs(y, (x, A, B), problem.dy, rows)
     plain = _outputs(_plain_forward(problem, A, B, _keep(problem, seed)), (x, A, B), problem.dy, rows)
-    reasons = []
+    return violations(tested, plain, exact, problem.x.dtype)
+
+
+def violations(tested: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
+    """What in `tested` breaks the rule, a line each: against the float64 `exact` and plain PyTorch at `dtype`."""
+    lines = []
     for name, value in exact.items():
-        dtype = tested[name].dtype
+        if tested[name].shape != value.shape:
+            lines.append(f"{name}: got shape {tuple(tested[name].shape)}, expected {tuple(value.shape)}")
+            continue
         pairs = zip(("norm", "max"), errors(tested[name], value), errors(plain[name], value), TINY[dtype], strict=True)
         for kind, error, reference, tiny in pairs:
-            bound = MARGIN * reference + tiny * torch.finfo(dtype).eps
-            if not error <= bound:  # NaN fails too
-                reasons.append(f"{name}: {kind} error {error:.3g}, expected at most {bound:.3g}")
-    return reasons
+            if not error <= MARGIN * reference + tiny * torch.finfo(dtype).eps:  # NaN breaks it too
+                lines.append(f"{name}: {kind} error {error:.3g}, PyTorch's is {reference:.3g}")
+    return lines
 
 
 def truth(problem: Problem, seed: int) -> dict[str, Tensor]:
@@ -115,7 +121,9 @@ def _keep(problem: Problem, seed: int) -> Tensor:
 
 def errors(value: Tensor, exact: Tensor) -> tuple[float, float]:
     """(‖value − exact‖ / ‖exact‖, max |value − exact| / max |exact|); the absolute error where `exact` is zero."""
-    difference = value.cpu().double() - exact
+    if not exact.numel():
+        return 0.0, 0.0
+    difference = value.detach().cpu().double() - exact
     norm, largest = exact.norm().item() or 1.0, exact.abs().max().item() or 1.0
     return difference.norm().item() / norm, difference.abs().max().item() / largest
 

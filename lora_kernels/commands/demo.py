@@ -19,14 +19,14 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from ..config import LoRAConfig
+from ..surgery import add_lora, load_lora_state_dict, lora_parameters, lora_state_dict
 from . import pretrained
-from .config import LoRAConfig
 from .console import CommandError, Output, require
 from .corpus import Corpus, read_text, split
 from .demo_report import OURS, PEFT, plot, print_summary
 from .measure import interleaved, saved_bytes
 from .memory import check_rank, group_layers
-from .surgery import add_lora, load_lora_state_dict, lora_parameters, lora_state_dict
 
 CPU_TOKENS, GPU_TOKENS = 256, 4096  # of one step
 MIN_WINDOW, MAX_WINDOW = 16, 512  # tokens of one sequence; four a step where that fits: one alone is a noisy loss

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from .. import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "bitsandbytes")
 CPU_CAPABILITIES = ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_fp16")
