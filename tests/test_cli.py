@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lora_kernels import __version__, cli
+from lora_kernels.commands import environment
 
 
 @pytest.fixture
@@ -47,6 +49,15 @@ def test_importing_the_command_line_stays_light():
     code = f"import sys, lora_kernels.cli; print([name for name in ({heavy}) if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout == "[]\n", result.stderr
+
+
+def test_the_commit_is_that_of_the_checkout():
+    root = Path(cli.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        pytest.skip("the package does not run from a checkout")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10).stdout.strip()
+    assert head
+    assert head.startswith(environment.commit().removesuffix("-dirty"))
 
 
 def test_report_gives_every_backend_a_reason(run):

@@ -11,6 +11,7 @@ import torch
 from .. import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "bitsandbytes")
+CHECKOUT = Path(__file__).resolve().parents[2]  # the folder that holds lora_kernels/
 CPU_CAPABILITIES = ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_fp16")
 
 
@@ -38,11 +39,10 @@ def package_version(name: str) -> str | None:
 def commit() -> str | None:
     """`git describe` of the checkout that this package runs from, "-dirty" if changed; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    folder = Path(__file__).resolve().parent
-    if not (folder.parent / ".git").exists():  # installed: a repository around site-packages is not ours
+    if not (CHECKOUT / ".git").exists():  # installed: a repository around site-packages is not ours
         return None
     try:
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+        result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None
