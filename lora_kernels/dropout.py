@@ -103,24 +103,35 @@ class KeepRows:
         self.column = torch.arange(-(-K // LANES), device=seed.device)
         self.offset_low = torch.full((), offset & _LOW, device=seed.device)
         self.offset_high = torch.full((), offset >> 32, device=seed.device)
-        self.scratch: Tensor | None = None
+        self.scratch = self.words = self.keep = seed.new_empty(0)
 
     def __call__(self, rows: slice) -> Tensor:
-        M = rows.stop - rows.start
-        if self.scratch is None or self.scratch.shape[1] < M:
-            self.scratch = self.seed.new_empty(6, M, len(self.column))
-            self.words = self.seed.new_empty(M, len(self.column), 4, dtype=torch.int32)
+        M, step = rows.stop - rows.start, self._rows_at_a_time(rows.stop - rows.start)
+        if len(self.keep) < M:
+            self.scratch = self.seed.new_empty(6, step, len(self.column))
+            self.words = self.seed.new_empty(step, len(self.column), 4, dtype=torch.int32)
             self.keep = self.seed.new_empty(M, self.K, dtype=self.dtype)
-        row = torch.arange(rows.start, rows.stop, device=self.seed.device)[:, None]
-        words, keep = self.words[:M], self.keep[:M]
-        counter = (self.column, row, self.offset_low, self.offset_high)
-        for i, word in enumerate(philox(counter, self.seed, self.scratch[:, :M])):
-            words[..., i] = word  # its low half
         if self.threshold == LANE_RANGE:  # the one threshold that int16 cannot hold
-            return keep.zero_()
+            return self.keep[:M].zero_()
+        for part in slices(M, step):
+            self._fill(self.keep[part], rows.start + part.start)
+        return self.keep[:M]
+
+    def _rows_at_a_time(self, M: int) -> int:
+        """On a CPU, 2^15 Philox blocks at the most: their work stays in cache, and PyTorch keeps operations of that size on one
+        thread. Each of a hundred small operations would else wait for all threads, seconds in all where a core is busy.
+        """
+        return max(1, min(M, (1 << 15) // max(1, len(self.column))) if self.seed.device.type == "cpu" else M)
+
+    def _fill(self, keep: Tensor, first_row: int) -> None:
+        row = torch.arange(first_row, first_row + len(keep), device=self.seed.device)[:, None]
+        words = self.words[: len(keep)]
+        counter = (self.column, row, self.offset_low, self.offset_high)
+        for i, word in enumerate(philox(counter, self.seed, self.scratch[:, : len(keep)])):
+            words[..., i] = word  # its low half
         words.bitwise_xor_(-0x7FFF8000)  # flips bits 15 and 31: signed 16-bit lanes then compare as unsigned ones
         lanes = words.view(torch.int16).flatten(1)[:, : self.K]
-        return torch.ge(lanes, self.threshold - LANE_RANGE // 2, out=keep)
+        torch.ge(lanes, self.threshold - LANE_RANGE // 2, out=keep)
 
 
 def dropout_mask(
