@@ -50,7 +50,7 @@ def demo(
     rank: Rank = 8,
     alpha: Annotated[float, typer.Option(help="lora_alpha; the adapter is scaled by alpha / rank.")] = 16.0,
     dropout: Annotated[float, typer.Option(help="Dropout probability of the adapters' input.")] = 0.1,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 60,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 40,
     tokens_per_step: Annotated[
         int | None, typer.Option(help="Tokens of one step; default: 256 on a CPU, 4096 on a GPU.")
     ] = None,

@@ -103,19 +103,22 @@ class KeepRows:
         self.column = torch.arange(-(-K // LANES), device=seed.device)
         self.offset_low = torch.full((), offset & _LOW, device=seed.device)
         self.offset_high = torch.full((), offset >> 32, device=seed.device)
-        self.scratch = self.words = self.keep = seed.new_empty(0)
+        self._allocate(0, 0)
 
     def __call__(self, rows: slice) -> Tensor:
         M, step = rows.stop - rows.start, self._rows_at_a_time(rows.stop - rows.start)
         if len(self.keep) < M:
-            self.scratch = self.seed.new_empty(6, step, len(self.column))
-            self.words = self.seed.new_empty(step, len(self.column), 4, dtype=torch.int32)
-            self.keep = self.seed.new_empty(M, self.K, dtype=self.dtype)
+            self._allocate(M, step)
         if self.threshold == LANE_RANGE:  # the one threshold that int16 cannot hold
             return self.keep[:M].zero_()
         for part in slices(M, step):
             self._fill(self.keep[part], rows.start + part.start)
         return self.keep[:M]
+
+    def _allocate(self, M: int, step: int) -> None:
+        self.keep = self.seed.new_empty(M, self.K, dtype=self.dtype)
+        self.scratch = self.seed.new_empty(6, step, len(self.column))
+        self.words = self.seed.new_empty(step, len(self.column), 4, dtype=torch.int32)
 
     def _rows_at_a_time(self, M: int) -> int:
         """On a CPU, 2^15 Philox blocks at the most: their work stays in cache, and PyTorch keeps operations of that size on one

@@ -31,9 +31,9 @@ from .memory import check_rank, group_layers
 CPU_TOKENS, GPU_TOKENS = 256, 4096  # of one step
 MIN_WINDOW, MAX_WINDOW = 16, 512  # tokens of one sequence; four a step where that fits: one alone is a noisy loss
 HELD_OUT_BATCH = 4  # windows
-EVALUATIONS = 6  # of the held-out loss during training
+EVALUATIONS = 4  # of the held-out loss during training
 PROMPT_TOKENS, SAMPLE_TOKENS = 16, 40
-TIMED_STEPS = 5
+TIMED_STEPS = 3
 
 
 @dataclass(frozen=True)
