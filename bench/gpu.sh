@@ -20,6 +20,7 @@ case "${1:-}" in
 esac
 
 export PYTHONPATH=. PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 stages="$work/stages.tsv"
@@ -40,29 +41,29 @@ stage() {
 }
 
 if [ -n "$quick" ]; then
-    test_options=(-m "not slow")
+    tests=(tests/test_dropout.py tests/test_functional.py)
     addmm_options=(--quick --repeats 10)
     bench_options=(--tokens 8192 --dropout 0.1 --shape 4096x4096 --shape 4096x14336 --repeats 10)
     limits=(35 20 40)
 else
-    test_options=()
+    tests=(tests)
     addmm_options=()
     bench_options=()
     limits=(210 80 200)
 fi
 
 workers=()
-if python -c 'import xdist' 2>/dev/null; then
+if "$python" -c 'import xdist' 2>/dev/null; then
     workers=(-n 4) # they share one GPU: more only queue on it
 fi
 
 stage nvidia-smi 10 nvidia-smi
 stage tests "${limits[0]}" env LORA_KERNELS_TEST_DEVICE=cuda \
-    python -m pytest tests -q -x -p no:cacheprovider "${workers[@]}" "${test_options[@]}"
-stage addmm_beta "${limits[1]}" python bench/addmm_beta.py --json "$work/addmm_beta.json" "${addmm_options[@]}"
-stage bench "${limits[2]}" python -m lora_kernels bench --suite llama --json "$work/bench.json" "${bench_options[@]}"
+    "$python" -m pytest "${tests[@]}" -q -x -p no:cacheprovider "${workers[@]}"
+stage addmm_beta "${limits[1]}" "$python" bench/addmm_beta.py --json "$work/addmm_beta.json" "${addmm_options[@]}"
+stage bench "${limits[2]}" "$python" -m lora_kernels bench --suite llama --json "$work/bench.json" "${bench_options[@]}"
 
-stage collect 10 python bench/collect.py "$work"
+stage collect 10 "$python" bench/collect.py "$work"
 
 echo
 column -t -s "$(printf '\t')" "$stages"
