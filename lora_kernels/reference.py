@@ -44,7 +44,7 @@ def lora_forward(
     keep = KeepRows(K, p, seed, dtype=work) if p > 0 else None
     for rows in row_chunks(M, max(K, N), x.device):
         xw = x[rows].to(work)
-        h[rows] = ((xw if keep is None else xw * keep(rows)) @ Aw.T).mul_(scale)  # 1
+        h[rows] = ((xw if keep is None else keep(rows).mul_(xw)) @ Aw.T).mul_(scale)  # 1
         set_product(y[rows], h[rows].to(work) * s, Bw.T, cw)
     return add_product(y, x, W.T).to(x.dtype), h  # 2
 
@@ -83,13 +83,13 @@ def lora_backward(
             continue
         g = (dyw @ Bw) * s * keep_scale(p)  # 3, with the factor that 4 and 5 share
         mask = None if keep is None else keep(rows)
-        if needs.dA:
-            xw = x[rows].to(work)
-            dA = total(dA, g.T @ (xw if mask is None else xw * mask))  # 5
         if needs.dx:
             dx_rows = set_product(dx[rows], g, Aw)
             if mask is not None:
                 dx_rows.mul_(mask)
+        if needs.dA:
+            xw = x[rows].to(work)
+            dA = total(dA, g.T @ (xw if mask is None else mask.mul_(xw)))  # 5
     if needs.dx:
         dx = add_product(dx, dy, W).to(dy.dtype)  # 4
     return dx, None if dA is None else dA.to(B.dtype), None if dB is None else dB.to(h.dtype).contiguous(), dc
