@@ -1,0 +1,122 @@
+"""Which tile and which dataflow a call gets: frozen tables, legality stated once, and the record of what did not compile.
+
+Nothing here is measured yet. Tiles come from offline compilation (tests/triton_kernels.json: registers, spills, shared memory);
+a device or shape without a measurement gets the prefill dataflow.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program's tile [rows, columns] and how it is compiled."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+
+
+class Gpu(NamedTuple):
+    capability: tuple[int, int]
+    processors: int
+
+
+INTERPRETED = Gpu((8, 0), 4)  # few processors, so that small tests split their reductions as large calls do
+MAX_RANK = 64  # wider adapters are ordinary matrix products: the vendor's
+
+# ---- tiles: rows × (columns of x or dy); each entry ends with tiles small enough for any GPU ----
+
+SUM = Tile(rows=16, columns=256, warps=4)  # 16 partial sums × 256 outputs
+ELEMENTWISE = Tile(rows=16, columns=256, warps=4)
+
+_TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
+    # kernel, arithmetic: "16" one 16-bit type, "mixed" 16-bit activations and float32 adapters, "32" float32
+    ("project", "16"): (Tile(64, 128, 8, 4), Tile(32, 64, 4, 2)),
+    ("project", "mixed"): (Tile(64, 128, 8, 3), Tile(32, 32, 4, 2)),
+    ("project", "32"): (Tile(32, 64, 8, 3), Tile(32, 32, 4, 2)),
+    ("prefill", "16"): (Tile(64, 128, 8), Tile(32, 64, 4)),
+    ("prefill", "mixed"): (Tile(64, 128, 8), Tile(32, 64, 4)),
+    ("prefill", "32"): (Tile(64, 128, 8), Tile(32, 64, 4)),
+    ("grad_dy", "16"): (Tile(64, 256, 8, 3), Tile(32, 64, 4, 2)),
+    ("grad_dy", "mixed"): (Tile(64, 128, 8, 3), Tile(32, 64, 4, 2)),
+    ("grad_dy", "32"): (Tile(32, 64, 8, 2), Tile(32, 32, 4, 2)),
+    ("grad_x", "16"): (Tile(64, 128, 8, 3), Tile(32, 64, 4, 2)),
+    ("grad_x", "mixed"): (Tile(64, 128, 8, 3), Tile(32, 64, 4, 2)),
+    ("grad_x", "32"): (Tile(32, 64, 8, 2), Tile(32, 32, 4, 2)),
+}
+
+
+def arithmetic(activations: torch.dtype, adapters: torch.dtype) -> str:
+    """The class of a dtype pair in the tables."""
+    if activations == torch.float32:
+        return "32"
+    return "16" if activations == adapters else "mixed"
+
+
+def precision(activations: torch.dtype) -> str:
+    """`tl.dot`'s input precision for float32 operands: PyTorch's own rule for TF32 over float32 activations.
+
+    Over 16-bit activations float32 adapters lose nothing to speed: three TF32 products carry 22 bits.
+    """
+    if activations != torch.float32:
+        return "tf32x3"
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+def padded_rank(R: int) -> int:
+    """The rank as a tile dimension: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(R))
+
+
+def splits(width: int, tile: int, programs: int, wanted: int) -> tuple[int, int]:
+    """(parts, part width) that cut `width` into whole tiles so that `programs` × parts comes near `wanted`."""
+    tiles = triton.cdiv(width, tile)
+    per_part = triton.cdiv(tiles, max(1, min(tiles, wanted // max(1, programs))))
+    return triton.cdiv(tiles, per_part), per_part * tile
+
+
+@functools.cache
+def gpu(device: torch.device) -> Gpu:
+    if device.type != "cuda":
+        return INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu((properties.major, properties.minor), properties.multi_processor_count)
+
+
+# ---- what did not compile on this machine's GPUs ----
+
+COMPILE_ERRORS = (OutOfResources, PTXASError, CompilationError)
+rejected: dict[tuple[tuple[int, int], str, str, Tile], str] = {}  # capability, kernel, arithmetic, tile: the reason
+broken: dict[tuple[int, int], str] = {}  # GPUs on which some kernel has no tile left
+
+
+class NothingCompiles(RuntimeError):
+    """No tile of a kernel compiles on this GPU."""
+
+
+def first_that_compiles(kernel: str, kind: str, device: torch.device, run: Callable[[Tile], T]) -> T:
+    """run(tile) with the first tile of `kernel` that compiles on this device; refusals are remembered with their reason."""
+    capability = gpu(device).capability
+    for tile in _TILES[kernel, kind]:
+        key = (capability, kernel, kind, tile)
+        if key in rejected:
+            continue
+        try:
+            return run(tile)
+        except COMPILE_ERRORS as error:
+            rejected[key] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+    raise NothingCompiles(f"kernel {kernel!r} ({kind}) does not compile for sm_{capability[0]}{capability[1]}")
