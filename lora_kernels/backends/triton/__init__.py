@@ -1,4 +1,4 @@
-"""The contract in Triton, for NVIDIA GPUs: one pass over x forward, one over dy and one over x backward, a mask never stored.
+"""The contract in Triton, for NVIDIA GPUs: one pass over x forward, one over dy and one over x backward.
 
 forward.py    h, and y0 = s·h·Bᵀ + c, to which the vendor's matrix product adds x·Wᵀ in place
 backward.py   g, dB, dc; dA, and dx0 = undrop(g·A), to which dy·W is added in place

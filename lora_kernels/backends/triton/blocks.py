@@ -1,4 +1,4 @@
-"""What every kernel shares: tiles of row-major matrices, the dot product of any two dtypes, ordered sums of partial results."""
+"""What every kernel shares: tiles of row-major matrices, dot products of two dtypes, ordered sums of partial sums."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from .tuning import SUM
 
 @triton.jit
 def load_tile(p, o_row, o_column, stride, rows, columns):
-    """p[o_row, o_column] of a row-major [rows, columns], 0 outside; 64-bit row offsets: matrices may exceed 2^31 elements."""
+    """p[o_row, o_column] of a row-major [rows, columns], 0 outside; 64-bit row offsets reach beyond 2^31 elements."""
     inside = (o_row < rows)[:, None] & (o_column < columns)[None, :]
     return tl.load(p + o_row.to(tl.int64)[:, None] * stride + o_column[None, :], mask=inside, other=0.0)
 
@@ -36,9 +36,9 @@ def scalar(s):
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b in float32, for activations `a` and adapters `b` of any two dtypes.
 
-    float32 adapters over bfloat16 activations: b is cut exactly into three bfloat16 parts (3·8 = 24 bits), so the activations
-    are multiplied as they lie. The parts are summed apart from `acc`, because tensor cores truncate: accumulating a whole
-    contraction inside them biases a float32 sum, one tile's worth does not. Other pairs meet in float32.
+    float32 adapters over bfloat16 activations: b is cut exactly into three bfloat16 parts (3·8 = 24 bits), so that the
+    activations are multiplied as they lie. The parts are summed apart from `acc`: tensor cores truncate, so a whole
+    contraction accumulated inside them would bias a float32 sum; that of one tile does not. Others meet in float32.
     """
     if a.dtype == b.dtype:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -83,7 +83,7 @@ def sum_kernel(
 
 
 def new_parts(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for `count` partial results: float32, or the result's own dtype where there is only one, which is the result."""
+    """Room for `count` partial results in float32; where there is only one, it is the result, in the result's dtype."""
     return torch.empty(count, *shape, dtype=dtype if count == 1 else torch.float32, device=device)
 
 

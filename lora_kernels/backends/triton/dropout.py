@@ -1,4 +1,4 @@
-"""keep(seed, row, column) of lora_kernels.dropout inside Triton kernels: the same bits for any tile whose columns start at a multiple of 8."""
+"""keep(seed, row, column) of lora_kernels.dropout inside Triton kernels: the same bits in any tiling."""
 
 import torch
 import triton
@@ -15,11 +15,11 @@ _ROUNDS, _LANES = tl.constexpr(PHILOX_ROUNDS), tl.constexpr(LANES)
 
 @triton.jit
 def keep_tile(seed, edge, o_row, column, COLUMNS: tl.constexpr):
-    """keep(seed, row, column) as bool[rows, COLUMNS] for rows o_row[rows] and columns column … column + COLUMNS - 1.
+    """keep(seed, row, column) as bool[rows, COLUMNS], for COLUMNS columns from `column`, a multiple of 8.
 
-    A Philox block decides eight columns. Counter words stay a row or a column until a round mixes them, so the first two
-    rounds are almost free. A lane is compared where it lies, shifted to the top of its word: lane >= threshold is the same as
-    lane·2^16 > threshold·2^16 - 1 = edge, and for the high lane the low bits change nothing, so it needs no shift.
+    A Philox block decides eight columns. Counter words stay a row or a column until a round mixes them, so two rounds
+    are almost free. Lanes are compared at the top of their word: lane >= threshold is the same as lane·2^16 > edge, with
+    edge = threshold·2^16 - 1, and the high lane lies there already (the low bits below it change nothing).
     """
     edge = edge.to(tl.uint32, bitcast=True)
     block = (tl.arange(0, COLUMNS // _LANES) + column // _LANES).to(tl.uint32)[None, :]

@@ -1,7 +1,7 @@
-"""Which tile and which dataflow a call gets: frozen tables, legality stated once, and the record of what did not compile.
+"""Which tile and which dataflow a call gets: frozen tables, legality stated once, and what did not compile.
 
-Nothing here is measured yet. Tiles come from offline compilation (tests/triton_kernels.json: registers, spills, shared memory);
-a device or shape without a measurement gets the prefill dataflow.
+Nothing here is measured yet. Tiles come from offline compilation (kernels.json: registers, spills, shared memory).
+A device or shape without a measurement gets the prefill dataflow.
 """
 
 import functools
@@ -11,7 +11,6 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import triton
-from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -109,7 +108,7 @@ class NothingCompiles(RuntimeError):
 
 
 def first_that_compiles(kernel: str, kind: str, device: torch.device, run: Callable[[Tile], T]) -> T:
-    """run(tile) with the first tile of `kernel` that compiles on this device; refusals are remembered with their reason."""
+    """run(tile) with the first tile of `kernel` that compiles on this device; refusals are kept with their reason."""
     capability = gpu(device).capability
     for tile in _TILES[kernel, kind]:
         key = (capability, kernel, kind, tile)

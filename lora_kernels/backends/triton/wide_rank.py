@@ -1,13 +1,13 @@
-"""The same equations for ranks above MAX_RANK, whose adapters are ordinary matrix products: the vendor's, over drop(x).
+"""The same equations for ranks above MAX_RANK, whose adapters are ordinary matrix products over drop(x): the vendor's.
 
-Rows are taken in chunks, in which x is dropped (and widened, where the adapters are wider): no copy of all of it exists.
+Rows are taken in chunks, in which x is dropped (and widened, where the adapters are wider): it is never copied whole.
 """
 
 import torch
 from torch import Tensor
 
 from ...dropout import row_chunks
-from ...reference import Needs, add_product, work_dtype
+from ...reference import Needs, add_product, set_product, total, work_dtype
 from .blocks import row_major
 from .dropout import drop, drops
 
@@ -21,8 +21,7 @@ def lora_forward(
     Aw, Bw, cw = (None if t is None else t.to(work) for t in (A, B, c))
     for rows in row_chunks(M, max(W.shape), x.device):
         h[rows] = _dropped(x[rows], rows, p, seed, work) @ Aw.T  # 1
-        sh = h[rows].to(work) * s
-        y[rows] = sh @ Bw.T if cw is None else torch.addmm(cw, sh, Bw.T)
+        set_product(y[rows], h[rows].to(work) * s, Bw.T, cw)
     return add_product(y, x, W.T), h  # 2
 
 
@@ -43,17 +42,15 @@ def lora_backward(
     K = W.shape[1] if needs.dx else x.shape[1] if needs.dA else 0
     x = row_major(x) if needs.dA else None
     Aw, Bw = (None if t is None else t.to(work) for t in (A, B))
-    dx = dy.new_empty(M, K) if needs.dx else None
-    dA = B.new_zeros(B.shape[1], K, dtype=torch.float32) if needs.dA else None
-    dB = h.new_zeros(N, h.shape[1], dtype=torch.float32) if needs.dB else None
+    dx, dA, dB = dy.new_empty(M, K) if needs.dx else None, None, None
     for rows in row_chunks(M, max(K, N), dy.device):
         dyw = dy[rows].to(work)
         if needs.dB:
-            dB += dyw.T @ (h[rows].to(work) * s)  # 6
+            dB = total(dB, dyw.T @ (h[rows].to(work) * s))  # 6
         if needs.dA or needs.dx:
             g = (dyw @ Bw) * s  # 3
         if needs.dA:
-            dA += g.T @ _dropped(x[rows], rows, p, seed, work)  # 5
+            dA = total(dA, g.T @ _dropped(x[rows], rows, p, seed, work))  # 5
         if needs.dx:
             dx[rows] = _dropped(g @ Aw, rows, p, seed, dx.dtype)
     if needs.dx:
