@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...reference import Needs, add_product
-from . import tuning
+from . import gemm, tuning
 from .blocks import dot, load_tile, new_parts, row_major, scalar, store_tile, sum_parts
 from .dropout import drops, edge, keep_scale, keep_tile
 from .tuning import Tile
@@ -93,7 +93,10 @@ def lora_backward(
     """Equations 3 to 6 for M > 0 and R <= MAX_RANK, as reference.lora_backward; dc is in float32."""
     dy, x, A, B = (None if t is None else row_major(t) for t in (dy, x, A, B))
     g, dB, dc = grad_dy(dy, h, B, s, needs)
-    dx, dA = grad_x(x, g, A, p, seed, needs, dy.dtype) if needs.dx or needs.dA else (None, None)
+    if needs.dx and tuning.dataflow(dy, "backward") == "fused":
+        _, dA = grad_x(x, g, A, p, seed, needs._replace(dx=False), dy.dtype)
+        return gemm.backward(dy, W, g, A, p, seed), dA, dB, dc
+    dx, dA = grad_x(x, g, A, p, seed, needs, dy.dtype)
     return add_product(dx, dy, W) if needs.dx else None, dA, dB, dc
 
 
@@ -125,7 +128,7 @@ def grad_dy(
 
 def grad_x(
     x: Tensor | None,
-    g: Tensor,
+    g: Tensor | None,
     A: Tensor | None,
     p: float,
     seed: Tensor | None,
@@ -133,6 +136,8 @@ def grad_x(
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
     """undrop(g·A) in `dtype` and dA in g's dtype, each if needed."""
+    if not (needs.dx or needs.dA):
+        return None, None
     (M, R), K = g.shape, x.shape[1] if needs.dA else A.shape[1]
     DROP, stride_x = drops(p), x.stride(0) if needs.dA else K
 

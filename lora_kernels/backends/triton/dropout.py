@@ -18,8 +18,8 @@ def keep_tile(seed, edge, o_row, column, COLUMNS: tl.constexpr):
     """keep(seed, row, column) as bool[rows, COLUMNS], for COLUMNS columns from `column`, a multiple of 8.
 
     A Philox block decides eight columns. Counter words stay a row or a column until a round mixes them, so two rounds
-    are almost free. Lanes are compared at the top of their word: lane >= threshold is the same as lane·2^16 > edge, with
-    edge = threshold·2^16 - 1, and the high lane lies there already (the low bits below it change nothing).
+    are almost free. Lanes are compared at the top of their word: lane >= threshold is lane·2^16 > edge, with edge =
+    threshold·2^16 - 1, and the high lane lies there already (the low bits below it change nothing).
     """
     edge = edge.to(tl.uint32, bitcast=True)
     block = (tl.arange(0, COLUMNS // _LANES) + column // _LANES).to(tl.uint32)[None, :]

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...reference import add_product
-from . import tuning
+from . import gemm, tuning
 from .blocks import dot, load_tile, new_parts, row_major, scalar, store_tile, sum_parts
 from .dropout import drops, edge, keep_scale, keep_tile
 from .tuning import Tile
@@ -52,6 +52,8 @@ def lora_forward(
     """Equations 1 and 2 for M > 0 and R <= MAX_RANK: y[M,N] in x's dtype, h[M,R] in A's."""
     x, A, B = row_major(x), A.contiguous(), B.contiguous()
     h = project(x, A, p, seed)
+    if tuning.dataflow(x, "forward") == "fused":
+        return gemm.forward(x, W, h, B, s, c), h
     return add_product(prefill(h, B, s, c, x.dtype), x, W.T), h
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import triton
+from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -25,6 +26,8 @@ class Tile:
     columns: int
     warps: int
     stages: int = 1
+    depth: int = 0  # of a matrix product's step
+    tma: bool = False
 
 
 class Gpu(NamedTuple):
@@ -54,7 +57,31 @@ _TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("grad_x", "16"): (Tile(64, 128, 8, 3), Tile(32, 64, 4, 2)),
     ("grad_x", "mixed"): (Tile(64, 128, 8, 3), Tile(32, 64, 4, 2)),
     ("grad_x", "32"): (Tile(32, 64, 8, 2), Tile(32, 32, 4, 2)),
+    ("fused", "pointer"): (Tile(128, 128, 8, 3, 64), Tile(64, 64, 4, 2, 32)),
+    ("fused", "tma"): (Tile(128, 256, 8, 3, 64, tma=True), Tile(128, 128, 8, 3, 64), Tile(64, 64, 4, 2, 32)),
 }
+
+# ---- prefill and the vendor's product, or one fused kernel ----
+
+TMA_GPUS = ((9, 0), (10, 0), (10, 3))
+FUSED_WINS: frozenset[tuple[tuple[int, int], str, str]] = frozenset()
+"""(capability, direction, contraction class) in which the fused kernel was measured to win; elsewhere prefill it is.
+
+What it must reach, by bytes saved: 0.94 of the vendor's speed at a contraction of 4096, 0.97 at 8192, 0.98 at 14336.
+"""
+
+
+def dataflow(a: Tensor, direction: str) -> str:
+    """ "fused" or "prefill" for the product of a[M, C], direction "forward" or "backward"."""
+    contraction = "<=4096" if a.shape[1] <= 4096 else "<=8192" if a.shape[1] <= 8192 else ">8192"
+    wins = (gpu(a.device).capability, direction, contraction) in FUSED_WINS
+    return "fused" if wins and a.dtype != torch.float32 else "prefill"
+
+
+def tma_legal(*tensors: Tensor, columns: int) -> bool:
+    """Whether tensor descriptors can describe these matrices and a fresh one of `columns`: 16-byte rows and starts."""
+    strides = [t.stride(0) * t.element_size() for t in tensors] + [columns * tensors[0].element_size()]
+    return all(stride % 16 == 0 and stride > 0 for stride in strides) and all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def arithmetic(activations: torch.dtype, adapters: torch.dtype) -> str:
