@@ -9,11 +9,6 @@ from triton_interpreter import DEVICE
 
 from lora_kernels.backends.triton import gemm, tuning
 
-SMALL = {
-    kind: (dataclasses.replace(tuning._TILES["fused", kind][0], rows=32, columns=64, depth=32),)
-    for kind in ("pointer", "tma")
-}
-
 
 @pytest.fixture(params=["pointer", "tma"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -23,8 +18,9 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setattr(tuning, "dataflow", lambda a, direction: "fused")
     if DEVICE.type == "cpu":
         monkeypatch.setattr(tuning, "TMA_GPUS", ((8, 0),) if request.param == "tma" else ())
-        for name, tiles in SMALL.items():
-            monkeypatch.setitem(tuning._TILES, ("fused", name), tiles)
+        for key, tile in tuning.TILES.items():
+            if key[0].startswith("fused"):
+                monkeypatch.setitem(tuning.TILES, key, dataclasses.replace(tile, rows=32, columns=64, depth=32))
     return request.param
 
 

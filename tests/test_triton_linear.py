@@ -137,23 +137,23 @@ def test_float64_is_refused_with_a_reason() -> None:
 
 def test_a_tile_that_does_not_compile_is_replaced_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next tile is taken; where none is left, the call goes to PyTorch, or raises if Triton was asked for."""
-    case, (best, *rest) = Case.draw(40, 48, 56, 8), tuning._TILES["project", "16"]
+    case, (best, *rest) = Case.draw(40, 48, 56, 8), tuning.tiles("project", "16", 8)
     monkeypatch.setattr(tuning, "rejected", {})
     monkeypatch.setattr(tuning, "broken", {})
     refused = {best}
     launch = tuning.first_that_compiles
 
-    def fails(kernel, kind, device, run):
+    def fails(kernel, kind, R, device, run):
         def attempt(tile):
             if kernel == "project" and tile in refused:
                 raise tuning.OutOfResources(300000, 166912, "shared memory")
             return run(tile)
 
-        return launch(kernel, kind, device, attempt)
+        return launch(kernel, kind, R, device, attempt)
 
     monkeypatch.setattr(tuning, "first_that_compiles", fails)
     case.check(case.run())
-    assert [key[3] for key in tuning.rejected] == [best] and "shared memory" in backend.notes(case.x)[0]
+    assert [key[4] for key in tuning.rejected] == [best] and "shared memory" in backend.notes(case.x)[0]
     with use_backend("triton"):
         assert "shared memory" in str(backend_report(case.x))
     refused.update(rest)

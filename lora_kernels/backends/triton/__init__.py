@@ -42,7 +42,9 @@ def why_not(x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Ten
 def notes(x: Tensor) -> list[str]:
     """What did not compile on x's GPU and was replaced by the next choice."""
     capability = tuning.gpu(x.device).capability
-    return [f"{kernel} {tile}: {reason}" for (c, kernel, _, tile), reason in tuning.rejected.items() if c == capability]
+    return [
+        f"{kernel} {tile}: {reason}" for (c, kernel, _, _, tile), reason in tuning.rejected.items() if c == capability
+    ]
 
 
 def lora_forward(

@@ -70,7 +70,7 @@ def grad_x_kernel(
                 b_x = tl.where(keep, b_x, 0.0)
             acc_dA = dot(b_x.T, b_g, acc_dA, PRECISION)
         if dx is not None:
-            b_dx = keep_scale * dot(b_g, b_A, tl.zeros([BM, BK], tl.float32), PRECISION)
+            b_dx = (keep_scale * dot(b_g, b_A, tl.zeros([BM, BK], tl.float32), PRECISION)).to(dx.dtype.element_ty)
             if DROP:
                 b_dx = tl.where(keep, b_dx, 0.0)
             store_tile(dx, b_dx, o_m, o_k, K, M, K)
@@ -123,7 +123,7 @@ def grad_dy(
         )  # fmt: skip
         return sum_parts((parts_g, dtype), (parts_dB, dtype), (parts_dc, torch.float32))
 
-    return tuple(tuning.first_that_compiles("grad_dy", tuning.arithmetic(dy.dtype, dtype), dy.device, run))
+    return tuple(tuning.first_that_compiles("grad_dy", tuning.arithmetic(dy.dtype, dtype), R, dy.device, run))
 
 
 def grad_x(
@@ -153,4 +153,4 @@ def grad_x(
         )  # fmt: skip
         return dx, sum_parts((parts_dA, g.dtype))[0]
 
-    return tuning.first_that_compiles("grad_x", tuning.arithmetic(dtype, g.dtype), g.device, run)
+    return tuning.first_that_compiles("grad_x", tuning.arithmetic(dtype, g.dtype), R, g.device, run)

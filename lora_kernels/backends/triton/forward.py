@@ -73,7 +73,7 @@ def project(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
         )  # fmt: skip
         return sum_parts((parts, A.dtype))[0]
 
-    return tuning.first_that_compiles("project", tuning.arithmetic(x.dtype, A.dtype), x.device, run)
+    return tuning.first_that_compiles("project", tuning.arithmetic(x.dtype, A.dtype), R, x.device, run)
 
 
 def prefill(h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -88,4 +88,4 @@ def prefill(h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, dtype: to
         )  # fmt: skip
         return y
 
-    return tuning.first_that_compiles("prefill", tuning.arithmetic(dtype, B.dtype), h.device, run)
+    return tuning.first_that_compiles("prefill", tuning.arithmetic(dtype, B.dtype), R, h.device, run)

@@ -126,5 +126,6 @@ def _fused(
         fused_tma_kernel[(min(tiles, gpu.processors),)](*descriptors, *rest, **options)
         return out
 
-    kind = "tma" if gpu.capability in tuning.TMA_GPUS and tuning.tma_legal(a, W, columns=D) else "pointer"
-    return tuning.first_that_compiles("fused", kind, a.device, run)
+    tma = gpu.capability in tuning.TMA_GPUS and tuning.tma_legal(a, W, columns=D)
+    kernel, kind = "fused_tma" if tma else "fused", tuning.arithmetic(a.dtype, u.dtype)
+    return tuning.first_that_compiles(kernel, kind, R, a.device, run)

@@ -38,28 +38,63 @@ class Gpu(NamedTuple):
 INTERPRETED = Gpu((8, 0), 4)  # few processors, so that small tests split their reductions as large calls do
 MAX_RANK = 64  # wider adapters are ordinary matrix products: the vendor's
 
-# ---- tiles: rows × (columns of x or dy); each entry ends with tiles small enough for any GPU ----
+# ---- tiles: rows × columns of x or dy ----
 
 SUM = Tile(rows=16, columns=256, warps=4)  # 16 partial sums × 256 outputs
 ELEMENTWISE = Tile(rows=16, columns=256, warps=4)
 
-_TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
-    # kernel, arithmetic: "16" one 16-bit type, "mixed" 16-bit activations and float32 adapters, "32" float32
-    ("project", "16"): (Tile(64, 128, 8, 4), Tile(32, 64, 4, 2)),
-    ("project", "mixed"): (Tile(64, 128, 8, 3), Tile(32, 32, 4, 2)),
-    ("project", "32"): (Tile(32, 64, 8, 3), Tile(32, 32, 4, 2)),
-    ("prefill", "16"): (Tile(64, 128, 8), Tile(32, 64, 4)),
-    ("prefill", "mixed"): (Tile(64, 128, 8), Tile(32, 64, 4)),
-    ("prefill", "32"): (Tile(64, 128, 8), Tile(32, 64, 4)),
-    ("grad_dy", "16"): (Tile(64, 256, 8, 3), Tile(32, 64, 4, 2)),
-    ("grad_dy", "mixed"): (Tile(64, 128, 8, 3), Tile(32, 64, 4, 2)),
-    ("grad_dy", "32"): (Tile(32, 64, 8, 2), Tile(32, 32, 4, 2)),
-    ("grad_x", "16"): (Tile(64, 128, 8, 3), Tile(32, 64, 4, 2)),
-    ("grad_x", "mixed"): (Tile(64, 128, 8, 3), Tile(32, 64, 4, 2)),
-    ("grad_x", "32"): (Tile(32, 64, 8, 2), Tile(32, 32, 4, 2)),
-    ("fused", "pointer"): (Tile(128, 128, 8, 3, 64), Tile(64, 64, 4, 2, 32)),
-    ("fused", "tma"): (Tile(128, 256, 8, 3, 64, tma=True), Tile(128, 128, 8, 3, 64), Tile(64, 64, 4, 2, 32)),
+_SAFE = {  # after the table's own tile: needs little of anything
+    "project": Tile(32, 32, 4, 2),
+    "prefill": Tile(32, 64, 4),
+    "grad_dy": Tile(16, 32, 4, 2),
+    "grad_x": Tile(16, 32, 4, 2),
+    "fused": Tile(64, 64, 8, 2, 32),
+    "fused_tma": Tile(64, 64, 8, 2, 32),
 }
+
+# Arithmetic "16" is one 16-bit type, "mixed" 16-bit activations with other adapters, "32" float32 activations; the last
+# part is the largest padded rank. Wide strips of dy save partial sums of g: at 512 columns and rank 16 they are an eighth
+# of dy's bytes.
+TILES: dict[tuple[str, str, int], Tile] = {
+    ("project", "16", 32): Tile(64, 128, 8, 4),
+    ("project", "16", 64): Tile(64, 64, 8, 4),
+    ("project", "mixed", 32): Tile(64, 64, 8, 3),
+    ("project", "mixed", 64): Tile(32, 64, 8, 3),
+    ("project", "32", 32): Tile(32, 64, 8, 3),
+    ("project", "32", 64): Tile(32, 64, 8, 3),
+    ("prefill", "16", 32): Tile(64, 128, 8),
+    ("prefill", "16", 64): Tile(64, 128, 8),
+    ("prefill", "mixed", 32): Tile(64, 128, 8),
+    ("prefill", "mixed", 64): Tile(64, 64, 8),
+    ("prefill", "32", 32): Tile(64, 128, 8),
+    ("prefill", "32", 64): Tile(64, 64, 8),
+    ("grad_dy", "16", 32): Tile(64, 256, 8, 3),
+    ("grad_dy", "16", 64): Tile(64, 256, 8, 3),
+    ("grad_dy", "mixed", 32): Tile(32, 128, 8, 3),
+    ("grad_dy", "mixed", 64): Tile(32, 64, 8, 2),
+    ("grad_dy", "32", 32): Tile(32, 64, 8, 2),
+    ("grad_dy", "32", 64): Tile(32, 64, 8, 2),
+    ("grad_x", "16", 32): Tile(64, 128, 8, 3),
+    ("grad_x", "16", 64): Tile(32, 128, 8, 3),
+    ("grad_x", "mixed", 32): Tile(32, 128, 8, 3),
+    ("grad_x", "mixed", 64): Tile(32, 64, 8, 2),
+    ("grad_x", "32", 32): Tile(32, 32, 8, 2),
+    ("grad_x", "32", 64): Tile(32, 32, 8, 2),
+    ("fused", "16", 32): Tile(128, 128, 8, 3, 64),
+    ("fused", "16", 64): Tile(128, 128, 8, 3, 64),
+    ("fused", "mixed", 32): Tile(128, 128, 8, 3, 64),
+    ("fused", "mixed", 64): Tile(64, 128, 8, 3, 32),
+    ("fused_tma", "16", 32): Tile(128, 256, 8, 3, 64, tma=True),
+    ("fused_tma", "16", 64): Tile(128, 256, 8, 3, 64, tma=True),
+    ("fused_tma", "mixed", 32): Tile(128, 256, 8, 3, 64, tma=True),
+    ("fused_tma", "mixed", 64): Tile(128, 128, 8, 3, 64, tma=True),
+}
+
+
+def tiles(kernel: str, kind: str, R: int) -> tuple[Tile, ...]:
+    """The tiles to try, best first."""
+    return TILES[kernel, kind, 32 if R <= 32 else 64], _SAFE[kernel]
+
 
 # ---- prefill and the vendor's product, or one fused kernel ----
 
@@ -126,7 +161,7 @@ def gpu(device: torch.device) -> Gpu:
 # ---- what did not compile on this machine's GPUs ----
 
 COMPILE_ERRORS = (OutOfResources, PTXASError, CompilationError)
-rejected: dict[tuple[tuple[int, int], str, str, Tile], str] = {}  # capability, kernel, arithmetic, tile: the reason
+rejected: dict[tuple[tuple[int, int], str, str, int, Tile], str] = {}  # capability, kernel, arithmetic, rank, tile
 broken: dict[tuple[int, int], str] = {}  # GPUs on which some kernel has no tile left
 
 
@@ -134,15 +169,17 @@ class NothingCompiles(RuntimeError):
     """No tile of a kernel compiles on this GPU."""
 
 
-def first_that_compiles(kernel: str, kind: str, device: torch.device, run: Callable[[Tile], T]) -> T:
+def first_that_compiles(kernel: str, kind: str, R: int, device: torch.device, run: Callable[[Tile], T]) -> T:
     """run(tile) with the first tile of `kernel` that compiles on this device; refusals are kept with their reason."""
     capability = gpu(device).capability
-    for tile in _TILES[kernel, kind]:
-        key = (capability, kernel, kind, tile)
+    for tile in tiles(kernel, kind, R):
+        key = (capability, kernel, kind, padded_rank(R), tile)
         if key in rejected:
             continue
         try:
             return run(tile)
         except COMPILE_ERRORS as error:
             rejected[key] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-    raise NothingCompiles(f"kernel {kernel!r} ({kind}) does not compile for sm_{capability[0]}{capability[1]}")
+    raise NothingCompiles(
+        f"kernel {kernel!r} ({kind}, rank {R}) does not compile for sm_{capability[0]}{capability[1]}"
+    )
