@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import check
+from accuracy import errors, violations
 from torch import Tensor
 from torch.nn import functional as F
 from triton_interpreter import DEVICE
@@ -21,6 +21,7 @@ DTYPES = [(BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32), (FP16, FP32), 
 ALL = Needs(True, True, True, True)
 S = 1.7
 SEED = -0x123456789ABCDEF
+FEW = 256  # elements; with fewer, PyTorch's own error is luck, and half a unit in the last place stands in if larger
 
 
 @contextmanager
@@ -99,4 +100,11 @@ class Case:
         for name, tensor in results.items():
             adapters = self.A.dtype if name in ("h", "dA", "dB") else FP32 if name == "dc" else self.x.dtype
             assert tensor.dtype == adapters, f"{name}: {tensor.dtype}, expected {adapters}"
-        check(**{name: (tensor, plain[name], truth[name]) for name, tensor in results.items()})
+        broken = []
+        for name, tensor in results.items():
+            pytorch, exact = {name: plain[name]}, {name: truth[name]}
+            if tensor.numel() < FEW:
+                half_unit = truth[name] * (1 + torch.finfo(tensor.dtype).eps / 2)
+                pytorch[name] = max(plain[name], half_unit, key=lambda value: errors(value, truth[name]))
+            broken += violations({name: tensor}, pytorch, exact, tensor.dtype)
+        assert not broken, broken
