@@ -58,4 +58,5 @@ def test_rows_beyond_2_to_the_31() -> None:
 
 
 def test_p_below_half_a_lane_drops_nothing() -> None:
-    assert not dropout.drops(2**-18) and dropout.drops(2**-16)
+    assert not dropout.drops(2**-18)
+    assert dropout.drops(2**-16)

@@ -15,7 +15,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Every call takes the fused dataflow; on a CPU with small tiles, several per program."""
     if request.param == "tma" and DEVICE.type == "cuda" and torch.cuda.get_device_capability() not in tuning.TMA_GPUS:
         pytest.skip("this GPU has no such kernel")
-    monkeypatch.setattr(tuning, "dataflow", lambda a, direction: "fused")
+    monkeypatch.setattr(tuning, "dataflow", lambda a, W, direction: "fused")
     if DEVICE.type == "cpu":
         monkeypatch.setattr(tuning, "TMA_GPUS", ((8, 0),) if request.param == "tma" else ())
         for key, tile in tuning.TILES.items():
@@ -58,7 +58,8 @@ def test_broken_products_are_caught(kind: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_tensor_descriptors_need_16_byte_rows() -> None:
     x = torch.empty(8, 64, dtype=FP16)
-    assert tuning.tma_legal(x, columns=64) and tuning.tma_legal(x[:, 8:40], columns=64)
+    assert tuning.tma_legal(x, columns=64)
+    assert tuning.tma_legal(x[:, 8:40], columns=64)
     assert not tuning.tma_legal(x, columns=60)
     assert not tuning.tma_legal(x[:, 1:], columns=64)
     assert not tuning.tma_legal(torch.empty(8, 65, dtype=FP16), columns=64)

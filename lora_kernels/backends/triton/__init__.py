@@ -16,7 +16,7 @@ from ...reference import Needs
 from .. import use_backend
 from . import backward, forward, tuning, wide_rank
 from .blocks import sum_kernel
-from .tuning import NothingCompiles
+from .tuning import NothingCompilesError
 
 INTERPRETER = not isinstance(sum_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 was set when the kernels were defined
 
@@ -42,9 +42,7 @@ def why_not(x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Ten
 def notes(x: Tensor) -> list[str]:
     """What did not compile on x's GPU and was replaced by the next choice."""
     capability = tuning.gpu(x.device).capability
-    return [
-        f"{kernel} {tile}: {reason}" for (c, kernel, _, _, tile), reason in tuning.rejected.items() if c == capability
-    ]
+    return [f"{kernel} {tile}: {reason}" for (c, kernel, _, _, tile), reason in tuning.rejected.items() if c == capability]
 
 
 def lora_forward(
@@ -57,7 +55,7 @@ def lora_forward(
     try:
         with torch.cuda.device_of(x):
             return path.lora_forward(x, W, A, B, _scaling(s, x), c, p, seed)
-    except NothingCompiles as error:
+    except NothingCompilesError as error:
         _give_up(x, error)
         return reference.lora_forward(x, W, A, B, s, c, p, seed)
 
@@ -83,7 +81,7 @@ def lora_backward(
     try:
         with torch.cuda.device_of(dy):
             return path.lora_backward(dy, x, W, A, B, h, _scaling(s, dy), p, seed, needs)
-    except NothingCompiles as error:
+    except NothingCompilesError as error:
         _give_up(dy, error)
         return reference.lora_backward(dy, x, W, A, B, h, s, p, seed, needs)
 
@@ -93,7 +91,7 @@ def _scaling(s: float | Tensor, x: Tensor) -> float | Tensor:
     return s if isinstance(s, Tensor) and s.device == x.device else float(s)
 
 
-def _give_up(x: Tensor, error: NothingCompiles) -> None:
+def _give_up(x: Tensor, error: NothingCompilesError) -> None:
     """From now on this GPU's calls go to PyTorch, with this reason; an explicit request raises instead."""
     tuning.broken[tuning.gpu(x.device).capability] = str(error)
     if use_backend.current == "triton":

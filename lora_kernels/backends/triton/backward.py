@@ -91,9 +91,10 @@ def lora_backward(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Equations 3 to 6 for M > 0 and R <= MAX_RANK, as reference.lora_backward; dc is in float32."""
-    dy, x, A, B = (None if t is None else row_major(t) for t in (dy, x, A, B))
+    dy, x = row_major(dy), None if x is None else row_major(x)
+    A, B, h = (None if t is None else t.contiguous() for t in (A, B, h))
     g, dB, dc = grad_dy(dy, h, B, s, needs)
-    if needs.dx and tuning.dataflow(dy, "backward") == "fused":
+    if needs.dx and tuning.dataflow(dy, W, "backward") == "fused":
         _, dA = grad_x(x, g, A, p, seed, needs._replace(dx=False), dy.dtype)
         return gemm.backward(dy, W, g, A, p, seed), dA, dB, dc
     dx, dA = grad_x(x, g, A, p, seed, needs, dy.dtype)
@@ -110,7 +111,7 @@ def grad_dy(
     adapter = B if need_g else h if needs.dB else None
     R, dtype = (1, dy.dtype) if adapter is None else (adapter.shape[1], adapter.dtype)
 
-    def run(tile: Tile) -> list[Tensor | None]:
+    def run(tile: Tile) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         strips = triton.cdiv(N, tile.columns)
         count, part_rows = tuning.splits(M, tile.rows, strips, 2 * tuning.gpu(dy.device).processors)
         parts_g = new_parts(strips, (M, R), dtype, dy.device) if need_g else None
@@ -121,9 +122,10 @@ def grad_dy(
             PRECISION=tuning.precision(dy.dtype), BM=tile.rows, BN=tile.columns, BR=tuning.padded_rank(R),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return sum_parts((parts_g, dtype), (parts_dB, dtype), (parts_dc, torch.float32))
+        g, dB, dc = sum_parts((parts_g, dtype), (parts_dB, dtype), (parts_dc, torch.float32))
+        return g, dB, dc
 
-    return tuple(tuning.first_that_compiles("grad_dy", tuning.arithmetic(dy.dtype, dtype), R, dy.device, run))
+    return tuning.first_that_compiles("grad_dy", tuning.arithmetic(dy.dtype, dtype), R, dy.device, run)
 
 
 def grad_x(

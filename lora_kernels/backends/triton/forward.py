@@ -50,9 +50,9 @@ def lora_forward(
     x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Equations 1 and 2 for M > 0 and R <= MAX_RANK: y[M,N] in x's dtype, h[M,R] in A's."""
-    x, A, B = row_major(x), A.contiguous(), B.contiguous()
+    x, A, B, c = row_major(x), A.contiguous(), B.contiguous(), None if c is None else c.contiguous()
     h = project(x, A, p, seed)
-    if tuning.dataflow(x, "forward") == "fused":
+    if tuning.dataflow(x, W, "forward") == "fused":
         return gemm.forward(x, W, h, B, s, c), h
     return add_product(prefill(h, B, s, c, x.dtype), x, W.T), h
 
@@ -71,7 +71,7 @@ def project(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
             DROP=DROP, PRECISION=tuning.precision(x.dtype), BM=tile.rows, BK=tile.columns, BR=tuning.padded_rank(R),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return sum_parts((parts, A.dtype))[0]
+        return sum_parts((parts, A.dtype))[0]  # type: ignore[return-value]
 
     return tuning.first_that_compiles("project", tuning.arithmetic(x.dtype, A.dtype), R, x.device, run)
 

@@ -106,17 +106,17 @@ def _fused(
     *,
     forward: bool,
 ) -> Tensor:
-    (M, C), R, W = a.shape, u.shape[1], W if W.stride(1) == 1 else W.contiguous()
+    (M, C), R = a.shape, u.shape[1]
     D, DROP, gpu = W.shape[0 if forward else 1], drops(p), tuning.gpu(a.device)
 
     def run(tile: Tile) -> Tensor:
         out = torch.empty(M, D, dtype=a.dtype, device=a.device)
         tiles = triton.cdiv(M, tile.rows) * triton.cdiv(D, tile.columns)
         rest = (u, V, c, s, seed if DROP else None, edge(p), M, C, D, R)
-        options = dict(
-            FORWARD=forward, DROP=DROP, PRECISION=tuning.precision(a.dtype), BM=tile.rows, BD=tile.columns,
-            BC=tile.depth, BR=tuning.padded_rank(R), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        options = {
+            "FORWARD": forward, "DROP": DROP, "PRECISION": tuning.precision(a.dtype), "BM": tile.rows, "BD": tile.columns,
+            "BC": tile.depth, "BR": tuning.padded_rank(R), "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
         if not tile.tma:
             fused_kernel[(tiles,)](a, W, out, *rest, a.stride(0), W.stride(0), **options)
             return out

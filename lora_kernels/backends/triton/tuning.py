@@ -106,11 +106,12 @@ What it must reach, by bytes saved: 0.94 of the vendor's speed at a contraction 
 """
 
 
-def dataflow(a: Tensor, direction: str) -> str:
-    """ "fused" or "prefill" for the product of a[M, C], direction "forward" or "backward"."""
+def dataflow(a: Tensor, W: Tensor, direction: str) -> str:
+    """ "fused" or "prefill" for the product of a[M, C] with 16-bit W, "forward" or "backward"."""
     contraction = "<=4096" if a.shape[1] <= 4096 else "<=8192" if a.shape[1] <= 8192 else ">8192"
     wins = (gpu(a.device).capability, direction, contraction) in FUSED_WINS
-    return "fused" if wins and a.dtype != torch.float32 else "prefill"
+    legal = a.dtype != torch.float32 and W.stride(1) == 1
+    return "fused" if wins and legal else "prefill"
 
 
 def tma_legal(*tensors: Tensor, columns: int) -> bool:
@@ -165,7 +166,7 @@ rejected: dict[tuple[tuple[int, int], str, str, int, Tile], str] = {}  # capabil
 broken: dict[tuple[int, int], str] = {}  # GPUs on which some kernel has no tile left
 
 
-class NothingCompiles(RuntimeError):
+class NothingCompilesError(RuntimeError):
     """No tile of a kernel compiles on this GPU."""
 
 
@@ -180,6 +181,4 @@ def first_that_compiles(kernel: str, kind: str, R: int, device: torch.device, ru
             return run(tile)
         except COMPILE_ERRORS as error:
             rejected[key] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-    raise NothingCompiles(
-        f"kernel {kernel!r} ({kind}, rank {R}) does not compile for sm_{capability[0]}{capability[1]}"
-    )
+    raise NothingCompilesError(f"kernel {kernel!r} ({kind}, rank {R}) does not compile for sm_{capability[0]}{capability[1]}")
