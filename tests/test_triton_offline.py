@@ -62,10 +62,10 @@ def test_the_mask_costs_at_most_ten_instructions_per_element(written: dict[str, 
 
 
 @pytest.mark.skipif(triton.__version__ != "3.6.0", reason="the table was written by Triton 3.6.0")
-def test_compiled_anew_it_is_the_same(written: dict[str, dict]) -> None:
-    compiled = triton_offline.compile_all()
-    assert set(compiled) == set(written)
-    different = {key: (row, written[key]) for key, row in compiled.items() if row != written[key]}
+@pytest.mark.parametrize("job", triton_offline.jobs(), ids=lambda job: f"sm_{job[0]}-{job[1][0]}".replace(" ", "-"))
+def test_compiled_anew_it_is_the_same(written: dict[str, dict], job: tuple) -> None:
+    compiled = triton_offline.compile_jobs([job])
+    different = {key: (row, written.get(key)) for key, row in compiled.items() if row != written.get(key)}
     assert not different, different
 
 

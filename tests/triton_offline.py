@@ -154,15 +154,19 @@ def jobs() -> Iterator[tuple[int, tuple[str, ...], tuple[int, ...]]]:
             yield capability, (pair,), (16,) if pair == "fp16 fp16" else (16, 64)
 
 
-def compile_all() -> dict[str, dict[str, Any]]:
-    """The table, compiled in two fresh processes at a time (fresh: there the kernels are defined for the compiler)."""
-    os.environ["TRITON_INTERPRET"] = "0"
+def compile_jobs(todo: list[tuple[int, tuple[str, ...], tuple[int, ...]]]) -> dict[str, dict[str, Any]]:
+    """Their rows, compiled in two fresh processes at a time (fresh: there the kernels are defined for the compiler)."""
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-        return {key: row for rows in pool.map(_job, jobs()) for key, row in sorted(rows.items())}
+    try:
+        with concurrent.futures.ProcessPoolExecutor(min(2, len(todo)), mp_context=context) as pool:
+            return {key: row for rows in pool.map(_job, todo) for key, row in sorted(rows.items())}
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
 
 
 if __name__ == "__main__":
-    rows = compile_all()
+    rows = compile_jobs(list(jobs()))
     TABLE.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(row)}" for k, row in rows.items()) + "\n}\n")
     sys.stdout.write(f"{len(rows)} kernels, {sum(row['spills'] > 0 for row in rows.values())} with spills: {TABLE}\n")

@@ -30,7 +30,7 @@ def why_not(x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Ten
             return "Triton's interpreter is on, which is for tests: it runs only if asked for by use_backend('triton')"
     for name, tensor in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
         if tensor is not None and tensor.dtype == torch.float64:
-            return f"{name} is float64: no kernels, PyTorch computes it as fast"
+            return f"{name} is float64, for which there are no kernels"
     if len(x) >= 1 << 31:
         return f"got {len(x)} rows, kernels count them in 31 bits"
     capability = tuning.gpu(x.device).capability

@@ -179,6 +179,8 @@ def first_that_compiles(kernel: str, kind: str, R: int, device: torch.device, ru
             continue
         try:
             return run(tile)
-        except COMPILE_ERRORS as error:
+        except (*COMPILE_ERRORS, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PassManager" not in str(error):  # how Triton's compiler itself fails
+                raise
             rejected[key] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
     raise NothingCompilesError(f"kernel {kernel!r} ({kind}, rank {R}) does not compile for sm_{capability[0]}{capability[1]}")
