@@ -10,7 +10,15 @@ from lora_kernels import kernel_report
 from lora_kernels.backends.triton import tuning
 
 # Local loads and stores that are known and accepted: key -> number. All others spill nothing.
-SPILLS: dict[str, int] = {}
+SPILLS: dict[str, int] = {
+    "grad_dy | fp32 fp32 | r64 | sm_80 | 32x64 w8s2": 4,
+    "grad_dy | fp16 fp32 | r64 | sm_80 | 32x64 w8s2": 28,
+    "grad_dy | fp32 fp32 | r64 | sm_90 | 32x64 w8s2": 10,
+    "fused_tma | bf16 bf16 | r16 | sm_100 | 128x256x64 w8s3 drop": 6,
+    "fused_tma | fp16 fp16 | r16 | sm_100 | 128x256x64 w8s3 drop": 6,
+    "grad_dy | fp32 fp32 | r64 | sm_120 | 32x64 w8s2": 6,
+    "grad_dy | fp16 fp32 | r64 | sm_120 | 32x64 w8s2": 29,
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +32,9 @@ def test_the_table_holds_every_tile(written: dict[str, dict]) -> None:
         pair = {"16": "bf16 bf16", "mixed": "bf16 fp32", "32": "fp32 fp32"}[kind]
         capability = 90 if tile.tma else 80
         R = 16 if rank == 32 else rank
-        stem = f"{kernel} | {pair} | r{R} | sm_{capability} | {shape} w{tile.warps}s{tile.stages}"
+        stem = (
+            f"{kernel} | {pair} | r{R} | sm_{capability} | {shape} w{tile.warps}s{tile.stages if kernel != 'prefill' else '-'}"
+        )
         assert any(key.startswith(stem) for key in written), stem
 
 
@@ -48,10 +58,12 @@ def test_the_products_use_the_matrix_instructions_of_their_gpu(written: dict[str
     instruction = {90: "wgmma", 100: "tcgen05"}
     for key, row in written.items():
         capability = int(key.split("sm_")[1].split()[0])
-        if key.startswith("fused_tma") and "64x64" not in key:
+        if key.startswith("fused_tma"):
             assert row["matrix"] == instruction[capability], key
-        elif key.startswith("fused"):
-            assert row["matrix"] != "fma", key
+        elif "fp32 fp32" in key and "tf32" not in key:
+            assert row["matrix"] == "fma", key
+        elif not key.startswith(("sum", "drop")):
+            assert "mma" in row["matrix"] or row["matrix"] == "tcgen05", key
 
 
 def test_the_mask_costs_at_most_ten_instructions_per_element(written: dict[str, dict]) -> None:

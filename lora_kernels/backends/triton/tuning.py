@@ -48,13 +48,14 @@ _SAFE = {  # after the table's own tile: needs little of anything
     "prefill": Tile(32, 64, 4),
     "grad_dy": Tile(16, 32, 4, 2),
     "grad_x": Tile(16, 32, 4, 2),
-    "fused": Tile(64, 64, 8, 2, 32),
-    "fused_tma": Tile(64, 64, 8, 2, 32),
+    "fused": Tile(32, 64, 4, 2, 32),
+    "fused_tma": Tile(32, 64, 4, 2, 32),
 }
 
 # Arithmetic "16" is one 16-bit type, "mixed" 16-bit activations with other adapters, "32" float32 activations; the last
-# part is the largest padded rank. Wide strips of dy save partial sums of g: at 512 columns and rank 16 they are an eighth
-# of dy's bytes.
+# part is the largest padded rank. Strips of dy are as wide as registers allow, because each writes its own partial sums of
+# g: 4·R / (2·columns) of dy's bytes, an eighth at 256 columns and rank 16. For "mixed" tensor descriptors need 128x128:
+# with 128x256 Triton 3.6 silently emits an empty kernel for sm_100, whose tensor memory does not hold two accumulators.
 TILES: dict[tuple[str, str, int], Tile] = {
     ("project", "16", 32): Tile(64, 128, 8, 4),
     ("project", "16", 64): Tile(64, 64, 8, 4),
@@ -65,7 +66,7 @@ TILES: dict[tuple[str, str, int], Tile] = {
     ("prefill", "16", 32): Tile(64, 128, 8),
     ("prefill", "16", 64): Tile(64, 128, 8),
     ("prefill", "mixed", 32): Tile(64, 128, 8),
-    ("prefill", "mixed", 64): Tile(64, 64, 8),
+    ("prefill", "mixed", 64): Tile(32, 128, 8),
     ("prefill", "32", 32): Tile(64, 128, 8),
     ("prefill", "32", 64): Tile(64, 64, 8),
     ("grad_dy", "16", 32): Tile(64, 256, 8, 3),
@@ -86,7 +87,7 @@ TILES: dict[tuple[str, str, int], Tile] = {
     ("fused", "mixed", 64): Tile(64, 128, 8, 3, 32),
     ("fused_tma", "16", 32): Tile(128, 256, 8, 3, 64, tma=True),
     ("fused_tma", "16", 64): Tile(128, 256, 8, 3, 64, tma=True),
-    ("fused_tma", "mixed", 32): Tile(128, 256, 8, 3, 64, tma=True),
+    ("fused_tma", "mixed", 32): Tile(128, 128, 8, 3, 64, tma=True),
     ("fused_tma", "mixed", 64): Tile(128, 128, 8, 3, 64, tma=True),
 }
 
