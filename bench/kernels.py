@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from lora_kernels import use_backend
-from lora_kernels.accuracy_gate import Problem, gate
 from lora_kernels.backends.triton import backward, forward, gemm, tuning
-from lora_kernels.environment import environment
-from lora_kernels.measure import Timing, interleaved
+from lora_kernels.commands.accuracy_gate import Problem, gate
+from lora_kernels.commands.environment import environment
+from lora_kernels.commands.measure import Timing, interleaved
 from lora_kernels.reference import Needs, add_product
 
 LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))

@@ -6,8 +6,8 @@ import pytest
 import triton
 import triton_offline
 
-from lora_kernels import kernel_report
 from lora_kernels.backends.triton import tuning
+from lora_kernels.commands import kernel_report
 
 # Local loads and stores that are known and accepted: key -> number. All others spill nothing.
 SPILLS: dict[str, int] = {

@@ -99,8 +99,7 @@ def capture(capability: int, pairs: tuple[str, ...], ranks: tuple[int, ...]) -> 
         form = [f"w{options['num_warps']}s{options.get('num_stages', '-')}"]
         form += [k.lower() for k in ("DROP", "FORWARD") if options.get(k)]
         name = self.__name__.removesuffix("_kernel")
-        types = "" if name in ("sum", "drop") else f" | {pair} | r{rank}"
-        key = f"{name}{types} | sm_{capability} | {tile} {' '.join(form)}"
+        key = f"{name} | {pair} | r{rank} | sm_{capability} | {tile} {' '.join(form)}"
         if key not in launched:
             launched[key] = statistics(kernel, options)
         return kernel

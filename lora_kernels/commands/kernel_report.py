@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-TABLE = Path(__file__).parent / "backends/triton/kernels.json"
+TABLE = Path(__file__).parents[1] / "backends/triton/kernels.json"
 ISSUE = 132 * 128 * 1.7e9  # instructions per second: processors × lanes × clock, H100 and H200
 MATRIX = 790e12  # bf16 multiply-adds ·2 per second that the vendor's product reaches on them
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second of a device copy
@@ -36,12 +36,7 @@ class KernelRow:
 
 def compiled() -> dict[tuple[str, ...], dict]:
     """The table of compiled kernels: (kernel, dtypes, rank, target, form) -> counts."""
-    rows: dict[tuple[str, ...], dict] = {}
-    for key, counts in json.loads(TABLE.read_text()).items():
-        parts = key.split(" | ")
-        kernel, dtypes, rank = parts[:3] if len(parts) == 5 else (parts[0], "any", "any")
-        rows[kernel, dtypes, rank, parts[-2], parts[-1]] = counts
-    return rows
+    return {tuple(key.split(" | ")): counts for key, counts in json.loads(TABLE.read_text()).items()}
 
 
 def kernel_rows(
@@ -50,10 +45,10 @@ def kernel_rows(
     """A row per kernel compiled for `target` with these dtypes: what it moves for x[M, K] and W[N, K], and for how long."""
     rows = []
     for (kernel, types, rank, gpu, form), counts in compiled().items():
-        if gpu != target or types not in (dtypes, "any"):
+        if gpu != target or types != dtypes:
             continue
         data, adapter = (4 if name == "fp32" else 2 for name in dtypes.split()[:2])
-        R = int(rank[1:]) if rank != "any" else 16
+        R = int(rank[1:])
         elements, moved, flops = _work(kernel, M, K, N, R, data, adapter)
         issued = elements * (counts["per_element"] or 0) / ISSUE if "fused" not in kernel else 0.0
         times = [1e6 * max(moved / bandwidth, issued, flops / MATRIX) for bandwidth in BANDWIDTH.values()]
