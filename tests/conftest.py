@@ -2,8 +2,11 @@ import os
 
 import pytest
 import torch
+import triton_interpreter
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # more only fight over a busy machine
+if triton_interpreter.DEVICE.type == "cpu":  # Triton's kernels then run in its interpreter, if they are asked for
+    triton_interpreter.install()
 
 
 @pytest.fixture(scope="session")

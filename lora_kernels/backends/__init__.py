@@ -101,7 +101,8 @@ def backend_report(
         if obstacle is not None:
             reason = obstacle
         elif used:
-            reason = "the first that can compute this call"
+            notes = getattr(load(name), "notes", None)  # what this backend had to replace, and why
+            reason = "; ".join(["the first that can compute this call", *(notes(x) if notes else ())])
         else:
             reason = "one before it is used" if asked else f"use_backend({use_backend.current!r}) is set"
         report.append(BackendRow(name, obstacle is None, used, reason))

@@ -1,0 +1,166 @@
+"""The Triton kernels one by one: bandwidth of the side kernels against a device copy, and three ways to a product.
+
+Side kernels: GB/s of the bytes they must move, and that over the GB/s of copying x. Products, forward and backward: the
+bare vendor's (the floor), prefill and the vendor's accumulating product, and the fused kernel with its low-rank segment.
+No time is reported for a case whose layer fails the correctness gate, which runs with both dataflows. L2 is cold, variants
+are interleaved; medians with p20 and p80.
+
+    PYTHONPATH=. python bench/kernels.py [--quick] [--json FILE] [--device cpu|cuda] [--repeats N]
+
+On a CPU it runs tiny shapes in Triton's interpreter (TRITON_INTERPRET=1), only to show that it runs.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_kernels import use_backend
+from lora_kernels.backends.triton import backward, forward, gemm, tuning
+from lora_kernels.commands.accuracy_gate import Problem, gate
+from lora_kernels.commands.environment import environment
+from lora_kernels.commands.measure import Timing, interleaved
+from lora_kernels.reference import Needs, add_product
+
+LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
+LLAMA_70B = ((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192))
+QWEN = ((3584, 18944), (18944, 3584), (5120, 5120), (5120, 27648))
+TOKENS, RANKS = (128, 512, 2048, 8192, 16384), (16, 64)
+QUICK = {"cpu": (((96, 64),), (32,), (8,)), "cuda": (((4096, 4096), (4096, 14336)), (8192,), (16,))}
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one case: `bytes` it must move, `flops` of its base product."""
+
+    variant: str
+    adapter: str
+    M: int
+    K: int
+    N: int
+    R: int
+    p: float
+    timing: Timing
+    bytes: int
+    flops: int
+    over: float  # times the copy's bandwidth for side kernels, times the bare product's time for products
+
+    @property
+    def rate(self) -> str:
+        seconds = self.timing.median
+        return f"{self.flops / seconds * 1e-12:7.1f} TFLOP/s" if self.flops else f"{self.bytes / seconds * 1e-9:7.0f} GB/s   "
+
+    def __str__(self) -> str:
+        microseconds = [f"{1e6 * t:9.1f}" for t in (self.timing.median, self.timing.p20, self.timing.p80)]
+        case = f"{self.M:6} {self.K:6}→{self.N:<6} r{self.R:<3} p={self.p:<4} {self.adapter:9}"
+        return f"{self.variant:18} {case} {' '.join(microseconds)} µs {self.rate} {self.over:6.3f}"
+
+
+@contextlib.contextmanager
+def dataflow(name: str) -> Iterator[None]:
+    """Every call takes dataflow `name`."""
+    chosen, tuning.dataflow = tuning.dataflow, lambda a, W, direction: name
+    try:
+        yield
+    finally:
+        tuning.dataflow = chosen
+
+
+def passes(problem: Problem) -> bool:
+    """The correctness gate with both dataflows; what fails is printed."""
+    reasons = []
+    for name in ("prefill", "fused"):
+        with use_backend("triton"), dataflow(name):
+            reasons += [f"{name}: {reason}" for reason in gate(problem, SEED)]
+    for reason in reasons:
+        sys.stdout.write(f"FAILED, not timed: {reason}\n")
+    return not reasons
+
+
+def variants(problem: Problem) -> dict[str, tuple[Callable[[], object], int, int]]:
+    """name -> (call, bytes it must move, flops of its base product)."""
+    x, W, A, B, dy, p = problem.x.detach(), problem.W, problem.A, problem.B, problem.dy, problem.p
+    (M, K), (N, R), s = x.shape, B.shape, 2.0
+    seed = torch.full((), SEED, dtype=torch.int64, device=x.device)
+    h, wide = torch.empty(M, R, dtype=A.dtype, device=x.device).normal_(), x.element_size()
+    both, flops = Needs(True, True, False, False), 2 * M * N * K
+    X, Y, narrow = wide * M * K, wide * M * N, h.numel() * h.element_size()
+
+    def prefill_backward() -> Tensor:
+        dx, _ = backward.grad_x(None, h, A, p, seed, Needs(True, False, False, False), x.dtype)
+        return add_product(dx, dy, W)
+
+    return {
+        "copy": (lambda: x.clone(), 2 * X, 0),
+        "project": (lambda: forward.project(x, A, p, seed), X + narrow, 0),
+        "prefill": (lambda: forward.prefill(h, B, s, None, x.dtype), Y + narrow, 0),
+        "grad_dy": (lambda: backward.grad_dy(dy, h, B, s, Needs(True, True, True, False)), Y + 2 * narrow, 0),
+        "grad_x": (lambda: backward.grad_x(x, h, A, p, seed, both, x.dtype), 2 * X + narrow, 0),
+        "forward bare": (lambda: x @ W.T, 0, flops),
+        "forward prefill": (lambda: add_product(forward.prefill(h, B, s, None, x.dtype), x, W.T), 0, flops),
+        "forward fused": (lambda: gemm.forward(x, W, h, B, s, None), 0, flops),
+        "backward bare": (lambda: dy @ W, 0, flops),
+        "backward prefill": (prefill_backward, 0, flops),
+        "backward fused": (lambda: gemm.backward(dy, W, h, A, p, seed), 0, flops),
+    }
+
+
+def measure(problem: Problem, adapter: str, repeats: int) -> Iterator[Row]:
+    (M, K), (N, R) = problem.x.shape, problem.B.shape
+    calls = variants(problem)
+    timings = interleaved({name: call for name, (call, _, _) in calls.items()}, repeats=repeats, device=problem.x.device)
+    copy = calls["copy"][1] / timings["copy"].median
+    for name, (_, moved, flops) in calls.items():
+        timing = timings[name]
+        floor = timings[f"{name.split()[0]} bare"].median if flops else 0.0
+        over = timing.median / floor if flops else moved / timing.median / copy
+        yield Row(name, adapter, M, K, N, R, problem.p, timing, moved, flops, over)
+
+
+def cases(shapes: tuple, tokens: tuple, ranks: tuple, device: torch.device) -> Iterator[tuple[Problem, str]]:
+    for K, N in shapes:
+        for M in tokens:
+            for R in ranks:
+                for p in (0.0, 0.1):
+                    dtype = torch.float16 if device.type == "cpu" else torch.bfloat16  # the interpreter's bfloat16 is wrong
+                    problem = Problem.draw(M, K, N, R, p, dtype, device, SEED)
+                    yield problem, str(dtype).removeprefix("torch.")
+                    yield problem.with_adapters(torch.float32), "float32"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two shapes, one M, one rank")
+    parser.add_argument("--json", type=Path, help="write every row and the environment there")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=20)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    shapes, tokens, ranks = QUICK[device.type] if options.quick else (LLAMA_8B + LLAMA_70B + QWEN, TOKENS, RANKS)
+    rows, failed = [], 0
+    names = f"{'variant':18} {'M':>6} {'K→N':>13} rank, p, adapters"
+    sys.stdout.write(f"{names}        median       p20       p80    rate   over\n")
+    for problem, adapter in cases(shapes, tokens, ranks, device):
+        if not passes(problem):
+            failed += 1
+            continue
+        for row in measure(problem, adapter, options.repeats):
+            rows.append(row)
+            sys.stdout.write(f"{row}\n")
+    rejected = [f"{key}: {reason}" for key, reason in tuning.rejected.items()]
+    sys.stdout.write("".join(f"did not compile: {line}\n" for line in rejected))
+    if options.json:
+        found = {"environment": environment(), "rejected": rejected, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(found, indent=1))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

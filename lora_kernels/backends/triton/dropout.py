@@ -1,0 +1,72 @@
+"""keep(seed, row, column) of lora_kernels.dropout inside Triton kernels: the same bits in any tiling."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.random import philox_impl
+
+from ...dropout import LANES, PHILOX_ROUNDS, keep_scale, threshold
+from .blocks import load_tile, store_tile
+from .tuning import ELEMENTWISE
+
+_ROUNDS, _LANES = tl.constexpr(PHILOX_ROUNDS), tl.constexpr(LANES)
+
+
+@triton.jit
+def keep_tile(seed, edge, o_row, column, COLUMNS: tl.constexpr):
+    """keep(seed, row, column) as bool[rows, COLUMNS], for COLUMNS columns from `column`, a multiple of 8.
+
+    A Philox block decides eight columns. Counter words stay a row or a column until a round mixes them, so two rounds
+    are almost free. Lanes are compared at the top of their word: lane >= threshold is lane·2^16 > edge, with edge =
+    threshold·2^16 - 1, and the high lane lies there already (the low bits below it change nothing).
+    """
+    edge = edge.to(tl.uint32, bitcast=True)
+    block = (tl.arange(0, COLUMNS // _LANES) + column // _LANES).to(tl.uint32)[None, :]
+    zero = tl.zeros([1, 1], tl.uint32)  # the two words of an offset, which no caller has yet
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = philox_impl(block, o_row.to(tl.uint32)[:, None], zero, zero, low, high, _ROUNDS)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # flattened: w0 w1 w2 w3
+    return tl.reshape(tl.join((words << 16) > edge, words > edge), (o_row.shape[0], COLUMNS))
+
+
+@triton.jit(do_not_specialize=["M", "edge", "first_row"])
+def drop_kernel(
+    v, out, seed, edge, keep_scale, first_row, M, D, stride_v, stride_out, BM: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """out = drop(v), for v[M, D] whose first row is row `first_row` of the mask."""
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    column = tl.program_id(1) * BD
+    o_d = column + tl.arange(0, BD)
+    b_v = load_tile(v, o_m, o_d, stride_v, M, D).to(tl.float32) * keep_scale
+    keep = keep_tile(tl.load(seed), edge, first_row + o_m, column, BD)
+    store_tile(out, tl.where(keep, b_v, 0.0), o_m, o_d, stride_out, M, D)
+
+
+def drop(v: Tensor, p: float, seed: Tensor | None, *, first_row: int = 0, out: Tensor) -> Tensor:
+    """out = v · keep / (1 - p̂), in out's dtype; `out` may be v itself."""
+    M, D = v.shape
+    tile = ELEMENTWISE
+    grid = (triton.cdiv(M, tile.rows), triton.cdiv(D, tile.columns))
+    drop_kernel[grid](
+        v, out, seed, edge(p), keep_scale(p), first_row, M, D, v.stride(0), out.stride(0),
+        BM=tile.rows, BD=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
+    return out
+
+
+def drops(p: float) -> bool:
+    """Whether any element is dropped: a p below 2^-17 rounds to threshold 0."""
+    return threshold(p) > 0
+
+
+def edge(p: float) -> int:
+    """threshold·2^16 - 1 as the signed 32-bit integer of the same bits, so that every p is one kernel argument type."""
+    bits = (threshold(p) << 16) - 1
+    return bits - (1 << 32) if bits >= 1 << 31 else bits
+
+
+def mask_bits(M: int, K: int, p: float, seed: Tensor) -> Tensor:
+    """The kernels' mask itself, as bool[M, K]: what tests compare with lora_kernels.dropout_mask."""
+    ones = torch.ones(M, K, dtype=torch.float32, device=seed.device)
+    return drop(ones, p, seed, out=ones) != 0

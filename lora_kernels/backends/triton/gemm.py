@@ -1,0 +1,131 @@
+"""y = s·h·Bᵀ + c + x·Wᵀ and dx = undrop(g·A) + dy·W in one kernel each: a matrix product of two segments.
+
+The low-rank segment comes first in the accumulator, where the mask meets nothing else, and the main loop adds to it.
+Both directions are out = low + a·w: forward w = Wᵀ and low = s·h·Bᵀ + c, backward w = W and low = undrop(g·A).
+Used only where a measurement says that it beats prefill and the vendor's product (tuning.FUSED_WINS).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import tuning
+from .blocks import dot, load_tile, scalar, store_tile
+from .dropout import drops, edge, keep_scale, keep_tile
+from .tuning import Tile
+
+
+@triton.jit
+def tile_of(i_tile, row_tiles, column_tiles, GROUP: tl.constexpr = 8):
+    """Row and column block of the i-th tile: down a group of row blocks, which share columns of W in L2, then on."""
+    first = i_tile // (GROUP * column_tiles) * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    within = i_tile % (GROUP * column_tiles)
+    return first + within % height, within // height
+
+
+@triton.jit
+def low_rank_tile(
+    u, V, c, s, seed, edge, o_m, column, M, D, R,
+    FORWARD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Forward s·u·Vᵀ + c with u = h, V = B[D, R]; backward undrop(u·V) with u = g, V = A[R, D], s = 1 / (1 - p̂)."""
+    o_d, o_r = column + tl.arange(0, BD), tl.arange(0, BR)
+    b_V = load_tile(V, o_d, o_r, R, D, R).T if FORWARD else load_tile(V, o_r, o_d, D, R, D)
+    acc = scalar(s) * dot(load_tile(u, o_m, o_r, R, M, R), b_V, tl.zeros([BM, BD], tl.float32), PRECISION)
+    if c is not None:
+        acc += tl.load(c + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
+    if DROP:
+        acc = tl.where(keep_tile(tl.load(seed), edge, o_m, column, BD), acc, 0.0)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "edge"])
+def fused_kernel(
+    a, W, out, u, V, c, s, seed, edge, M, C, D, R, stride_a, stride_W,
+    FORWARD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """out[M, D] = low + a[M, C]·w, one tile per program, by pointers: any shape on any GPU."""
+    i_m, i_d = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(D, BD))
+    o_m, o_d = i_m * BM + tl.arange(0, BM), i_d * BD + tl.arange(0, BD)
+    acc = low_rank_tile(u, V, c, s, seed, edge, o_m, i_d * BD, M, D, R, FORWARD, DROP, PRECISION, BM, BD, BR)
+    for column in range(0, C, BC):
+        o_c = column + tl.arange(0, BC)
+        b_w = load_tile(W, o_d, o_c, stride_W, D, C).T if FORWARD else load_tile(W, o_c, o_d, stride_W, C, D)
+        acc = tl.dot(load_tile(a, o_m, o_c, stride_a, M, C), b_w, acc)
+    store_tile(out, acc, o_m, o_d, D, M, D)
+
+
+@triton.jit(do_not_specialize=["M", "edge"])
+def fused_tma_kernel(
+    a, W, out, u, V, c, s, seed, edge, M, C, D, R,
+    FORWARD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """The same with tensor descriptors a, W, out: one program per processor walks over the tiles.
+
+    out leaves in two halves of columns: one [128, 256] tile in shared memory would cost a stage of the main loop.
+    """
+    row_tiles, column_tiles = tl.cdiv(M, BM), tl.cdiv(D, BD)
+    for i_tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+        i_m, i_d = tile_of(i_tile, row_tiles, column_tiles)
+        m, d = i_m * BM, i_d * BD
+        o_m = m + tl.arange(0, BM)
+        acc = low_rank_tile(u, V, c, s, seed, edge, o_m, d, M, D, R, FORWARD, DROP, PRECISION, BM, BD, BR)
+        for column in range(0, C, BC):
+            b_w = W.load([d, column]).T if FORWARD else W.load([column, d])
+            acc = tl.dot(a.load([m, column]), b_w, acc)
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BD // 2)), (0, 2, 1)))
+        out.store([m, d], left.to(out.dtype))
+        out.store([m, d + BD // 2], right.to(out.dtype))
+
+
+def forward(x: Tensor, W: Tensor, h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
+    """Equation 2 in one kernel, for 16-bit x with dense rows: y[M, N]."""
+    return _fused(x, W, h, B, c, s, 0.0, None, forward=True)
+
+
+def backward(dy: Tensor, W: Tensor, g: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Equation 4 in one kernel, for 16-bit dy with dense rows: dx[M, K]."""
+    return _fused(dy, W, g, A, None, keep_scale(p), p, seed, forward=False)
+
+
+def _fused(
+    a: Tensor,
+    W: Tensor,
+    u: Tensor,
+    V: Tensor,
+    c: Tensor | None,
+    s: float | Tensor,
+    p: float,
+    seed: Tensor | None,
+    *,
+    forward: bool,
+) -> Tensor:
+    (M, C), R = a.shape, u.shape[1]
+    D, DROP, gpu = W.shape[0 if forward else 1], drops(p), tuning.gpu(a.device)
+
+    def run(tile: Tile) -> Tensor:
+        out = torch.empty(M, D, dtype=a.dtype, device=a.device)
+        tiles = triton.cdiv(M, tile.rows) * triton.cdiv(D, tile.columns)
+        rest = (u, V, c, s, seed if DROP else None, edge(p), M, C, D, R)
+        options = {
+            "FORWARD": forward, "DROP": DROP, "PRECISION": tuning.precision(a.dtype), "BM": tile.rows, "BD": tile.columns,
+            "BC": tile.depth, "BR": tuning.padded_rank(R), "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
+        if not tile.tma:
+            fused_kernel[(tiles,)](a, W, out, *rest, a.stride(0), W.stride(0), **options)
+            return out
+        W_block = [tile.columns, tile.depth] if forward else [tile.depth, tile.columns]
+        blocks = ((a, [tile.rows, tile.depth]), (W, W_block), (out, [tile.rows, tile.columns // 2]))
+        descriptors = [TensorDescriptor.from_tensor(tensor, block) for tensor, block in blocks]
+        fused_tma_kernel[(min(tiles, gpu.processors),)](*descriptors, *rest, **options)
+        return out
+
+    tma = gpu.capability in tuning.TMA_GPUS and tuning.tma_legal(a, W, columns=D)
+    kernel, kind = "fused_tma" if tma else "fused", tuning.arithmetic(a.dtype, u.dtype)
+    return tuning.first_that_compiles(kernel, kind, R, a.device, run)

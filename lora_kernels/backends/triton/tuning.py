@@ -1,0 +1,187 @@
+"""Which tile and which dataflow a call gets: frozen tables, legality stated once, and what did not compile.
+
+Nothing here is measured yet. Tiles come from offline compilation (kernels.json: registers, spills, shared memory).
+A device or shape without a measurement gets the prefill dataflow.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program's tile [rows, columns] and how it is compiled."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+    depth: int = 0  # of a matrix product's step
+    tma: bool = False
+
+
+class Gpu(NamedTuple):
+    capability: tuple[int, int]
+    processors: int
+
+
+INTERPRETED = Gpu((8, 0), 4)  # few processors, so that small tests split their reductions as large calls do
+MAX_RANK = 64  # wider adapters are ordinary matrix products: the vendor's
+
+# ---- tiles: rows × columns of x or dy ----
+
+SUM = Tile(rows=16, columns=256, warps=4)  # 16 partial sums × 256 outputs
+ELEMENTWISE = Tile(rows=16, columns=256, warps=4)
+
+_SAFE = {  # after the table's own tile: needs little of anything
+    "project": Tile(32, 32, 4, 2),
+    "prefill": Tile(32, 64, 4),
+    "grad_dy": Tile(16, 32, 4, 2),
+    "grad_x": Tile(16, 32, 4, 2),
+    "fused": Tile(32, 64, 4, 2, 32),
+    "fused_tma": Tile(32, 64, 4, 2, 32),
+}
+
+# Arithmetic "16" is one 16-bit type, "mixed" 16-bit activations with other adapters, "32" float32 activations; the last
+# part is the largest padded rank. Strips of dy are as wide as registers allow, because each writes its own partial sums of
+# g: 4·R / (2·columns) of dy's bytes, an eighth at 256 columns and rank 16. For "mixed" tensor descriptors need 128x128:
+# with 128x256 Triton 3.6 silently emits an empty kernel for sm_100, whose tensor memory does not hold two accumulators.
+TILES: dict[tuple[str, str, int], Tile] = {
+    ("project", "16", 32): Tile(64, 128, 8, 4),
+    ("project", "16", 64): Tile(64, 64, 8, 4),
+    ("project", "mixed", 32): Tile(64, 64, 8, 3),
+    ("project", "mixed", 64): Tile(32, 64, 8, 3),
+    ("project", "32", 32): Tile(32, 64, 8, 3),
+    ("project", "32", 64): Tile(32, 64, 8, 3),
+    ("prefill", "16", 32): Tile(64, 128, 8),
+    ("prefill", "16", 64): Tile(64, 128, 8),
+    ("prefill", "mixed", 32): Tile(64, 128, 8),
+    ("prefill", "mixed", 64): Tile(32, 128, 8),
+    ("prefill", "32", 32): Tile(64, 128, 8),
+    ("prefill", "32", 64): Tile(64, 64, 8),
+    ("grad_dy", "16", 32): Tile(64, 256, 8, 3),
+    ("grad_dy", "16", 64): Tile(64, 256, 8, 3),
+    ("grad_dy", "mixed", 32): Tile(32, 128, 8, 3),
+    ("grad_dy", "mixed", 64): Tile(32, 64, 8, 2),
+    ("grad_dy", "32", 32): Tile(32, 64, 8, 2),
+    ("grad_dy", "32", 64): Tile(32, 64, 8, 2),
+    ("grad_x", "16", 32): Tile(64, 128, 8, 3),
+    ("grad_x", "16", 64): Tile(32, 128, 8, 3),
+    ("grad_x", "mixed", 32): Tile(32, 128, 8, 3),
+    ("grad_x", "mixed", 64): Tile(32, 64, 8, 2),
+    ("grad_x", "32", 32): Tile(32, 32, 8, 2),
+    ("grad_x", "32", 64): Tile(32, 32, 8, 2),
+    ("fused", "16", 32): Tile(128, 128, 8, 3, 64),
+    ("fused", "16", 64): Tile(128, 128, 8, 3, 64),
+    ("fused", "mixed", 32): Tile(128, 128, 8, 3, 64),
+    ("fused", "mixed", 64): Tile(64, 128, 8, 3, 32),
+    ("fused_tma", "16", 32): Tile(128, 256, 8, 3, 64, tma=True),
+    ("fused_tma", "16", 64): Tile(128, 256, 8, 3, 64, tma=True),
+    ("fused_tma", "mixed", 32): Tile(128, 128, 8, 3, 64, tma=True),
+    ("fused_tma", "mixed", 64): Tile(128, 128, 8, 3, 64, tma=True),
+}
+
+
+def tiles(kernel: str, kind: str, R: int) -> tuple[Tile, ...]:
+    """The tiles to try, best first."""
+    return TILES[kernel, kind, 32 if R <= 32 else 64], _SAFE[kernel]
+
+
+# ---- prefill and the vendor's product, or one fused kernel ----
+
+TMA_GPUS = ((9, 0), (10, 0), (10, 3))
+FUSED_WINS: frozenset[tuple[tuple[int, int], str, str]] = frozenset()
+"""(capability, direction, contraction class) in which the fused kernel was measured to win; elsewhere prefill it is.
+
+What it must reach, by bytes saved: 0.94 of the vendor's speed at a contraction of 4096, 0.97 at 8192, 0.98 at 14336.
+"""
+
+
+def dataflow(a: Tensor, W: Tensor, direction: str) -> str:
+    """ "fused" or "prefill" for the product of a[M, C] with 16-bit W, "forward" or "backward"."""
+    contraction = "<=4096" if a.shape[1] <= 4096 else "<=8192" if a.shape[1] <= 8192 else ">8192"
+    wins = (gpu(a.device).capability, direction, contraction) in FUSED_WINS
+    legal = a.dtype != torch.float32 and W.stride(1) == 1
+    return "fused" if wins and legal else "prefill"
+
+
+def tma_legal(*tensors: Tensor, columns: int) -> bool:
+    """Whether tensor descriptors can describe these matrices and a fresh one of `columns`: 16-byte rows and starts."""
+    strides = [t.stride(0) * t.element_size() for t in tensors] + [columns * tensors[0].element_size()]
+    return all(stride % 16 == 0 and stride > 0 for stride in strides) and all(t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def arithmetic(activations: torch.dtype, adapters: torch.dtype) -> str:
+    """The class of a dtype pair in the tables."""
+    if activations == torch.float32:
+        return "32"
+    return "16" if activations == adapters else "mixed"
+
+
+def precision(activations: torch.dtype) -> str:
+    """`tl.dot`'s input precision for float32 operands: PyTorch's own rule for TF32 over float32 activations.
+
+    Over 16-bit activations float32 adapters lose nothing to speed: three TF32 products carry 22 bits.
+    """
+    if activations != torch.float32:
+        return "tf32x3"
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+def padded_rank(R: int) -> int:
+    """The rank as a tile dimension: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(R))
+
+
+def splits(width: int, tile: int, programs: int, wanted: int) -> tuple[int, int]:
+    """(parts, part width) that cut `width` into whole tiles so that `programs` × parts comes near `wanted`."""
+    tiles = triton.cdiv(width, tile)
+    per_part = triton.cdiv(tiles, max(1, min(tiles, wanted // max(1, programs))))
+    return triton.cdiv(tiles, per_part), per_part * tile
+
+
+@functools.cache
+def gpu(device: torch.device) -> Gpu:
+    if device.type != "cuda":
+        return INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu((properties.major, properties.minor), properties.multi_processor_count)
+
+
+# ---- what did not compile on this machine's GPUs ----
+
+COMPILE_ERRORS = (OutOfResources, PTXASError, CompilationError)
+rejected: dict[tuple[tuple[int, int], str, str, int, Tile], str] = {}  # capability, kernel, arithmetic, rank, tile
+broken: dict[tuple[int, int], str] = {}  # GPUs on which some kernel has no tile left
+
+
+class NothingCompilesError(RuntimeError):
+    """No tile of a kernel compiles on this GPU."""
+
+
+def first_that_compiles(kernel: str, kind: str, R: int, device: torch.device, run: Callable[[Tile], T]) -> T:
+    """run(tile) with the first tile of `kernel` that compiles on this device; refusals are kept with their reason."""
+    capability = gpu(device).capability
+    for tile in tiles(kernel, kind, R):
+        key = (capability, kernel, kind, padded_rank(R), tile)
+        if key in rejected:
+            continue
+        try:
+            return run(tile)
+        except (*COMPILE_ERRORS, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PassManager" not in str(error):  # how Triton's compiler itself fails
+                raise
+            rejected[key] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+    raise NothingCompilesError(f"kernel {kernel!r} ({kind}, rank {R}) does not compile for sm_{capability[0]}{capability[1]}")

@@ -1,0 +1,83 @@
+"""What is known of the Triton kernels without a GPU: machine code counted, bytes counted, times predicted.
+
+Registers, spills, shared memory and instructions come from offline compilation (backends/triton/kernels.json, written by
+tests/triton_offline.py). Times are predictions, not measurements: the larger of bytes over the device's copy bandwidth and
+instructions over its issue rate, for kernels that reach both. No Triton is needed to read them.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+TABLE = Path(__file__).parents[1] / "backends/triton/kernels.json"
+ISSUE = 132 * 128 * 1.7e9  # instructions per second: processors × lanes × clock, H100 and H200
+MATRIX = 790e12  # bf16 multiply-adds ·2 per second that the vendor's product reaches on them
+BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second of a device copy
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel of a layer: its compiled form for one GPU family and what one call moves, with predicted microseconds."""
+
+    kernel: str
+    dtypes: str
+    rank: str
+    target: str
+    form: str
+    registers: int
+    spills: int
+    shared: int
+    matrix: str
+    per_element: float | None
+    megabytes: float
+    h100_us_predicted: float
+    h200_us_predicted: float
+
+
+def compiled() -> dict[tuple[str, ...], dict]:
+    """The table of compiled kernels: (kernel, dtypes, rank, target, form) -> counts."""
+    return {tuple(key.split(" | ")): counts for key, counts in json.loads(TABLE.read_text()).items()}
+
+
+def kernel_rows(
+    M: int = 8192, K: int = 4096, N: int = 4096, target: str = "sm_90", dtypes: str = "bf16 bf16"
+) -> list[KernelRow]:
+    """A row per kernel compiled for `target` with these dtypes: what it moves for x[M, K] and W[N, K], and for how long."""
+    rows = []
+    for (kernel, types, rank, gpu, form), counts in compiled().items():
+        if gpu != target or types != dtypes:
+            continue
+        data, adapter = (4 if name == "fp32" else 2 for name in dtypes.split()[:2])
+        R = int(rank[1:])
+        elements, moved, flops = _work(kernel, M, K, N, R, data, adapter)
+        issued = elements * (counts["per_element"] or 0) / ISSUE if "fused" not in kernel else 0.0
+        times = [1e6 * max(moved / bandwidth, issued, flops / MATRIX) for bandwidth in BANDWIDTH.values()]
+        fields = {name: counts[name] for name in ("registers", "spills", "shared", "matrix", "per_element")}
+        rows.append(KernelRow(kernel, types, rank, gpu, form, **fields, megabytes=moved / 1e6,
+                              h100_us_predicted=times[0], h200_us_predicted=times[1]))  # fmt: skip
+    return rows
+
+
+def _work(kernel: str, M: int, K: int, N: int, R: int, data: int, adapter: int) -> tuple[int, int, int]:
+    """Elements that pass through the main loop, bytes moved from and to memory, and floating-point operations."""
+    x, dy, W, narrow = data * M * K, data * M * N, data * N * K, adapter * M * R
+    return {
+        "project": (M * K, x + narrow, 0),
+        "prefill": (M * N, dy + narrow, 0),
+        "grad_dy": (M * N, dy + 2 * narrow, 0),
+        "grad_x": (M * K, 2 * x + narrow, 0),
+        "fused": (M * K, x + dy + W + narrow, 2 * M * N * K),
+        "fused_tma": (M * K, x + dy + W + narrow, 2 * M * N * K),
+        "drop": (M * K, 2 * x, 0),
+        "sum": (0, 2 * narrow, 0),
+    }[kernel]
+
+
+def table(rows: list[KernelRow]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Column names and cells, for console.Output.table."""
+    names = tuple(KernelRow.__dataclass_fields__)
+    return names, [[_cell(value) for value in asdict(row).values()] for row in rows]
+
+
+def _cell(value: object) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else "" if value is None else str(value)

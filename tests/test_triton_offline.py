@@ -1,0 +1,91 @@
+"""Every kernel compiles for every GPU family, and its registers, spills and shared memory are those written down."""
+
+import json
+
+import pytest
+import triton
+import triton_offline
+
+from lora_kernels.backends.triton import tuning
+from lora_kernels.commands import kernel_report
+
+# Local loads and stores that are known and accepted: key -> number. All others spill nothing.
+SPILLS: dict[str, int] = {
+    "grad_dy | fp32 fp32 | r64 | sm_80 | 32x64 w8s2": 4,
+    "grad_dy | fp16 fp32 | r64 | sm_80 | 32x64 w8s2": 28,
+    "grad_dy | fp32 fp32 | r64 | sm_90 | 32x64 w8s2": 10,
+    "fused_tma | bf16 bf16 | r16 | sm_100 | 128x256x64 w8s3 drop": 6,
+    "fused_tma | fp16 fp16 | r16 | sm_100 | 128x256x64 w8s3 drop": 6,
+    "grad_dy | fp32 fp32 | r64 | sm_120 | 32x64 w8s2": 6,
+    "grad_dy | fp16 fp32 | r64 | sm_120 | 32x64 w8s2": 29,
+}
+
+
+@pytest.fixture(scope="module")
+def written() -> dict[str, dict]:
+    return json.loads(triton_offline.TABLE.read_text())
+
+
+def test_the_table_holds_every_tile(written: dict[str, dict]) -> None:
+    for (kernel, kind, rank), tile in tuning.TILES.items():
+        shape = f"{tile.rows}x{tile.columns}" + (f"x{tile.depth}" if tile.depth else "")
+        pair = {"16": "bf16 bf16", "mixed": "bf16 fp32", "32": "fp32 fp32"}[kind]
+        capability = 90 if tile.tma else 80
+        R = 16 if rank == 32 else rank
+        stem = (
+            f"{kernel} | {pair} | r{R} | sm_{capability} | {shape} w{tile.warps}s{tile.stages if kernel != 'prefill' else '-'}"
+        )
+        assert any(key.startswith(stem) for key in written), stem
+
+
+def test_what_is_written_fits_the_hardware(written: dict[str, dict]) -> None:
+    """Where the best tile needs more shared memory than a GPU has, the next one is there for it."""
+    for key, row in written.items():
+        capability = int(key.split("sm_")[1].split()[0])
+        fits = row["shared"] <= 1024 * triton_offline.SHARED_LIMIT[capability]
+        assert fits or any(_replaces(other, key, written) for other in written), key
+        assert row["registers"] <= 255
+        assert row["spills"] == SPILLS.get(key, 0), key
+
+
+def _replaces(other: str, key: str, written: dict[str, dict]) -> bool:
+    same = other.rpartition(" | ")[0] == key.rpartition(" | ")[0]
+    capability = int(key.split("sm_")[1].split()[0])
+    return same and written[other]["shared"] <= 1024 * triton_offline.SHARED_LIMIT[capability]
+
+
+def test_the_products_use_the_matrix_instructions_of_their_gpu(written: dict[str, dict]) -> None:
+    instruction = {90: "wgmma", 100: "tcgen05"}
+    for key, row in written.items():
+        capability = int(key.split("sm_")[1].split()[0])
+        if key.startswith("fused_tma"):
+            assert row["matrix"] == instruction[capability], key
+        elif "fp32 fp32" in key and "tf32" not in key:
+            assert row["matrix"] == "fma", key
+        elif not key.startswith(("sum", "drop")):
+            assert "mma" in row["matrix"] or row["matrix"] == "tcgen05", key
+
+
+def test_the_mask_costs_at_most_ten_instructions_per_element(written: dict[str, dict]) -> None:
+    """The same kernel with and without dropout, where the mask is used once."""
+    for key, row in written.items():
+        if key.startswith("project | bf16 bf16 | r16") and key.endswith(" drop"):
+            assert row["per_element"] - written[key.removesuffix(" drop")]["per_element"] <= 10.5, key
+
+
+@pytest.mark.skipif(triton.__version__ != "3.6.0", reason="the table was written by Triton 3.6.0")
+@pytest.mark.parametrize("job", triton_offline.jobs(), ids=lambda job: f"sm_{job[0]}-{job[1][0]}".replace(" ", "-"))
+def test_compiled_anew_it_is_the_same(written: dict[str, dict], job: tuple) -> None:
+    compiled = triton_offline.compile_jobs([job])
+    different = {key: (row, written.get(key)) for key, row in compiled.items() if row != written.get(key)}
+    assert not different, different
+
+
+def test_the_report_reads_it() -> None:
+    rows = kernel_report.kernel_rows()
+    assert {row.kernel for row in rows} >= {"project", "prefill", "grad_dy", "grad_x", "fused_tma", "sum", "drop"}
+    names, cells = kernel_report.table(rows)
+    assert len(names) == len(cells[0])
+    assert "h100_us_predicted" in names
+    project = next(row for row in rows if row.kernel == "project")
+    assert project.megabytes == pytest.approx(8192 * (4096 + 16) * 2 / 1e6)
