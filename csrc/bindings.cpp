@@ -13,9 +13,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels on addresses in device memory: work is enqueued on `stream` of the current device.";
   m.attr("cuda_version") = CUDART_VERSION;
 
-  py::enum_<Dtype>(m, "Dtype").value("bf16", Dtype::bf16).value("fp16", Dtype::fp16).value("fp32", Dtype::fp32);
+  py::enum_<Dtype>(m, "Dtype", py::module_local()).value("bf16", Dtype::bf16).value("fp16", Dtype::fp16).value("fp32", Dtype::fp32);
 
-  py::class_<Weight>(m, "Weight", "W[rows, columns] in 4 bits; `values` of the 16 codes.")
+  py::class_<Weight>(m, "Weight", py::module_local(), "W[rows, columns] in 4 bits; `values` of the 16 codes.")
       .def(py::init<Address, Address, Address, Address, Address, std::int64_t, std::int64_t, int, std::array<float, 16>>(),
            arg("codes"), arg("absmax"), arg("nested_absmax"), arg("nested_map"), arg("nested_offset"), arg("rows"),
            arg("columns"), arg("blocksize"), arg("values"));
