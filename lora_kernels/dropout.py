@@ -13,7 +13,7 @@ so that the expectation is exact.
 import torch
 from torch import Tensor
 
-from .scratch import scratch
+from .scratch import scratch, slices
 
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57  # multipliers
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85  # key increments
@@ -146,8 +146,3 @@ def dropout_mask(
 def row_chunks(M: int, width: int, device: torch.device) -> list[slice]:
     """Slices of M rows, each of about 2^20 elements on a CPU, so that the work on one stays in its cache (2^26 elsewhere)."""
     return slices(M, max(1, (1 << (20 if device.type == "cpu" else 26)) // max(1, width)))
-
-
-def slices(size: int, step: int) -> list[slice]:
-    """Consecutive slices of at most `step` that cover range(size); one empty slice for size 0."""
-    return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), step)]

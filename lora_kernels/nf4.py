@@ -4,18 +4,18 @@
 
 The weight is flattened row by row; blocks of `blocksize` elements run over rows' ends and share one absmax. Element 2i is the
 high nibble of byte i, 2i+1 the low one. Nested, blocks of 256 absmax share one nested_absmax. Each product and the sum of 8
-is rounded to float32 by itself, then W once to its dtype: bit for bit what bitsandbytes 0.50 computes on a CPU, on every device.
+is rounded to float32 by itself, then W once to its dtype: bit for bit what bitsandbytes 0.50 computes on a CPU.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .nf4_tables import CELLS, QUANT_TYPES, dynamic_map, nested_bins, nf4_cells, pair_table, thresholds
-from .scratch import scratch
+from .scratch import scratch, slices
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
@@ -63,18 +63,30 @@ class NF4Weight:
     def numel(self) -> int:
         return self.shape.numel()
 
+    def fields(self) -> tuple[Any, ...]:
+        """All fields in order, the five tensors first: what `from_fields` takes."""
+        tensors = self.codes, self.absmax, self.nested_absmax, self.nested_map, self.nested_offset
+        return *tensors, self.shape, self.dtype, self.blocksize, self.quant_type
+
+    @classmethod
+    def from_fields(cls, values: Iterable[Any]) -> "NF4Weight":
+        """The weight of `fields()`."""
+        codes, absmax, nested_absmax, nested_map, nested_offset, shape, dtype, blocksize, quant_type = values
+        size = torch.Size(shape)
+        return cls(codes, absmax, nested_absmax, nested_map, nested_offset, size, dtype, blocksize, quant_type)
+
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        names = (field.name for field in fields(self))
+        return {name: value for name, value in zip(names, self.fields(), strict=True) if isinstance(value, Tensor)}
 
-    def replace(self, **tensors: Tensor | None) -> "NF4Weight":
+    def with_tensors(self, **tensors: Tensor | None) -> "NF4Weight":
         """The same weight with other tensors."""
-        return NF4Weight(**{**{field.name: getattr(self, field.name) for field in fields(self)}, **tensors})
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "NF4Weight":
         """The weight on `device`."""
-        return self.replace(**{name: t.to(device, non_blocking=non_blocking) for name, t in self.tensors().items()})
+        return self.with_tensors(**{name: t.to(device, non_blocking=non_blocking) for name, t in self.tensors().items()})
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """W[shape] in `dtype`, by default that of the weight that was quantised."""
@@ -153,21 +165,53 @@ def dequantize_nf4(w: NF4Weight, dtype: torch.dtype | None = None, out: Tensor |
 
 def tiles(w: NF4Weight, dtype: torch.dtype, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """(rows, W[rows] rounded to `dtype`, held in `work`), a few hundred rows at a time; a tile lives until the next one."""
-    K = w.shape[-1]
-    N = w.numel() // K if K else 0
-    step = max(1, (TILE if w.device.type == "cpu" else GPU_CHUNK) // max(K, 1))
-    for first in range(0, N, step):
-        rows = slice(first, min(first + step, N))
-        tile = scratch("nf4 tile", (rows.stop - first) * K, work, w.codes)
-        for start, stop in chunks(w, first * K, rows.stop * K):
+    N, K = _matrix(w)
+    for rows in slices(N, max(1, _tile_size(w) // max(K, 1))):
+        tile = scratch("nf4 tile", (rows.stop - rows.start) * K, work, w.codes)
+        for start, stop in chunks(w, rows.start * K, rows.stop * K):
             part = _decode(w, start, stop)
-            tile[start - first * K : stop - first * K] = part if work == dtype else part.to(dtype)
+            tile[start - rows.start * K : stop - rows.start * K] = part if work == dtype else part.to(dtype)
         yield rows, tile.view(-1, K)
+
+
+def column_tiles(w: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(columns, W[:, columns] in `dtype`), some 64 columns at a time, for a matrix whose blocks do not cross rows.
+
+    A product dy·W is complete in such a tile: it is rounded once, where a sum over tiles of rows would be rounded with each.
+    """
+    N, K = _matrix(w)
+    width = max(32, 1 << (max(1, _tile_size(w) // max(N, 1)).bit_length() - 1))
+    per_block = min(width, w.blocksize)
+    packed, row_step = w.codes.view(N, K // 2), max(1, _chunk_size(w) // width)
+    for columns in slices(K, width):
+        count = columns.stop - columns.start
+        tile = scratch("nf4 tile", N * count, dtype, w.codes).view(N, count)
+        for rows in slices(N, row_step):
+            values = _values(w, packed[rows, columns.start // 2 : columns.stop // 2])
+            row = torch.arange(rows.start, rows.stop, device=w.device)[:, None]
+            block = (row * K + torch.arange(columns.start, columns.stop, per_block, device=w.device)) // w.blocksize
+            values = values.view(-1, per_block).mul_(_absmax(w, block.flatten())[:, None])
+            tile[rows] = values.view(-1, count)
+        yield columns, tile
+
+
+def _matrix(w: NF4Weight) -> tuple[int, int]:
+    """(rows, row length)."""
+    K = w.shape[-1]
+    return w.numel() // K if K else 0, K
+
+
+def _tile_size(w: NF4Weight) -> int:
+    return TILE if w.device.type == "cpu" else GPU_CHUNK
+
+
+def _chunk_size(w: NF4Weight) -> int:
+    return CHUNK if w.device.type == "cpu" else GPU_CHUNK
 
 
 def chunks(w: NF4Weight, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
     """Ranges of elements that cover start:stop and end at block boundaries."""
-    step, stop = CHUNK if w.device.type == "cpu" else GPU_CHUNK, w.numel() if stop is None else stop
+    step, stop = _chunk_size(w), w.numel() if stop is None else stop
     while start < stop:
         end = min(stop, start - start % w.blocksize + step)
         yield start, end
@@ -175,18 +219,10 @@ def chunks(w: NF4Weight, start: int = 0, stop: int | None = None) -> Iterator[tu
 
 
 def _decode(w: NF4Weight, start: int, stop: int) -> Tensor:
-    """float32 values of the elements start:stop, in scratch that the next call overwrites.
-
-    Whole blocks are decoded: a byte is one int64 load from the table of pairs. A gather of single values takes 148 ms for
-    4096 x 4096 where this takes 9.
-    """
+    """float32 values of the elements start:stop, in scratch that the next call overwrites; whole blocks are decoded."""
     block, n = start // w.blocksize, w.numel()
     first, last = block * w.blocksize, min(n, -(-stop // w.blocksize) * w.blocksize)
-    packed = w.codes[first // 2 : (last + 1) // 2]
-    index = scratch("nf4 index", len(packed), torch.int32, w.codes).copy_(packed)
-    pairs = scratch("nf4 values", len(packed), torch.int64, w.codes)
-    torch.index_select(pair_table(w.quant_type, w.device), 0, index, out=pairs)
-    values = pairs.view(torch.float32)
+    values = _values(w, w.codes[first // 2 : (last + 1) // 2])
     absmax = block_absmax(w, block, -(-last // w.blocksize))
     whole = (last - first) // w.blocksize
     values[: whole * w.blocksize].view(-1, w.blocksize).mul_(absmax[:whole, None])
@@ -195,13 +231,34 @@ def _decode(w: NF4Weight, start: int, stop: int) -> Tensor:
     return values[start - first : stop - first]
 
 
+def _values(w: NF4Weight, packed: Tensor) -> Tensor:
+    """float32 values of the codes in `packed` bytes, in scratch: a byte is one int64 load from the table of pairs.
+
+    A gather of single values takes 148 ms for 4096 x 4096 where this takes 9.
+    """
+    index = scratch("nf4 index", packed.numel(), torch.int32, w.codes)
+    index.view(packed.shape).copy_(packed)
+    pairs = scratch("nf4 values", packed.numel(), torch.int64, w.codes)
+    return torch.index_select(pair_table(w.quant_type, w.device), 0, index, out=pairs).view(torch.float32)
+
+
 def block_absmax(w: NF4Weight, start: int = 0, stop: int | None = None) -> Tensor:
     """float32 absmax of the blocks start:stop (equation 8 where nested)."""
     absmax = w.absmax[start:stop]
-    if w.nested_absmax is None:
+    if not w.nested:
         return absmax
-    block = torch.arange(start, start + len(absmax), device=w.device) // NESTED_BLOCKSIZE
-    return w.nested_map.index_select(0, absmax.int()).mul_(w.nested_absmax[block]).add_(w.nested_offset)  # type: ignore
+    return _unnest(w, absmax, torch.arange(start, start + len(absmax), device=w.device))
+
+
+def _absmax(w: NF4Weight, block: Tensor) -> Tensor:
+    """float32 absmax of the blocks with these numbers."""
+    absmax = w.absmax[block]
+    return _unnest(w, absmax, block) if w.nested else absmax
+
+
+def _unnest(w: NF4Weight, q: Tensor, block: Tensor) -> Tensor:
+    values = w.nested_map.index_select(0, q.int())  # type: ignore[union-attr]
+    return values.mul_(w.nested_absmax[block // NESTED_BLOCKSIZE]).add_(w.nested_offset)  # type: ignore[index, arg-type]
 
 
 # ---- quantise ----

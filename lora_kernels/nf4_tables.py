@@ -21,9 +21,9 @@ NF4_WORDS = (
 )
 FP4_WORDS = (
     "00000000 3baaaaab 3f2aaaab 3f800000 3eaaaaab 3f000000 3e2aaaab 3e800000"
-    " 80000000 bbaaaaab bf2aaaab bf800000 beaaaaab bf000000 be2aaaab be800000"
+    " 00000000 bbaaaaab bf2aaaab bf800000 beaaaaab bf000000 be2aaaab be800000"
 )
-FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)  # codes by rising value; the code of -0.0 is never chosen
+FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)  # codes by rising value
 QUANT_TYPES = ("nf4", "fp4")
 CELLS = 32  # of [-1, 1]: each holds at most one threshold of NF4
 

@@ -1,4 +1,4 @@
-"""Memory that a CPU thread keeps: fresh memory for every chunk of work would cost page faults."""
+"""Work in pieces: slices, and memory that a CPU thread keeps, since fresh memory for each piece would cost page faults."""
 
 import threading
 
@@ -21,3 +21,8 @@ def scratch(use: str, size: int, dtype: torch.dtype, like: Tensor) -> Tensor:
         with torch.inference_mode(False):
             kept[use] = torch.empty(size * dtype.itemsize, dtype=torch.uint8)
     return kept[use][: size * dtype.itemsize].view(dtype)
+
+
+def slices(size: int, step: int) -> list[slice]:
+    """Consecutive slices of at most `step` that cover range(size); one empty slice for size 0."""
+    return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
