@@ -3,6 +3,7 @@ import os
 import pytest
 import torch
 import triton_interpreter
+from csrc_emulator import cuda  # noqa: F401
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # more only fight over a busy machine
 if triton_interpreter.DEVICE.type == "cpu":  # Triton's kernels then run in its interpreter, if they are asked for

@@ -3,36 +3,19 @@
 Without a GPU their source runs in the emulator; with LORA_KERNELS_TEST_DEVICE=cuda the built extension runs.
 """
 
-import importlib
-import sys
 from types import ModuleType
 
 import pytest
 import torch
 from accuracy import violations
-from csrc_emulator import emulated
 from torch import Tensor
 from torch.nn import functional as F
 
-import lora_kernels
 from lora_kernels import nf4
 from lora_kernels.nf4 import NF4Weight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CANARY = 7.0
-
-
-@pytest.fixture(scope="module")
-def cuda(device: torch.device) -> ModuleType:
-    """lora_kernels.backends.cuda over the emulated extension, or over the real one on a GPU."""
-    pytest.importorskip("triton")
-    with pytest.MonkeyPatch.context() as patch:
-        if device.type == "cpu":
-            patch.setitem(sys.modules, "lora_kernels._C", emulated())
-            patch.setattr(lora_kernels, "_C", emulated(), raising=False)
-        patch.delitem(sys.modules, "lora_kernels.backends.cuda", raising=False)
-        yield importlib.import_module("lora_kernels.backends.cuda")
-        sys.modules.pop("lora_kernels.backends.cuda")
 
 
 def hostile(n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -93,7 +76,7 @@ def test_dequantise_from_and_to_any_address(cuda: ModuleType, device: torch.devi
     w = weight((24, 1024), BF16, 64, True, "nf4", device)
     want = bits(nf4.dequantize_nf4(w))
     odd = torch.cat([w.codes[:1], w.codes])[1:]
-    assert torch.equal(bits(cuda.nf4_dequantize(w.replace(codes=odd))), want)
+    assert torch.equal(bits(cuda.nf4_dequantize(w.with_tensors(codes=odd))), want)
     memory = torch.full((1 + w.numel() + 1,), CANARY, dtype=BF16, device=device)
     cuda.nf4_dequantize(w, out=memory[1:-1].view(24, 1024))
     assert torch.equal(bits(memory[1:-1].view(24, 1024)), want)

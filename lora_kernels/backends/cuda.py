@@ -27,6 +27,7 @@ except ImportError as error:
         "the CUDA extension was not built; where nvcc is, `pip install .` or `python setup.py build_ext --inplace` builds it"
     ) from error
 
+READS_NF4 = True
 EMULATED = hasattr(extension, "emulated")  # the tests' build for CPUs
 DTYPES = {
     torch.bfloat16: extension.Dtype.bf16,
@@ -60,14 +61,15 @@ def lora_forward(
     if 0 in (*x.shape, W.shape[0]):
         return reference.lora_forward(x, W, A, B, s, c, p, seed)
     x = row_major(x)
-    if plan(x, W, A)[0] == "skinny":
+    path, _ = plan(x, W, A)
+    if path == "skinny":
         try:
             with torch.cuda.device_of(x):
                 h = forward.project(x, A.contiguous(), p, seed)
                 return skinny(x, W, h, B, s, c), h
         except NothingCompilesError:
             pass  # the Triton backend notes it, and replaces its kernels
-    return triton.lora_forward(x, nf4_dequantize(W, x.dtype), A, B, s, c, p, seed)
+    return triton.lora_forward(x, W if path == "loop" else nf4_dequantize(W, x.dtype), A, B, s, c, p, seed)
 
 
 def lora_backward(
@@ -91,7 +93,8 @@ def plan(x: Tensor, W: NF4Weight, A: Tensor) -> tuple[str, str]:
     """(path, why) of the forward product, by nf4_plan's table."""
 
     def refusal(path: str) -> str | None:
-        return skinny_refusal(x, W, A.shape[0]) if path == "skinny" else None
+        refusals = {"skinny": skinny_refusal, "loop": triton.nf4.refusal}
+        return refusals[path](x, W, A.shape[0]) if path in refusals else None
 
     return nf4_plan.path(len(x), tuning.gpu(x.device).capability, refusal)
 
@@ -171,7 +174,7 @@ def _nest(w: NF4Weight) -> NF4Weight:
             w.absmax.data_ptr(), blocks, offset.data_ptr(), nested_map.data_ptr(), quantized.data_ptr(), nested.data_ptr(),
             _stream(nested),
         )  # fmt: skip
-    return w.replace(absmax=quantized, nested_absmax=nested, nested_map=nested_map, nested_offset=offset)
+    return w.with_tensors(absmax=quantized, nested_absmax=nested, nested_map=nested_map, nested_offset=offset)
 
 
 def descriptor(w: NF4Weight, rows: int | None = None, columns: int | None = None) -> Any:
