@@ -100,6 +100,8 @@ def tiles(kernel: str, kind: str, R: int) -> tuple[Tile, ...]:
 # ---- prefill and the vendor's product, or one fused kernel ----
 
 TMA_GPUS = ((9, 0), (10, 0), (10, 3))
+DIRECTIONS = ("forward", "backward")
+CONTRACTIONS = ("<=4096", "<=8192", ">8192")  # of the base product: K forward, N backward
 FUSED_WINS: frozenset[tuple[tuple[int, int], str, str]] = frozenset()
 """(capability, direction, contraction class) in which the fused kernel was measured to win; elsewhere prefill it is.
 
@@ -109,7 +111,7 @@ What it must reach, by bytes saved: 0.94 of the vendor's speed at a contraction 
 
 def dataflow(a: Tensor, W: Tensor, direction: str) -> str:
     """ "fused" or "prefill" for the product of a[M, C] with 16-bit W, "forward" or "backward"."""
-    contraction = "<=4096" if a.shape[1] <= 4096 else "<=8192" if a.shape[1] <= 8192 else ">8192"
+    contraction = CONTRACTIONS[(a.shape[1] > 4096) + (a.shape[1] > 8192)]
     wins = (gpu(a.device).capability, direction, contraction) in FUSED_WINS
     legal = a.dtype != torch.float32 and W.stride(1) == 1
     return "fused" if wins and legal else "prefill"
