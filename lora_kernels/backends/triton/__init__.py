@@ -18,7 +18,6 @@ from ...reference import Needs
 from .. import nf4_plan, use_backend
 from . import backward, forward, nf4, tuning, wide_rank
 from .blocks import sum_kernel
-from .tuning import NothingCompilesError
 
 READS_NF4 = True
 INTERPRETER = not isinstance(sum_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 was set when the kernels were defined
@@ -60,7 +59,7 @@ def lora_forward(
             if isinstance(W, NF4Weight) and plan(x, W, A)[0] == "loop":
                 return nf4.lora_forward(x, W, A, B, _scaling(s, x), c, p, seed)
             return path.lora_forward(x, _dense(W, x), A, B, _scaling(s, x), c, p, seed)
-    except NothingCompilesError as error:
+    except Exception as error:
         _give_up(x, error)
         return reference.lora_forward(x, W, A, B, s, c, p, seed)
 
@@ -86,7 +85,7 @@ def lora_backward(
     try:
         with torch.cuda.device_of(dy):
             return path.lora_backward(dy, x, _dense(W, dy), A, B, h, _scaling(s, dy), p, seed, needs)
-    except NothingCompilesError as error:
+    except Exception as error:
         _give_up(dy, error)
         return reference.lora_backward(dy, x, W, A, B, h, s, p, seed, needs)
 
@@ -112,8 +111,10 @@ def _scaling(s: float | Tensor, x: Tensor) -> float | Tensor:
     return s if isinstance(s, Tensor) and s.device == x.device else float(s)
 
 
-def _give_up(x: Tensor, error: NothingCompilesError) -> None:
-    """From now on this GPU's calls go to PyTorch, with this reason; an explicit request raises instead."""
-    tuning.broken[tuning.gpu(x.device).capability] = str(error)
-    if use_backend.current == "triton":
+def _give_up(x: Tensor, error: Exception) -> None:
+    """Where kernels do not compile, this GPU's calls go to PyTorch from now on, with this reason; any other error, or an
+    explicit request, raises."""
+    reason = tuning.compile_failure(error)
+    if reason is None or use_backend.current == "triton":
         raise error
+    tuning.broken[tuning.gpu(x.device).capability] = reason
