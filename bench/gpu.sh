@@ -6,7 +6,8 @@
 # Stages, all of them if none is named: nvidia-smi, csrc (builds the CUDA extension in place), tests (the suite on the GPU),
 # sanitizer (compute-sanitizer's memcheck over small shapes), addmm_beta, kernels (bench/kernels.py), nf4 (bench/nf4_gpu.py)
 # and bench (`python -m lora_kernels bench --suite llama`). Each has a time limit, together 16 minutes, with --quick 5. A stage
-# that fails does not stop those after it; the exit code is 1 if any did. Results are written to bench/results/<device>/<date>-<commit>.json, and copied to $OUT if that is set.
+# that fails does not stop those after it; the exit code is 1 if any did. Results are written to
+# bench/results/<device>/<date>-<commit>.json, and copied to $OUT if that is set.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
