@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .nf4 import NF4Weight, quantize
-from .nf4_state import PACKED, as_bytes, as_storage, from_state, to_state
+from .nf4_state import as_bytes, as_storage, from_state, to_state
 
 BUFFERS = ("absmax", "nested_absmax", "nested_map", "nested_offset")  # of NF4Weight, here with the prefix "_weight_"
 
@@ -143,35 +143,36 @@ class FrozenWeight(nn.Module):
         """A 4-bit state makes the layer 4-bit; a dense one is quantised where the layer is. A state that does not fit raises
         ValueError before anything of the layer changes.
         """
-        weight = self._weight_to_load(state_dict, f"{prefix}weight")
+        weight, key, storage = self.check_state(state_dict, prefix), f"{prefix}weight", None
         if weight is not None:
-            assign = local_metadata.get("assign_to_params_buffers", False)
-            storage = state_dict[f"{prefix}weight"].dtype if self._packed_keys(state_dict, prefix) else None
-            self._hold(weight if assign else copy_to(weight, self.weight.device), storage)
-            inside = f"{prefix}weight."
-            state_dict = {name: value for name, value in state_dict.items() if not name.startswith(inside)}
-            state_dict[f"{prefix}weight"] = self.weight.data
+            storage = state_dict[key].dtype
+            if not local_metadata.get("assign_to_params_buffers", False):
+                weight = copy_to(weight, self.weight.device)
+        elif self.quantized and key in state_dict:
+            weight = self._requantize(state_dict[key].T if self.fan_in_fan_out else state_dict[key]).to(self.weight.device)
+        if weight is not None:
+            self._hold(weight, storage)
+            state_dict = {name: value for name, value in state_dict.items() if not name.startswith(f"{key}.")}
+            state_dict[key] = self.weight.data
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
-    @staticmethod
-    def _packed_keys(state_dict: Any, prefix: str) -> list[str]:
-        return [name for name in state_dict if name.startswith(f"{prefix}weight.{PACKED}")]
-
-    def _weight_to_load(self, state_dict: Any, key: str) -> NF4Weight | None:
-        """The 4-bit weight that a state dict has for this layer, or None if loading it is nn.Module's work."""
+    def check_state(self, state_dict: Any, prefix: str) -> NF4Weight | None:
+        """The 4-bit weight that a state dict has for this layer. Raises ValueError, naming the key, if it does not fit."""
+        key = f"{prefix}weight"
         beside = {name.removeprefix(f"{key}."): value for name, value in state_dict.items() if name.startswith(f"{key}.")}
-        if key not in state_dict or not (beside or self.quantized):
+        shape = self.out_features, self.in_features
+        if key not in state_dict or not (beside or self.quantized) or (not beside and self._is_dense(state_dict[key])):
             return None
-        value = state_dict[key]
-        shape = (self.out_features, self.in_features)
-        dense_shape = shape[::-1] if self.fan_in_fan_out else shape
-        if not beside and value.shape == dense_shape and value.is_floating_point():
-            return self._requantize(value.T if self.fan_in_fan_out else value)
         self._check_loadable()
-        w = from_state(value, beside, key)
+        w = from_state(state_dict[key], beside, key)
         if w.shape != shape:
             raise ValueError(f"{key}: got a 4-bit weight of shape {tuple(w.shape)}, expected {shape}")
         return w
+
+    def _is_dense(self, weight: Tensor) -> bool:
+        """Whether a state dict's `weight` is this layer's in floating point."""
+        shape = self.out_features, self.in_features
+        return weight.is_floating_point() and weight.shape == (shape[::-1] if self.fan_in_fan_out else shape)
 
     def _check_loadable(self) -> None:
         """Raise if a 4-bit weight cannot be put here."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .config import LoRAConfig
 from .modules import DEFAULT_ADAPTER, LoRALinear, check_quantize
@@ -40,6 +41,7 @@ class LoRAState:
     exchanges: list[Exchange] = field(default_factory=list)
     frozen: set[str] = field(default_factory=set)  # names of the parameters that add_lora froze
     fast_paths: dict[str, int] = field(default_factory=dict)  # see _disable_fast_paths
+    state_check: RemovableHandle | None = None  # see _check_state
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def add_lora(
             if id(parameter) not in adapters:
                 parameter.requires_grad_(False)
         state.frozen = trainable_before
+        state.state_check = model.register_load_state_dict_pre_hook(_check_state)
     _disable_fast_paths(model, state)
     state.configs[adapter_name] = config
     _add_exchanges(model, state, config, adapter_name, saved, set(plan))
@@ -183,6 +186,8 @@ def remove_lora(model: nn.Module) -> None:
         model.get_submodule(path).activation_relu_or_gelu = value  # type: ignore[assignment]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or name in state.frozen)
+    if state.state_check is not None:
+        state.state_check.remove()
     if hasattr(model, "_lora_state"):
         del model._lora_state
 
@@ -297,6 +302,12 @@ def _add_exchanges(
         trained = copy.deepcopy(exchange.choices[None])
         trained.requires_grad_(True)
         exchange.choices[adapter] = trained
+
+
+def _check_state(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before load_state_dict changes any layer: raise ValueError if the state's 4-bit weights do not fit."""
+    for path, layer in lora_layers(model).items():
+        layer.check_state(state_dict, f"{prefix}{path}.")
 
 
 def _disable_fast_paths(model: nn.Module, state: LoRAState) -> None:
