@@ -128,5 +128,6 @@ def _save_configuration(model: nn.Module, directory: Path, dtype: torch.dtype | 
     if dtype is not None:
         config.dtype = dtype
     config.save_pretrained(directory)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(directory)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(directory)
