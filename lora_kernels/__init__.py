@@ -3,6 +3,7 @@
 from .backends import backend_report, use_backend
 from .config import LoRAConfig
 from .dropout import dropout_mask
+from .export import save_merged
 from .functional import lora_linear
 from .modules import LoRALinear
 from .nf4 import NF4Weight, dequantize_nf4, quantize_nf4
@@ -34,6 +35,7 @@ __all__ = [
     "merge_lora",
     "quantize_nf4",
     "remove_lora",
+    "save_merged",
     "set_adapter",
     "unmerge_lora",
     "use_backend",

@@ -95,7 +95,7 @@ def to_bnb(w: NF4Weight) -> tuple[Tensor, Any]:
     state = QuantState(
         absmax=w.absmax,
         shape=w.shape,
-        code=code_values(w.quant_type, w.device),
+        code=code_values(w.quant_type, w.device).clone(),  # a tensor of its own: writers refuse shared ones
         blocksize=w.blocksize,
         quant_type=w.quant_type,
         dtype=w.dtype,
