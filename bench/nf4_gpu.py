@@ -88,6 +88,12 @@ def peer() -> Any:
 # ---- dequantise ----
 
 
+def plain_dequantize(W: NF4Weight, **options: Any) -> Tensor:
+    """W by PyTorch operations."""
+    with use_backend("torch"):
+        return dequantize_nf4(W, **options)
+
+
 def dequantise_calls(W: NF4Weight, flat: NF4Weight, modules: dict[str, Any]) -> Calls:
     dense, calls = torch.empty(W.shape, dtype=BF16, device=W.device), {}
     out = torch.empty_like(dense)
@@ -98,7 +104,7 @@ def dequantise_calls(W: NF4Weight, flat: NF4Weight, modules: dict[str, Any]) -> 
             calls[f"cuda {name}"] = (lambda weight=weight: modules["cuda"].nf4_dequantize(weight, out=out), moved)
         if "triton" in modules:
             calls[f"triton {name}"] = (lambda weight=weight: modules["triton"].nf4.dequantize(weight, out=out), moved)
-    calls["torch nested"] = (lambda: dequantize_nf4(W, out=out), W.nbytes + dense.nbytes)
+    calls["torch nested"] = (lambda: plain_dequantize(W, out=out), W.nbytes + dense.nbytes)
     if (bitsandbytes := peer()) is not None:
         codes, state = W.to_bnb()
         calls["bitsandbytes nested"] = (lambda: bitsandbytes.functional.dequantize_4bit(codes, state), W.nbytes + dense.nbytes)
@@ -110,7 +116,7 @@ def dequantise_rows(K: int, N: int, modules: dict[str, Any], device: torch.devic
     W, flat = quantize_nf4(values), quantize_nf4(values, double_quant=False)
     calls = dequantise_calls(W, flat, modules)
     for name in [name for name in calls if name != "copy"]:
-        want = dequantize_nf4(flat if "plain" in name else W, BF16)
+        want = plain_dequantize(flat if "plain" in name else W, dtype=BF16)
         if not torch.equal(calls[name][0](), want):
             sys.stdout.write(f"FAILED, not timed: {name} {K}→{N} differs from lora_kernels.nf4\n")
             del calls[name]
@@ -154,7 +160,7 @@ def product_rows(
     K: int, N: int, tokens: tuple[int, ...], modules: dict[str, Any], device: torch.device, repeats: int
 ) -> Iterator[Row]:
     W = quantize_nf4(weight_values(K, N, device))
-    dense = dequantize_nf4(W, BF16)
+    dense = plain_dequantize(W, dtype=BF16)
     for M in tokens:
         problem = problem_of(M, K, N, 0.0, dense, device)
         calls = product_calls(problem, W, dense, modules)
@@ -190,7 +196,7 @@ def step(problem: Problem, W: Tensor | NF4Weight) -> dict[str, Tensor]:
 
 def training_rows(K: int, N: int, tokens: tuple[int, ...], device: torch.device, repeats: int) -> Iterator[Row]:
     W = quantize_nf4(weight_values(K, N, device))
-    dense = dequantize_nf4(W, BF16)
+    dense = plain_dequantize(W, dtype=BF16)
     for p in (0.0, 0.1):
         small = problem_of(CHECKED, K, N, p, dense, device)
         with use_backend("torch"):

@@ -123,3 +123,30 @@ def test_peak_memory_on_a_gpu(cuda: ModuleType, M: int) -> None:
         extra = torch.cuda.max_memory_allocated() - before - y.nbytes
     dense = 2 * N * K if M > 16 else 0
     assert extra <= dense + (8 << 20)
+
+
+def test_the_public_functions_take_the_kernels(cuda: ModuleType, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU quantize_nf4 and dequantize_nf4 are one launch; use_backend("torch") keeps PyTorch's operations."""
+    values = torch.randn(24, 100, device=device)
+    with use_backend("cuda"):
+        assert backends.nf4_kernels(values, "nf4_quantize") is cuda
+        assert backends.nf4_kernels(values, "nf4_dequantize") is cuda
+    with use_backend("torch"):
+        assert backends.nf4_kernels(values, "nf4_dequantize") is None
+    with use_backend("triton"):
+        assert backends.nf4_kernels(values, "nf4_dequantize") is backends.load("triton")
+        assert backends.nf4_kernels(values, "nf4_quantize") is None
+    called = []
+    for name in ("nf4_quantize", "nf4_dequantize"):
+        kernel = getattr(cuda, name)
+        monkeypatch.setattr(
+            cuda, name, lambda *args, name=name, kernel=kernel, **options: called.append(name) or kernel(*args, **options)
+        )
+    monkeypatch.setattr(nf4, "_kernels", backends.nf4_kernels)  # as for a CUDA tensor
+    with use_backend("cuda"):
+        W = nf4.quantize_nf4(values)
+        dense = nf4.dequantize_nf4(W, out=torch.empty(24, 100, device=device))
+    assert called == ["nf4_quantize", "nf4_dequantize"]
+    with use_backend("torch"):
+        assert torch.equal(dense, nf4.dequantize_nf4(W))
+        assert torch.equal(W.codes, nf4.quantize_nf4(values).codes)

@@ -39,6 +39,11 @@ def weight(shape: tuple[int, ...], dtype: torch.dtype, blocksize: int, nested: b
     return nf4.quantize(values, kind, blocksize, nested).to(device)
 
 
+def exact(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
+    """W by PyTorch operations on the CPU, on w's device."""
+    return nf4.dequantize_nf4(w.to("cpu"), dtype).to(w.device)
+
+
 def bits(t: Tensor) -> Tensor:
     return t.cpu().contiguous().view(torch.int32 if t.element_size() == 4 else torch.int16)
 
@@ -54,7 +59,7 @@ def test_dequantise_is_exact(
     cuda: ModuleType, shape: tuple[int, int], kind: str, dtype: torch.dtype, nested: bool, device: torch.device
 ) -> None:
     w = weight(shape, FP32, 64, nested, kind, device)
-    want = bits(nf4.dequantize_nf4(w, dtype))
+    want = bits(exact(w, dtype))
     assert torch.equal(bits(cuda.nf4_dequantize(w, dtype)), want)
     for extra in (8, 3):  # aligned rows, and rows that are not
         memory = torch.full((shape[0], shape[1] + extra), CANARY, dtype=dtype, device=device)
@@ -68,13 +73,13 @@ def test_dequantise_is_exact(
 @pytest.mark.parametrize("blocksize", nf4.BLOCKSIZES)
 def test_dequantise_every_blocksize(cuda: ModuleType, blocksize: int, nested: bool, device: torch.device) -> None:
     w = weight((37, 272), BF16, blocksize, nested, "nf4", device)  # blocks cross rows
-    assert torch.equal(bits(cuda.nf4_dequantize(w)), bits(nf4.dequantize_nf4(w)))
+    assert torch.equal(bits(cuda.nf4_dequantize(w)), bits(exact(w)))
 
 
 def test_dequantise_from_and_to_any_address(cuda: ModuleType, device: torch.device) -> None:
     """Codes that start at an odd byte, an output that starts in the middle of 16 bytes, more words than one round of a grid."""
     w = weight((24, 1024), BF16, 64, True, "nf4", device)
-    want = bits(nf4.dequantize_nf4(w))
+    want = bits(exact(w))
     odd = torch.cat([w.codes[:1], w.codes])[1:]
     assert torch.equal(bits(cuda.nf4_dequantize(w.with_tensors(codes=odd))), want)
     memory = torch.full((1 + w.numel() + 1,), CANARY, dtype=BF16, device=device)
@@ -82,12 +87,12 @@ def test_dequantise_from_and_to_any_address(cuda: ModuleType, device: torch.devi
     assert torch.equal(bits(memory[1:-1].view(24, 1024)), want)
     assert memory[0] == memory[-1] == CANARY
     big = weight((64, 1024), BF16, 64, True, "nf4", device)
-    assert torch.equal(bits(cuda.nf4_dequantize(big)), bits(nf4.dequantize_nf4(big)))
+    assert torch.equal(bits(cuda.nf4_dequantize(big)), bits(exact(big)))
 
 
 def test_dequantise_to_other_layouts(cuda: ModuleType, device: torch.device) -> None:
     w = weight((12, 40), FP32, 64, True, "nf4", device)
-    want = nf4.dequantize_nf4(w)
+    want = exact(w)
     assert torch.equal(cuda.nf4_dequantize(w, out=torch.empty(40, 12, device=device).T), want)
     assert torch.equal(cuda.nf4_dequantize(w, torch.float64), want.double())
     empty = weight((0, 40), FP32, 64, False, "nf4", device)
@@ -151,7 +156,7 @@ class Product:
         self.c = torch.randn(N, device=device).to(dtype)
 
     def plain(self, dtype: torch.dtype | None = None) -> Tensor:
-        W = nf4.dequantize_nf4(self.W, self.x.dtype)
+        W = exact(self.W, self.x.dtype)
         x, W, c, h, B = (t.to(dtype or t.dtype) for t in (self.x, W, self.c, self.h, self.B))
         return F.linear(x, W, c) + (1.7 * (h @ B.T)).to(x.dtype)
 
@@ -187,7 +192,7 @@ def test_skinny_sees_exactly_the_dequantised_weight(cuda: ModuleType, device: to
     K, N = 320, 40
     for dtype in (BF16, FP16):
         case = Product(16, K, N, 1, device, dtype)
-        want = nf4.dequantize_nf4(case.W, dtype)
+        want = exact(case.W, dtype)
         for first in range(0, K, 16):
             x = torch.zeros(16, K, dtype=dtype, device=device)
             x[range(16), range(first, first + 16)] = 1

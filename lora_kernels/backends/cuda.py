@@ -42,11 +42,17 @@ def why_not(x: Tensor, weight: Tensor | NF4Weight | None, lora_A: Tensor | None,
         return "there is no 4-bit weight in this call"
     if weight is not None and not isinstance(weight, NF4Weight):
         return "its kernels are for 4-bit weights, those for others are Triton's"
+    return nf4_why_not(x) or triton.why_not(x, None, lora_A, lora_B)
+
+
+def nf4_why_not(t: Tensor) -> str | None:
+    """Why 4-bit weights on t's device cannot be quantised and dequantised here, or None."""
     if EMULATED and use_backend.current == "auto":
         return "the extension is the tests' emulation: it runs only if asked for by use_backend('cuda')"
-    if x.device.type != "cuda" and not EMULATED:
-        return f"needs CUDA tensors, got {x.device.type}"
-    return triton.why_not(x, None, lora_A, lora_B)
+    if t.device.type != "cuda" and not EMULATED:
+        return f"needs CUDA tensors, got {t.device.type}"
+    capability = tuning.gpu(t.device).capability
+    return None if capability >= (8, 0) else "needs compute capability 8.0 or newer, got {}.{}".format(*capability)
 
 
 def notes(x: Tensor) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ... import nf4 as format_nf4
 from ... import reference
 from ...nf4 import NF4Weight
 from ...reference import Needs
@@ -88,6 +89,21 @@ def lora_backward(
     except Exception as error:
         _give_up(dy, error)
         return reference.lora_backward(dy, x, W, A, B, h, s, p, seed, needs)
+
+
+def nf4_why_not(t: Tensor) -> str | None:
+    """Why 4-bit weights on t's device cannot be dequantised here, or None."""
+    return why_not(t, None, None, None)
+
+
+def nf4_dequantize(w: NF4Weight, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """Equations 7 and 8 in one launch: W in `dtype`, into `out` if given, whose rows may lie apart."""
+    try:
+        with torch.cuda.device_of(w.codes):
+            return nf4.dequantize(w, dtype, out)
+    except Exception as error:
+        _give_up(w.codes, error)
+        return format_nf4.dequantize_nf4(w, dtype, out)
 
 
 def plan(x: Tensor, W: NF4Weight, A: Tensor) -> tuple[str, str]:
