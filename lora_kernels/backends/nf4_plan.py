@@ -50,11 +50,15 @@ def path(M: int, capability: tuple[int, int], refusal: Callable[[str], str | Non
     raise AssertionError("the last row takes everything")
 
 
-def table() -> str:
-    """The table in lines of text."""
-    lines = [f"{'path':10}{'tokens':>12}  {'GPU':8}evidence"]
+def cells() -> list[tuple[str, str, str, str]]:
+    """The table's rows as text: path, tokens, GPU, evidence."""
+    rows = []
     for row in TABLE:
         tokens = f"{row.first}-{row.last}" if row.last < MANY else f"{row.first}-"
-        gpu = "any" if row.capability is None else "sm_{}{}".format(*row.capability)
-        lines.append(f"{row.path:10}{tokens:>12}  {gpu:8}{row.evidence}")
-    return "\n".join(lines)
+        rows.append((row.path, tokens, "any" if row.capability is None else "sm_{}{}".format(*row.capability), row.evidence))
+    return rows
+
+
+def table() -> str:
+    """The table in lines of text."""
+    return "\n".join("{:10}{:>10}  {:8}{}".format(*row) for row in [("path", "tokens", "GPU", "evidence"), *cells()])

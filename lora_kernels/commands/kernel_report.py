@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..backends import nf4_plan
 from .console import CommandError, Output
 
 TABLE = Path(__file__).parents[1] / "backends/triton/kernels.json"
@@ -105,6 +106,7 @@ def run(M: int, K: int, N: int, target: str, dtypes: str, out: Output) -> dict[s
     chosen = choices(target)
     if chosen:
         out.table(f"Dataflow on {target}", ("direction", "contraction", "dataflow"), chosen)
+    out.table("Products with a 4-bit weight", ("path", "tokens", "GPU", "evidence"), nf4_plan.cells())
     return {"kernels": [asdict(row) for row in rows], "dataflow": chosen}
 
 
