@@ -50,7 +50,7 @@ stage() {
 
 if [ -n "$quick" ]; then
     tests=(tests/test_dropout.py tests/test_functional.py tests/test_triton_linear.py tests/test_triton_gpu.py
-        tests/test_csrc_kernels.py tests/test_csrc_backend.py tests/test_triton_nf4.py)
+        tests/test_csrc_kernels.py tests/test_csrc_backend.py tests/test_csrc_gpu.py tests/test_triton_nf4.py)
     options=(--quick --repeats 10)
     bench_options=(--tokens 8192 --dropout 0.1 --shape 4096x4096 --shape 4096x14336 --repeats 10)
     limits=(90 40 20 40 40 60)
