@@ -11,7 +11,7 @@ from accuracy import violations
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels import nf4
+from lora_kernels import nf4, nf4_tables
 from lora_kernels.nf4 import NF4Weight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -26,7 +26,7 @@ def hostile(n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     x[kind == 0], x[kind == 1], x[kind == 2] = 0.0, -0.0, 1e-42
     x[64:192] = 0.0
     x[256:320] *= 1e-40
-    x[320:384] = nf4.thresholds("nf4", torch.device("cpu"))[0].repeat(5)[: len(x[320:384])]
+    x[320:384] = nf4_tables.thresholds("nf4", torch.device("cpu"))[0].repeat(5)[: len(x[320:384])]
     x[320:321] = 1.0
     if n > 400:
         x[400] = torch.finfo(dtype).max

@@ -6,7 +6,7 @@ import pytest
 import torch
 from csrc_emulator import emulated
 
-from lora_kernels import nf4
+from lora_kernels import nf4, nf4_tables
 
 WRONG = {
     "nibbles swapped": (
@@ -49,11 +49,11 @@ def agrees(cuda: ModuleType) -> bool:
     """Whether quantising, dequantising and the product of unit vectors give the bits of lora_kernels.nf4."""
     torch.manual_seed(0)
     values = torch.randn(24, 160)
-    values[0, :64] = nf4.thresholds("nf4", torch.device("cpu"))[0].repeat(5)[:64]
+    values[0, :64] = nf4_tables.thresholds("nf4", torch.device("cpu"))[0].repeat(5)[:64]
     values[0, 0] = 1.0
     values[-1, -5:] *= 3
     odd = values.flatten()[:-93]
-    bounds = nf4.thresholds("nf4", torch.device("cpu"))[0]
+    bounds = nf4_tables.thresholds("nf4", torch.device("cpu"))[0]
     cut_off = [torch.cat([bounds * largest, torch.tensor([largest])]) for largest in (1.1, 1.3, 2.7, 0.9)]
     for x in (values, odd, *cut_off):
         want, got = nf4.quantize_nf4(x), cuda.nf4_quantize(x)

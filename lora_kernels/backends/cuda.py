@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import nf4, reference
 from ..nf4 import NF4Weight
+from ..nf4_codec import NESTED_BLOCKSIZE, mean_absmax, refuse
 from ..nf4_tables import code_values, dynamic_map
 from ..reference import Needs
 from . import nf4_plan, triton, use_backend
@@ -162,19 +163,16 @@ def nf4_quantize(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, d
             first_bad.data_ptr(), _stream(flat),
         )  # fmt: skip
     if (position := int(first_bad)) < n:
-        nf4._refuse(w, flat[position : position + 1].float(), position)
+        refuse(w, flat[position : position + 1].float(), position)
     return _nest(w) if double_quant else w
 
 
 def _nest(w: NF4Weight) -> NF4Weight:
-    """absmax in 8 bits. Its mean is taken on the CPU, whose order of summation the format has."""
+    """absmax in 8 bits."""
     blocks, device = len(w.absmax), w.device
-    offset = w.absmax.cpu().mean()
-    if not offset.isfinite():
-        raise ValueError("weight: the mean of its absmax overflows float32; use double_quant=False")
-    offset, nested_map = offset.to(device), dynamic_map().to(device, copy=True)
+    offset, nested_map = mean_absmax(w.absmax).to(device), dynamic_map().to(device, copy=True)
     quantized = torch.empty(blocks, dtype=torch.uint8, device=device)
-    nested = torch.empty(-(-blocks // nf4.NESTED_BLOCKSIZE), dtype=torch.float32, device=device)
+    nested = torch.empty(-(-blocks // NESTED_BLOCKSIZE), dtype=torch.float32, device=device)
     with torch.cuda.device_of(nested):
         extension.nf4_quantize_absmax(
             w.absmax.data_ptr(), blocks, offset.data_ptr(), nested_map.data_ptr(), quantized.data_ptr(), nested.data_ptr(),
