@@ -7,8 +7,11 @@ from types import ModuleType
 import pytest
 import torch
 import triton_case
+from accuracy import Case
+from test_nf4_linear import check as check_layer
 from test_triton_nf4 import NF4Case
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from triton_case import BF16, FP16, FP32
 
 from lora_kernels import backend_report, backends, lora_linear, nf4, use_backend
@@ -150,3 +153,44 @@ def test_the_public_functions_take_the_kernels(cuda: ModuleType, device: torch.d
     with use_backend("torch"):
         assert torch.equal(dense, nf4.dequantize_nf4(W))
         assert torch.equal(W.codes, nf4.quantize_nf4(values).codes)
+
+
+OPTIONS = {
+    "autocast": {"dtype": FP32, "adapter_dtype": FP32, "autocast": BF16},
+    "strided": {"strided": True},
+    "fp32 adapters": {"adapter_dtype": FP32},
+    "no bias": {"bias": False},
+    "frozen A": {"needs": ("x", "B", "c")},
+    "frozen x": {"needs": ("A", "B")},
+    "4-D x": {"M": (2, 1, 3, 2)},
+    "scaling in a tensor": {"scaling": torch.tensor(0.75)},
+    "fp32": {"dtype": FP32},
+}
+
+
+@pytest.mark.parametrize("M", [6, 21])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_the_layer(option: str, p: float, M: int, device: torch.device) -> None:
+    options = {"M": M, "dtype": BF16, **OPTIONS[option]}
+    if option == "scaling in a tensor":
+        options["scaling"] = options["scaling"].to(device)
+    with use_backend("cuda"):
+        check_layer(Case(K=96, N=40, R=8, p=p, device=device, **options))
+
+
+@pytest.mark.parametrize("M", [6, 21])
+def test_checkpointing_and_compiling(M: int, device: torch.device) -> None:
+    W = nf4.quantize_nf4(torch.randn(40, 64)).to(device)
+    x = torch.randn(M, 64, device=device).to(BF16).requires_grad_()
+    A, B = (torch.randn(shape, device=device).to(BF16).requires_grad_() for shape in ((8, 64), (40, 8)))
+
+    def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return lora_linear(x, W, A, B, scaling=0.5, dropout_p=0.2, seed=5)
+
+    with use_backend("cuda"):
+        want = torch.autograd.grad(layer(x, A, B).sum(), (x, A, B))
+        again = torch.autograd.grad(checkpoint(layer, x, A, B, use_reentrant=False).sum(), (x, A, B))
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        third = torch.autograd.grad(compiled(x, A, B).sum(), (x, A, B))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(want, again, third, strict=True))
