@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 PIN = $(shell sed -n 's/^    "\(torch==[^"]*\)",/\1/p' pyproject.toml)
+BUILD_PINS = $(shell sed -n 's/^    "\(\(pybind11\|ninja\)==[^"]*\)",/\1/p' pyproject.toml)
 READY = $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
 .PHONY: demo test lint
@@ -19,7 +20,7 @@ lint: $(READY)  ## format, lint and types, as CI checks them
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel $(BUILD_PINS)
 	$(VENV)/bin/python -m pip install --quiet "$(PIN)"
 	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@

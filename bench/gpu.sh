@@ -3,14 +3,15 @@
 #
 #   bench/gpu.sh [--quick] [STAGE...]
 #
-# Stages, all of them if none is named: nvidia-smi, tests (the suite on the GPU), sanitizer (compute-sanitizer's memcheck over
-# small shapes), addmm_beta, kernels (bench/kernels.py) and bench (`python -m lora_kernels bench --suite llama`). Each has a
-# time limit, together 12 minutes, with --quick 3. A stage that fails does not stop those after it; the exit code is 1 if any
-# did. Results are written to bench/results/<device>/<date>-<commit>.json, and copied to $OUT if that is set.
+# Stages, all of them if none is named: nvidia-smi, csrc (builds the CUDA extension in place), tests (the suite on the GPU),
+# sanitizer (compute-sanitizer's memcheck over small shapes), addmm_beta, kernels (bench/kernels.py), nf4 (bench/nf4_gpu.py)
+# and bench (`python -m lora_kernels bench --suite llama`). Each has a time limit, together 16 minutes, with --quick 5. A stage
+# that fails does not stop those after it; the exit code is 1 if any did. Results are written to
+# bench/results/<device>/<date>-<commit>.json, and copied to $OUT if that is set.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-known="nvidia-smi tests sanitizer addmm_beta kernels bench"
+known="nvidia-smi csrc tests sanitizer addmm_beta kernels nf4 bench"
 quick=
 wanted=()
 for argument in "$@"; do
@@ -48,15 +49,16 @@ stage() {
 }
 
 if [ -n "$quick" ]; then
-    tests=(tests/test_dropout.py tests/test_functional.py tests/test_triton_linear.py tests/test_triton_gpu.py)
+    tests=(tests/test_dropout.py tests/test_functional.py tests/test_triton_linear.py tests/test_triton_gpu.py
+        tests/test_csrc_kernels.py tests/test_csrc_backend.py tests/test_csrc_gpu.py tests/test_triton_nf4.py)
     options=(--quick --repeats 10)
     bench_options=(--tokens 8192 --dropout 0.1 --shape 4096x4096 --shape 4096x14336 --repeats 10)
-    limits=(70 30 20 40 40)
+    limits=(90 40 20 40 40 60)
 else
     tests=(tests --ignore tests/test_triton_offline.py)
     options=()
     bench_options=()
-    limits=(240 90 70 180 150)
+    limits=(260 100 70 180 150 180)
 fi
 
 workers=()
@@ -65,13 +67,16 @@ if "$python" -c 'import xdist' 2>/dev/null; then
 fi
 
 stage nvidia-smi 10 nvidia-smi
+stage csrc 180 env LORA_KERNELS_BUILD_CUDA=1 "$python" setup.py build_ext --inplace
 stage tests "${limits[0]}" env LORA_KERNELS_TEST_DEVICE=cuda \
     "$python" -m pytest "${tests[@]}" -q --maxfail=30 -p no:cacheprovider "${workers[@]}"
 stage sanitizer "${limits[1]}" env LORA_KERNELS_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool memcheck --error-exitcode 1 --target-processes all \
-    "$python" -m pytest tests/test_triton_linear.py tests/test_triton_gemm.py -q -x -p no:cacheprovider -k "ragged"
+    "$python" -m pytest tests/test_triton_linear.py tests/test_triton_gemm.py tests/test_triton_nf4.py \
+    tests/test_csrc_kernels.py -q -x -p no:cacheprovider -k "ragged or address or tokens"
 stage addmm_beta "${limits[2]}" "$python" bench/addmm_beta.py --json "$work/addmm_beta.json" "${options[@]}"
 stage kernels "${limits[3]}" "$python" bench/kernels.py --json "$work/kernels.json" "${options[@]}"
+stage nf4 "${limits[5]}" "$python" bench/nf4_gpu.py --json "$work/nf4.json" "${options[@]}"
 stage bench "${limits[4]}" "$python" -m lora_kernels bench --suite llama --json "$work/bench.json" "${bench_options[@]}"
 stage collect 10 "$python" bench/collect.py "$work"
 

@@ -9,6 +9,7 @@ is rounded to float32 by itself, then W once to its dtype: bit for bit what bits
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -143,6 +144,15 @@ class NF4Weight:
         return to_bnb(self)
 
 
+def _kernels(t: Tensor, function: str) -> ModuleType | None:
+    """The backend with a kernel `function` for tensors like `t`, to the same bits; None for the PyTorch operations here."""
+    if t.device.type != "cuda" or t.numel() == 0:
+        return None
+    from .backends import nf4_kernels  # above this file: only a GPU's tensors come there
+
+    return nf4_kernels(t, function)
+
+
 # ---- dequantise ----
 
 
@@ -163,6 +173,8 @@ def dequantize_nf4(w: NF4Weight, dtype: torch.dtype | None = None, out: Tensor |
         )
     if w.device.type == "meta":
         return out
+    if kernels := _kernels(w.codes, "nf4_dequantize"):
+        return kernels.nf4_dequantize(w, out=out)
     if out.is_contiguous():
         flat = out.view(-1)
         for start, stop in chunks(w):
@@ -238,6 +250,8 @@ def quantize(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool
         raise TypeError(f"weight: got dtype {weight.dtype}, expected bfloat16, float16 or float32")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize: got {blocksize}, expected one of {', '.join(map(str, BLOCKSIZES))}")
+    if kernels := _kernels(weight, "nf4_quantize"):
+        return kernels.nf4_quantize(weight, quant_type, blocksize, double_quant)
     n = weight.numel()
     codes = weight.new_empty((n + 1) // 2, dtype=torch.uint8)
     absmax = weight.new_empty(-(-n // blocksize), dtype=torch.float32)

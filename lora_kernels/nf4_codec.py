@@ -105,7 +105,7 @@ def encode(w: NF4Weight, flat: Tensor, start: int, stop: int) -> None:
     if whole < size:
         largest[-1] = v[whole:size].abs().amax().clamp(min=1e-38)
     if not largest.isfinite().all():
-        _refuse(w, v[:size], start)
+        refuse(w, v[:size], start)
     v[:whole].view(-1, bs).mul_((1.0 / largest[: whole // bs].clamp(min=1e-38))[:, None])
     if whole < size:
         v[whole:size].div_(largest[-1])
@@ -128,7 +128,8 @@ def _codes(quant_type: str, v: Tensor) -> Tensor:
     return torch.index_select(below, 0, cell, out=q).add_(v > position)
 
 
-def _refuse(w: NF4Weight, values: Tensor, start: int) -> None:
+def refuse(w: NF4Weight, values: Tensor, start: int) -> None:
+    """Raise ValueError for the first value that is not finite; values[0] is element `start` of the weight."""
     position = int((~values.isfinite()).nonzero()[0])
     index, rest = [], start + position
     for size in reversed(w.shape):
@@ -140,19 +141,22 @@ def _refuse(w: NF4Weight, values: Tensor, start: int) -> None:
     )
 
 
-def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(uint8 absmax - mean in blocks of 256, their float32 absmax, the map, the mean) of float32 absmax, on its device.
+def mean_absmax(absmax: Tensor) -> Tensor:
+    """The mean, on the CPU, whose order of summation is bitsandbytes'."""
+    mean = absmax.cpu().mean() if len(absmax) else torch.zeros(())
+    if not mean.isfinite():
+        raise ValueError("weight: the mean of its absmax overflows float32; use double_quant=False")
+    return mean
 
-    It is computed on the CPU, where the mean's order of summation is bitsandbytes'.
-    """
+
+def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(uint8 absmax - mean in blocks of 256, their float32 absmax, the map, the mean) of float32 absmax, on its device."""
     blocks, on = len(absmax), absmax.device
     if on.type == "meta":
         sizes = (-(-blocks // NESTED_BLOCKSIZE),), (256,), ()
         return absmax.to(torch.uint8), *(absmax.new_empty(size) for size in sizes)  # type: ignore[return-value]
     absmax = absmax.cpu()
-    offset = absmax.mean() if blocks else torch.zeros(())
-    if not offset.isfinite():
-        raise ValueError("weight: the mean of its absmax overflows float32; use double_quant=False")
+    offset = mean_absmax(absmax)
     centred = torch.nn.functional.pad(absmax - offset, (0, -blocks % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
     largest = centred.abs().amax(1)
     scaled = (centred * (1 / largest)[:, None]).nan_to_num(-1.0).clamp(-1, 1)

@@ -3,6 +3,7 @@ import os
 import pytest
 import torch
 import triton_interpreter
+from csrc_emulator import cuda  # noqa: F401
 
 from lora_kernels import use_backend
 from lora_kernels.backends import load

@@ -117,7 +117,8 @@ def tuning_calls(pair: str, R: int) -> None:
     """Every kernel with its tile for this pair of dtypes, with dropout; at rank 16 without it, at rank 64 with safe tiles."""
     import torch
 
-    from lora_kernels.backends.triton import backward, dropout, forward, gemm, tuning
+    from lora_kernels.backends.triton import backward, dropout, forward, gemm, nf4, tuning
+    from lora_kernels.nf4 import NF4Weight
     from lora_kernels.reference import Needs
 
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -126,6 +127,9 @@ def tuning_calls(pair: str, R: int) -> None:
     M, K, N, seed = 1024, 2048, 2048, torch.tensor(1)
     x, dy, W, c = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (M, N), (N, K), (N,)))
     A, B, h = (torch.empty(shape, dtype=adapter) for shape in ((R, K), (N, R), (M, R)))
+    nested = (W.new_empty(N * K // 64 // 256, dtype=torch.float32), torch.empty(256), torch.empty(()))
+    codes, absmax = (torch.empty(size, dtype=torch.uint8) for size in (N * K // 2, N * K // 64))
+    W4 = NF4Weight(codes, absmax, *nested, W.shape, dtype)
     tiles = tuning.tiles
     for best in (True, False) if R == 64 else (True,):
         tuning.tiles = lambda *call, best=best: tiles(*call)[:1] if best else tiles(*call)[1:]
@@ -138,6 +142,8 @@ def tuning_calls(pair: str, R: int) -> None:
         backward.grad_dy(dy, h, B, 2.0, Needs(True, True, True, best))
         if dtype != torch.float32:
             gemm.forward(x, W, h, B, 2.0, c)
+            nf4.product(x, W4, h, B, 2.0, c)
+    nf4.dequantize(W4, dtype)
     dropout.drop(x, 0.1, seed, out=torch.empty(M, K, dtype=adapter))
     tuning.tiles = tiles
 

@@ -83,6 +83,15 @@ def choose(x: Tensor, weight: Weight | None, lora_A: Tensor | None, lora_B: Tens
     raise RuntimeError(f"backend {requested!r} was requested but cannot compute this call: {reason}; use use_backend('auto')")
 
 
+def nf4_kernels(t: Tensor, function: str) -> ModuleType | None:
+    """The first backend with a `function`, "nf4_dequantize" or "nf4_quantize", for tensors like `t`; None for plain PyTorch."""
+    for name in BACKENDS if use_backend.current == "auto" else (use_backend.current,):
+        backend = load(name) if name in BACKENDS else ""
+        if not isinstance(backend, str) and hasattr(backend, function) and backend.nf4_why_not(t) is None:
+            return backend
+    return None
+
+
 @dataclass(frozen=True)
 class BackendRow:
     backend: str

@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..backends import nf4_plan
 from .console import CommandError, Output
 
 TABLE = Path(__file__).parents[1] / "backends/triton/kernels.json"
 ISSUE = 132 * 128 * 1.7e9  # instructions per second: processors × lanes × clock, H100 and H200
+PRODUCTS = ("fused", "fused_tma", "nf4_product")
 MATRIX = 790e12  # bf16 multiply-adds ·2 per second that the vendor's product reaches on them
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second of a device copy
 
@@ -51,7 +53,7 @@ def kernel_rows(
         data, adapter = (4 if name == "fp32" else 2 for name in dtypes.split()[:2])
         R = int(rank[1:])
         elements, moved, flops = _work(kernel, M, K, N, R, data, adapter)
-        issued = elements * (counts["per_element"] or 0) / ISSUE if "fused" not in kernel else 0.0
+        issued = elements * (counts["per_element"] or 0) / ISSUE if kernel not in PRODUCTS else 0.0
         times = [1e6 * max(moved / bandwidth, issued, flops / MATRIX) for bandwidth in BANDWIDTH.values()]
         fields = {name: counts[name] for name in ("registers", "spills", "shared", "matrix", "per_element")}
         rows.append(KernelRow(kernel, rank, form, **fields, megabytes=moved / 1e6,
@@ -69,6 +71,8 @@ def _work(kernel: str, M: int, K: int, N: int, R: int, data: int, adapter: int) 
         "grad_x": (M * K, 2 * x + narrow, 0),
         "fused": (M * K, x + dy + W + narrow, 2 * M * N * K),
         "fused_tma": (M * K, x + dy + W + narrow, 2 * M * N * K),
+        "nf4_product": (M * K, x + dy + N * K // 2 + narrow, 2 * M * N * K),
+        "nf4_dequantize": (N * K, N * K // 2 + W, 0),
         "drop": (M * K, 2 * x, 0),
         "sum": (0, 2 * narrow, 0),
     }[kernel]
@@ -102,6 +106,7 @@ def run(M: int, K: int, N: int, target: str, dtypes: str, out: Output) -> dict[s
     chosen = choices(target)
     if chosen:
         out.table(f"Dataflow on {target}", ("direction", "contraction", "dataflow"), chosen)
+    out.table("Products with a 4-bit weight", ("path", "tokens", "GPU", "evidence"), nf4_plan.cells())
     return {"kernels": [asdict(row) for row in rows], "dataflow": chosen}
 
 

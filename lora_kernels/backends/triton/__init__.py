@@ -2,6 +2,7 @@
 
 forward.py    h, and y0 = s·h·Bᵀ + c, to which the vendor's matrix product adds x·Wᵀ in place
 backward.py   g, dB, dc; dA, and dx0 = undrop(g·A), to which dy·W is added in place
+nf4.py        4-bit W: dequantised in one launch into memory that lives for the call, or decoded inside the product
 gemm.py       both products with their low-rank term in one kernel, where a measurement says that it wins
 wide_rank.py  ranks above 64
 blocks.py dropout.py tuning.py    what they share; the mask; tiles, dataflows and what did not compile
@@ -11,16 +12,19 @@ import torch
 import triton
 from torch import Tensor
 
+from ... import nf4 as format_nf4
 from ... import reference
+from ...nf4 import NF4Weight
 from ...reference import Needs
-from .. import use_backend
-from . import backward, forward, tuning, wide_rank
+from .. import nf4_plan, use_backend
+from . import backward, forward, nf4, tuning, wide_rank
 from .blocks import sum_kernel
 
+READS_NF4 = True
 INTERPRETER = not isinstance(sum_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 was set when the kernels were defined
 
 
-def why_not(x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None) -> str | None:
+def why_not(x: Tensor, weight: Tensor | NF4Weight | None, lora_A: Tensor | None, lora_B: Tensor | None) -> str | None:
     """None where these kernels can compute with these tensors, otherwise the reason that they cannot."""
     if x.device.type != "cuda" or torch.version.hip is not None:
         if not INTERPRETER:
@@ -45,7 +49,7 @@ def notes(x: Tensor) -> list[str]:
 
 
 def lora_forward(
-    x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, p: float, seed: Tensor | None
+    x: Tensor, W: Tensor | NF4Weight, A: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Equations 1 and 2: y[M,N] in x's dtype, h[M,R] in A's."""
     if 0 in (*x.shape, W.shape[0]):
@@ -53,7 +57,9 @@ def lora_forward(
     path = forward if A.shape[0] <= tuning.MAX_RANK else wide_rank
     try:
         with torch.cuda.device_of(x):
-            return path.lora_forward(x, W, A, B, _scaling(s, x), c, p, seed)
+            if isinstance(W, NF4Weight) and plan(x, W, A)[0] == "loop":
+                return nf4.lora_forward(x, W, A, B, _scaling(s, x), c, p, seed)
+            return path.lora_forward(x, _dense(W, x), A, B, _scaling(s, x), c, p, seed)
     except Exception as error:
         _give_up(x, error)
         return reference.lora_forward(x, W, A, B, s, c, p, seed)
@@ -62,7 +68,7 @@ def lora_forward(
 def lora_backward(
     dy: Tensor,
     x: Tensor | None,
-    W: Tensor | None,
+    W: Tensor | NF4Weight | None,
     A: Tensor | None,
     B: Tensor | None,
     h: Tensor | None,
@@ -79,10 +85,41 @@ def lora_backward(
     path = backward if R <= tuning.MAX_RANK else wide_rank
     try:
         with torch.cuda.device_of(dy):
-            return path.lora_backward(dy, x, W, A, B, h, _scaling(s, dy), p, seed, needs)
+            return path.lora_backward(dy, x, _dense(W, dy), A, B, h, _scaling(s, dy), p, seed, needs)
     except Exception as error:
         _give_up(dy, error)
         return reference.lora_backward(dy, x, W, A, B, h, s, p, seed, needs)
+
+
+def nf4_why_not(t: Tensor) -> str | None:
+    """Why 4-bit weights on t's device cannot be dequantised here, or None."""
+    return why_not(t, None, None, None)
+
+
+def nf4_dequantize(w: NF4Weight, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """Equations 7 and 8 in one launch: W in `dtype`, into `out` if given, whose rows may lie apart."""
+    try:
+        with torch.cuda.device_of(w.codes):
+            return nf4.dequantize(w, dtype, out)
+    except Exception as error:
+        _give_up(w.codes, error)
+        return format_nf4.dequantize_nf4(w, dtype, out)
+
+
+def plan(x: Tensor, W: NF4Weight, A: Tensor) -> tuple[str, str]:
+    """(path, why) of the product with a 4-bit weight, by nf4_plan's table."""
+
+    def refusal(path: str) -> str | None:
+        if path == "loop":
+            return nf4.refusal(x, W, A.shape[0])
+        return "it is in the CUDA extension" if path == "skinny" else None
+
+    return nf4_plan.path(len(x), tuning.gpu(x.device).capability, refusal)
+
+
+def _dense(W: Tensor | NF4Weight | None, like: Tensor) -> Tensor | None:
+    """A 4-bit weight in memory that lives for this call; others as they are."""
+    return nf4.dequantize(W, like.dtype) if isinstance(W, NF4Weight) else W
 
 
 def _scaling(s: float | Tensor, x: Tensor) -> float | Tensor:

@@ -51,6 +51,7 @@ _SAFE = {  # after the table's own tile: needs little of anything
     "grad_x": Tile(16, 32, 4, 2),
     "fused": Tile(32, 64, 4, 2, 32),
     "fused_tma": Tile(32, 64, 4, 2, 32),
+    "nf4_product": Tile(32, 64, 4, 2, 32),
 }
 
 # Arithmetic "16" is one 16-bit type, "mixed" 16-bit activations with other adapters, "32" float32 activations; the last
@@ -90,6 +91,10 @@ TILES: dict[tuple[str, str, int], Tile] = {
     ("fused_tma", "16", 64): Tile(128, 256, 8, 3, 64, tma=True),
     ("fused_tma", "mixed", 32): Tile(128, 128, 8, 3, 64, tma=True),
     ("fused_tma", "mixed", 64): Tile(128, 128, 8, 3, 64, tma=True),
+    ("nf4_product", "16", 32): Tile(64, 128, 8, 3, 64),
+    ("nf4_product", "16", 64): Tile(64, 128, 8, 3, 64),
+    ("nf4_product", "mixed", 32): Tile(64, 128, 8, 3, 64),
+    ("nf4_product", "mixed", 64): Tile(64, 128, 8, 3, 64),
 }
 
 

@@ -1,0 +1,115 @@
+"""Only the CUDA extension, lora_kernels._C; everything else about the package is in pyproject.toml.
+
+It is built where nvcc is (in CUDA_HOME, or on the PATH), and the decision is printed. LORA_KERNELS_BUILD_CUDA changes it:
+"0" skips the extension, "1" makes a missing nvcc an error, and GPU families, as in "80;90a", force it for those alone.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ENVIRONMENT_VARIABLE = "LORA_KERNELS_BUILD_CUDA"
+FAMILIES = ("80", "86", "89", "90a", "100", "120")  # the first also as PTX, for all GPUs between and after them
+CSRC = Path("csrc")
+FLAGS = ["-O3", "-std=c++17", "--compiler-options", "-fPIC,-fvisibility=hidden"]
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which(str(Path(home) / "bin" / "nvcc")) if home else shutil.which("nvcc")
+
+
+def release(nvcc: str) -> tuple[int, ...]:
+    """The version of nvcc, (13, 0)."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return tuple(int(part) for part in re.search(r"release (\d+)\.(\d+)", text).groups())
+
+
+def missing() -> str | None:
+    """What the build needs and this machine lacks."""
+    if not sys.platform.startswith("linux"):
+        return f"it is built on Linux only, this is {sys.platform}"
+    if (nvcc := find_nvcc()) is None:
+        return "there is no nvcc, neither in CUDA_HOME nor on the PATH"
+    if (found := release(nvcc)) < (12, 8):
+        return f"{nvcc} is CUDA {found[0]}.{found[1]}, and it needs 12.8 or newer"
+    for module in ("pybind11", "ninja"):
+        try:
+            __import__(module)
+        except ImportError:
+            return f"the Python package {module!r} is not installed"
+    return None
+
+
+def decide() -> tuple[str, ...]:
+    """The GPU families to build for, none to skip the extension; says why, and raises where it is forced but impossible."""
+    wish = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
+    families = tuple(wish.split(";")) if wish not in ("", "0", "1") else FAMILIES
+    if unknown := [family for family in families if family not in FAMILIES]:
+        raise SystemExit(f"{ENVIRONMENT_VARIABLE}: got {unknown[0]!r}, expected 0, 1, or some of {';'.join(FAMILIES)}")
+    if wish == "0":
+        families, why = (), f"{ENVIRONMENT_VARIABLE}=0"
+    elif reason := missing():
+        if wish:
+            raise SystemExit(f"lora_kernels: {ENVIRONMENT_VARIABLE}={wish}, but the CUDA extension cannot be built: {reason}")
+        families, why = (), reason
+    else:
+        why = f"nvcc {'.'.join(map(str, release(find_nvcc())))} is at {find_nvcc()}; {ENVIRONMENT_VARIABLE}=0 skips it"
+    verb = f"built for sm_{', sm_'.join(families)}" if families else "skipped"
+    print(f"lora_kernels: the CUDA extension is {verb}: {why}", flush=True)
+    return families
+
+
+def ninja_file(families: tuple[str, ...], target: Path) -> str:
+    """build.ninja: an object per source, and the shared library of them with the CUDA runtime inside."""
+    import pybind11
+
+    root = Path(__file__).resolve().parent / CSRC
+    gencode = [f"-gencode=arch=compute_{f},code=sm_{f}" for f in families]
+    if FAMILIES[0] in families:
+        gencode.append(f"-gencode=arch=compute_{FAMILIES[0]},code=compute_{FAMILIES[0]}")
+    python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+    lines = [
+        f"nvcc = {find_nvcc()}",
+        "rule cuda",
+        f"  command = $nvcc {' '.join(FLAGS + gencode)} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "rule cpp",
+        f"  command = $nvcc {' '.join(FLAGS)} {python} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "rule link",
+        "  command = $nvcc -shared --cudart static --compiler-options -s $in -o $out",
+    ]
+    objects = []
+    for source in sorted(root.glob("*.cu")) + sorted(root.glob("*.cpp")):
+        objects.append(f"{source.name}.o")
+        lines.append(f"build {objects[-1]}: {'cuda' if source.suffix == '.cu' else 'cpp'} {source}")
+    lines.append(f"build {target.resolve()}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+class BuildWithNvcc(build_ext):
+    """Runs ninja over csrc: setuptools knows no CUDA, and its own compiler no dependencies."""
+
+    def build_extension(self, ext: Extension) -> None:
+        folder = Path(self.build_temp).resolve() / "csrc"
+        target = Path(self.get_ext_fullpath(ext.name))
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_file(FAMILIES_TO_BUILD, target))
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
+
+
+FAMILIES_TO_BUILD = decide()
+sources = [str(path) for path in sorted(CSRC.iterdir())] if FAMILIES_TO_BUILD else []
+setup(
+    ext_modules=[Extension("lora_kernels._C", sources)] if FAMILIES_TO_BUILD else [],
+    cmdclass={"build_ext": BuildWithNvcc},
+)

@@ -1,0 +1,266 @@
+"""The build: what setup.py decides and packs, what the machine code needs, and how the extension behaves without a GPU."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"}
+KERNELS = {  # registers at most, on any GPU family: 65536 / (256 · registers) blocks of 256 threads stay on a processor
+    "dequantize_words_kernel": 64,
+    "dequantize_any_kernel": 64,
+    "quantize_kernel": 64,
+    "quantize_absmax_kernel": 64,
+    "skinny_kernel": 128,
+}
+SHARED = 48 << 10  # bytes, what a block gets without asking
+
+
+def built() -> Path:
+    """The built extension, or skip."""
+    spec = importlib.util.find_spec("lora_kernels._C")
+    if spec is None:
+        pytest.skip("the extension is not built: python setup.py build_ext --inplace")
+    return Path(spec.origin)
+
+
+# ---- setup.py ----
+
+
+def setup_py(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH", "LORA_KERNELS_BUILD_CUDA")
+    }
+    command = [sys.executable, "setup.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**env, **environment}, check=False)
+
+
+def test_without_nvcc_it_is_skipped_and_says_why(tmp_path: Path) -> None:
+    result = setup_py("--version", PATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "the CUDA extension is skipped: there is no nvcc, neither in CUDA_HOME nor on the PATH" in result.stdout
+    result = setup_py("--version", CUDA_HOME=str(tmp_path))
+    assert "is skipped: there is no nvcc" in result.stdout
+
+
+def test_forced_without_nvcc_it_is_an_error(tmp_path: Path) -> None:
+    for wish in ("1", "90a"):
+        result = setup_py("--version", PATH=str(tmp_path), LORA_KERNELS_BUILD_CUDA=wish)
+        assert result.returncode == 1
+        assert f"LORA_KERNELS_BUILD_CUDA={wish}, but the CUDA extension cannot be built: there is no nvcc" in result.stderr
+
+
+def test_skipped_on_request_and_unknown_families_refused() -> None:
+    assert "is skipped: LORA_KERNELS_BUILD_CUDA=0" in setup_py("--version", LORA_KERNELS_BUILD_CUDA="0").stdout
+    result = setup_py("--version", LORA_KERNELS_BUILD_CUDA="75;90a")
+    assert result.returncode == 1
+    assert "got '75', expected 0, 1, or some of 80;86;89;90a;100;120" in result.stderr
+
+
+def fake_nvcc(folder: Path, release: str) -> str:
+    nvcc = folder / "bin/nvcc"
+    nvcc.parent.mkdir(exist_ok=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    return str(folder)
+
+
+def test_where_nvcc_is_it_is_built(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    pytest.importorskip("ninja")
+    result = setup_py("--version", CUDA_HOME=fake_nvcc(tmp_path, "13.0"))
+    assert "the CUDA extension is built for sm_80, sm_86, sm_89, sm_90a, sm_100, sm_120: nvcc 13.0 is at" in result.stdout
+    result = setup_py("--version", CUDA_HOME=fake_nvcc(tmp_path, "13.0"), LORA_KERNELS_BUILD_CUDA="80;90a")
+    assert "is built for sm_80, sm_90a: nvcc 13.0" in result.stdout
+    result = setup_py("--version", CUDA_HOME=fake_nvcc(tmp_path, "12.4"))
+    assert "is skipped:" in result.stdout
+    assert "is CUDA 12.4, and it needs 12.8 or newer" in result.stdout
+
+
+def test_the_source_distribution_holds_csrc(tmp_path: Path) -> None:
+    result = setup_py("-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path), LORA_KERNELS_BUILD_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir()} | {"setup.py", "pyproject.toml"} <= names
+
+
+# ---- the machine code ----
+
+
+def resources(library: Path) -> list[tuple[str, str, dict[str, int]]]:
+    """(family, kernel, {"REG": …, "STACK": …, "SHARED": …, "LOCAL": …}) of everything in the library."""
+    triton = pytest.importorskip("triton")
+    tool = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "-res-usage", library], capture_output=True, text=True, check=True)
+    rows, family, kernel = [], "", ""
+    for line in (text.stdout + text.stderr).splitlines():
+        if match := re.search(r"\barch = (sm_\w+)|for sm_\w+|(sm_\w+)\.cubin", line):
+            family = match[1] or match[2] or family
+        if match := re.search(r"Function (\w+):", line):
+            kernel = next(name for name in KERNELS if name in match[1])
+        if "REG:" in line:
+            rows.append(
+                (family, kernel, {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)})
+            )
+    return rows
+
+
+def test_every_kernel_for_every_family_without_spills() -> None:
+    rows = resources(built())
+    assert {family for family, _, _ in rows} == FAMILIES
+    for family in FAMILIES:
+        count = {kernel: sum(row[:2] == (family, kernel) for row in rows) for kernel in KERNELS}
+        assert count == {
+            "dequantize_words_kernel": 6, "dequantize_any_kernel": 3, "quantize_kernel": 3, "quantize_absmax_kernel": 1,
+            "skinny_kernel": 8,
+        }, family  # fmt: skip
+    for family, kernel, need in rows:
+        assert need["REG"] <= KERNELS[kernel], (family, kernel, need)
+        assert need["LOCAL"] == need["STACK"] == 0, (family, kernel, need)
+        assert need["SHARED"] <= SHARED, (family, kernel, need)
+
+
+# ---- without a GPU ----
+
+
+def test_it_imports_and_its_calls_raise_without_a_gpu() -> None:
+    built()
+    code = (
+        "from lora_kernels import _C\n"
+        "w = _C.Weight(16, 16, 0, 0, 0, rows=8, columns=64, blocksize=64, values=[0.0] * 16)\n"
+        "bf16, calls = _C.Dtype.bf16, {}\n"
+        "calls['nf4_dequantize'] = lambda: _C.nf4_dequantize(w, 16, 64, bf16, 0)\n"
+        "calls['nf4_skinny'] = lambda: _C.nf4_skinny(w, 16, 64, 0, 0, 0, 16, 1, 0, 1.0, 0, bf16, bf16, 0)\n"
+        "calls['nf4_quantize'] = lambda: _C.nf4_quantize(16, 64, bf16, 64, [0.0] * 16, 16, 16, 16, 0)\n"
+        "calls['nf4_quantize_absmax'] = lambda: _C.nf4_quantize_absmax(16, 64, 16, 16, 16, 16, 0)\n"
+        "for name, call in calls.items():\n"
+        "    try: call()\n"
+        "    except RuntimeError as error: print(str(error).startswith(name + ': '), 'needs an NVIDIA GPU' in str(error))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert result.stdout.split() == ["True"] * 8, result.stderr
+
+
+def test_linked_to_no_cuda_library() -> None:
+    """The runtime is inside, and the driver is looked up when it is needed."""
+    needed = subprocess.run(["ldd", built()], capture_output=True, text=True, check=True).stdout
+    assert "libcuda" not in needed
+    assert "torch" not in needed
+
+
+# ---- what the extension refuses, before it looks for a device ----
+
+
+@pytest.fixture(scope="module")
+def extension():
+    from csrc_emulator import emulated
+
+    return importlib.import_module("lora_kernels._C") if importlib.util.find_spec("lora_kernels._C") else emulated()
+
+
+GOOD = {
+    "codes": 16, "absmax": 16, "nested_absmax": 0, "nested_map": 0, "nested_offset": 0, "rows": 8, "columns": 64,
+    "blocksize": 64, "values": [0.0] * 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 0}, "rows: got 0, expected at least 1"),
+        ({"columns": -1}, "columns: got -1"),
+        ({"rows": 1 << 62}, "rows: got 4611686018427387904, expected fewer than"),
+        ({"blocksize": 48}, "blocksize: got 48, expected a power of two of at least 32"),
+        ({"blocksize": 16}, "blocksize: got 16"),
+        ({"codes": 0}, "codes: got null"),
+        ({"absmax": 0}, "absmax: got null"),
+        ({"nested_map": 16}, "nested_absmax, nested_map, nested_offset: got 1, expected all three, or none"),
+    ],
+)
+def test_weights_that_do_not_fit(extension, change: dict, message: str) -> None:
+    w = extension.Weight(**{**GOOD, **change})
+    bf16 = extension.Dtype.bf16
+    with pytest.raises(ValueError, match=f"^nf4_dequantize: {message}"):
+        extension.nf4_dequantize(w, 16, 64, bf16, 0)
+    with pytest.raises(ValueError, match=f"^nf4_skinny: {message}"):
+        extension.nf4_skinny(w, 16, 64, 0, 0, 0, 16, 1, 0, 1.0, 0, bf16, bf16, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"M": 17}, "it takes 1 to 16 tokens"),
+        ({"M": 0}, "it takes 1 to 16 tokens"),
+        ({"dtype": "fp32"}, "dtype: got fp32, expected bf16 or fp16"),
+        ({"x": 8}, "x: got 8, expected an address that is a multiple of 16"),
+        ({"y": 0}, "x or y: got null"),
+        ({"R": -1}, "R: got -1"),
+        ({"R": 4}, "h or B: got null, expected an address where R > 0"),
+        ({"x_stride": 65}, "x_stride: got 65, expected a multiple of 8"),
+        ({"weight": {"codes": 20}}, "codes: got 20, expected an address that is a multiple of 8"),
+        ({"weight": {"columns": 72}}, "a row must hold a multiple of 16 codes"),
+        ({"weight": {"rows": 1 << 32}}, "it counts units of 16 codes in 32 bits"),
+    ],
+)
+def test_skinny_calls_that_do_not_fit(extension, change: dict, message: str) -> None:
+    call = {
+        "x": 16, "x_stride": 64, "h": 0, "B": 0, "c": 0, "y": 16, "M": 1, "R": 0, "scale": 1.0, "scale_address": 0,
+        "dtype": "bf16", "adapter_dtype": "bf16", "stream": 0,
+    } | change  # fmt: skip
+    w = extension.Weight(**{**GOOD, **call.pop("weight", {})})
+    dtypes = {name: getattr(extension.Dtype, call.pop(name)) for name in ("dtype", "adapter_dtype")}
+    with pytest.raises(ValueError, match=f"^nf4_skinny: {message}"):
+        extension.nf4_skinny(w, **call, **dtypes)
+
+
+def test_other_calls_that_do_not_fit(extension) -> None:
+    w, bf16 = extension.Weight(**GOOD), extension.Dtype.bf16
+    with pytest.raises(ValueError, match="nf4_dequantize: row_stride: got 63"):
+        extension.nf4_dequantize(w, 16, 63, bf16, 0)
+    with pytest.raises(ValueError, match="nf4_dequantize: out: got null"):
+        extension.nf4_dequantize(w, 0, 64, bf16, 0)
+    with pytest.raises(ValueError, match="nf4_quantize: elements: got 0"):
+        extension.nf4_quantize(16, 0, bf16, 64, [0.0] * 16, 16, 16, 16, 0)
+    with pytest.raises(ValueError, match="nf4_quantize: blocksize: got 65"):
+        extension.nf4_quantize(16, 64, bf16, 65, [0.0] * 16, 16, 16, 16, 0)
+    with pytest.raises(ValueError, match="nf4_quantize: weight, codes, absmax or first_bad: got null"):
+        extension.nf4_quantize(16, 64, bf16, 64, [0.0] * 16, 16, 0, 16, 0)
+    with pytest.raises(ValueError, match="nf4_quantize_absmax: blocks: got 0"):
+        extension.nf4_quantize_absmax(16, 0, 16, 16, 16, 16, 0)
+    with pytest.raises(ValueError, match="nf4_quantize_absmax: an array: got null"):
+        extension.nf4_quantize_absmax(16, 1, 0, 16, 16, 16, 0)
+    with pytest.raises(TypeError):
+        extension.nf4_dequantize(w, 16, 64, "bf16", 0)
+    with pytest.raises(TypeError):
+        extension.Weight(**{**GOOD, "values": [0.0] * 15})
+
+
+# ---- against bitsandbytes itself ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
+def test_the_bytes_are_bitsandbytes_own(cuda, kind: str, dtype: torch.dtype, blocksize: int, device: torch.device) -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    values = torch.randn(37, 8 * blocksize // 4).mul_(torch.logspace(-3, 3, 37)[:, None]).to(dtype)
+    for nested in (False, True):
+        codes, state = functional.quantize_4bit(values, blocksize=blocksize, quant_type=kind, compress_statistics=nested)
+        w = cuda.nf4_quantize(values.to(device), kind, blocksize, nested)
+        assert torch.equal(w.codes.cpu(), codes.flatten())
+        assert torch.equal(w.absmax.cpu(), state.absmax)
+        if nested:
+            assert torch.equal(w.nested_absmax.cpu(), state.state2.absmax)
+            assert torch.equal(w.nested_offset.cpu(), state.offset)
+        else:  # 0.0 and -0.0 are equal here: bitsandbytes has either, by the number of columns
+            assert torch.equal(cuda.nf4_dequantize(w).cpu(), functional.dequantize_4bit(codes, state))
