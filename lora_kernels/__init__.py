@@ -5,6 +5,7 @@ from .config import LoRAConfig
 from .dropout import dropout_mask
 from .functional import lora_linear
 from .modules import LoRALinear
+from .peft_interop import AccelerationReport, accelerate, accelerated, restore
 from .surgery import (
     add_lora,
     load_lora_state_dict,
@@ -19,8 +20,11 @@ from .surgery import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerationReport",
     "LoRAConfig",
     "LoRALinear",
+    "accelerate",
+    "accelerated",
     "add_lora",
     "backend_report",
     "dropout_mask",
@@ -30,6 +34,7 @@ __all__ = [
     "lora_state_dict",
     "merge_lora",
     "remove_lora",
+    "restore",
     "set_adapter",
     "unmerge_lora",
     "use_backend",
