@@ -24,6 +24,7 @@ class Adapter:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     init_lora_weights: bool | str = True
+    lora_bias: bool = False
     scaling: float | Tensor = 1.0  # a 0-d tensor may be put here: it is read on the device
 
 
@@ -32,7 +33,8 @@ class LoRALinear(nn.Module):
 
     x[..., in_features] -> y[..., out_features]. `weight` [out, in] (frozen) and `bias` keep nn.Linear's names, so a base
     checkpoint loads unchanged; adapter `name` is `lora_A[name]` [r, in] and `lora_B[name]` [out, r]. s = lora_alpha / r, or
-    lora_alpha / √r with use_rslora (Kalajdzievski 2023). Dropout applies in training mode only.
+    lora_alpha / √r with use_rslora (Kalajdzievski 2023). Dropout applies in training mode only. With lora_bias the adapter has
+    a bias too, `lora_bias[name]` [out], which is scaled like the rest: y = … + s·b.
 
     init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with deviation 1/r, B zero), "orthogonal" (A and B
     in orthogonal subspaces, r even), "pissa" or "pissa_niter_<n>" (principal singular vectors of W, Meng et al. 2024), "olora"
@@ -58,6 +60,7 @@ class LoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        lora_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -71,6 +74,7 @@ class LoRALinear(nn.Module):
             lora_dropout=lora_dropout,
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
+            lora_bias=lora_bias,
         )
 
     @classmethod
@@ -101,11 +105,11 @@ class LoRALinear(nn.Module):
         for parameter in (weight, *([] if bias is None else [bias])):
             parameter.requires_grad_(False)
         self.weight, self.bias = weight, bias
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.lora_A, self.lora_B, self.lora_bias = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.adapters: dict[str, Adapter] = {}
         self.active_adapter: str | None = None
         self._source: tuple[nn.Module, ...] = ()  # the layer that this one stands for; a tuple hides it from nn.Module
-        self._unmerged: tuple[nn.Parameter, ...] = ()  # the weight without the adapter, while merged
+        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None  # weight and bias, while an adapter is merged
         # A and B of an initialisation that took s·B·A out of the weight: with them the original weight is known
         self.register_buffer("_initial_A", None, persistent=False)
         self.register_buffer("_initial_B", None, persistent=False)
@@ -119,7 +123,7 @@ class LoRALinear(nn.Module):
             self.matrix,
             self.lora_A[self.active_adapter],
             self.lora_B[self.active_adapter],
-            self.bias,
+            self._bias_with(self.active_adapter),
             scaling=adapter.scaling,
             dropout_p=adapter.lora_dropout if self.training else 0.0,
         )
@@ -136,6 +140,10 @@ class LoRALinear(nn.Module):
         """W[out_features, in_features], whatever the layout of `weight`."""
         return self.weight.T if self.fan_in_fan_out else self.weight
 
+    def _bias_with(self, name: str) -> Tensor | None:
+        lora_bias = self.lora_bias.get(name, None)
+        return bias_sum(self.bias, lora_bias, self.adapters[name].scaling, self.weight.dtype)
+
     # ---- adapters ----
 
     def add_adapter(
@@ -147,9 +155,10 @@ class LoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        lora_bias: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Add and initialise adapter `name`; the first one becomes the active one. dtype: of A and B, by default the weight's.
+        """Add and initialise adapter `name`; the first one becomes the active one. dtype: of A, B, b, by default the weight's.
 
         Raises ValueError for a name in use or with a dot in it, r < 1, lora_dropout outside [0, 1], an unknown initialisation,
         or a second adapter beside one that rewrote the weight.
@@ -167,32 +176,31 @@ class LoRALinear(nn.Module):
                 f"adapters here: {list(self.adapters)}"
             )
         scaling = lora_alpha / (r**0.5 if use_rslora else r)
-        adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, scaling)
+        adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, scaling)
         A, B = self.weight.new_empty(r, self.in_features, dtype=dtype), self.weight.new_empty(self.out_features, r, dtype=dtype)
         self._initialize(adapter, A, B)
         self.adapters[name] = adapter
         trainable = self.active_adapter is None and len(self.adapters) == 1
         self.lora_A[name], self.lora_B[name] = (nn.Parameter(t, requires_grad=trainable) for t in (A, B))
+        if lora_bias:
+            self.lora_bias[name] = nn.Parameter(A.new_zeros(self.out_features), requires_grad=trainable)
         if trainable:
             self.active_adapter = name
 
     def set_adapter(self, name: str | None) -> None:
         """Make `name` the active adapter; None leaves the base layer alone.
 
-        The adapter becomes trainable if both of its matrices were frozen (one that was frozen on purpose stays so), the others
+        The adapter becomes trainable if all of its tensors were frozen (one that was frozen on purpose stays so), the others
         are frozen. None freezes nothing. Raises KeyError for an unknown name, RuntimeError while merged.
         """
         self._refuse_if_merged("change the active adapter")
         if name is not None:
             self._require(name)
             for other in self.adapters:
-                A, B = self.lora_A[other], self.lora_B[other]
-                if other != name:
-                    A.requires_grad_(False)
-                    B.requires_grad_(False)
-                elif not (A.requires_grad or B.requires_grad):
-                    A.requires_grad_(True)
-                    B.requires_grad_(True)
+                parameters = self._parameters_of(other)
+                if other != name or not any(parameter.requires_grad for parameter in parameters):
+                    for parameter in parameters:
+                        parameter.requires_grad_(other == name)
         self.active_adapter = name
 
     def delete_adapter(self, name: str) -> None:
@@ -200,7 +208,9 @@ class LoRALinear(nn.Module):
         self._refuse_if_merged("delete an adapter")
         self._require(name)
         self._restore_weight()
-        del self.adapters[name], self.lora_A[name], self.lora_B[name]
+        for named in (self.adapters, self.lora_A, self.lora_B, self.lora_bias):
+            if name in named:
+                del named[name]  # type: ignore[attr-defined]
         if self.active_adapter == name:
             self.active_adapter = None
 
@@ -210,6 +220,8 @@ class LoRALinear(nn.Module):
         self._require(name)
         self._restore_weight()
         self._initialize(self.adapters[name], self.lora_A[name].data, self.lora_B[name].data)
+        if name in self.lora_bias:
+            nn.init.zeros_(self.lora_bias[name])
 
     def reset_parameters(self) -> None:
         """nn.Linear's initialisation of weight and bias, and that of every adapter: for a layer made on the meta device."""
@@ -236,8 +248,11 @@ class LoRALinear(nn.Module):
         return self._plus(self._initial_A, self._initial_B, self._initial_scaling)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """A and B of every adapter."""
-        return [*self.lora_A.parameters(), *self.lora_B.parameters()]
+        """A, B and b of every adapter."""
+        return [*self.lora_A.parameters(), *self.lora_B.parameters(), *self.lora_bias.parameters()]
+
+    def _parameters_of(self, name: str) -> list[nn.Parameter]:
+        return [named[name] for named in (self.lora_A, self.lora_B, self.lora_bias) if name in named]
 
     def to_linear(self) -> nn.Module:
         """The plain layer, the one given to `from_linear` or an nn.Linear, with the merged weight or else the original one."""
@@ -252,10 +267,11 @@ class LoRALinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the active adapter is in the weight."""
-        return bool(self._unmerged)
+        return self._unmerged is not None
 
     def merge(self) -> None:
         """W + s·B·A, rounded once to W's dtype, becomes the weight; the unmerged one is kept, so unmerge() is bit-exact.
+        c + s·b becomes the bias of an adapter with lora_bias.
 
         The tensor that may be shared with other modules is not written to. Costs a second weight while merged.
         Raises RuntimeError if already merged or if no adapter is active.
@@ -263,15 +279,18 @@ class LoRALinear(nn.Module):
         self._refuse_if_merged("merge again")
         if self.active_adapter is None:
             raise RuntimeError("cannot merge: no adapter is active; call set_adapter(name) first")
-        name, unmerged = self.active_adapter, self.weight
-        self.weight = self._plus(self.lora_A[name], self.lora_B[name], self.adapters[name].scaling)
-        self._unmerged = (unmerged,)
+        name, unmerged, bias = self.active_adapter, (self.weight, self.bias), self.bias
+        weight = self._plus(self.lora_A[name], self.lora_B[name], self.adapters[name].scaling)
+        if name in self.lora_bias:
+            total = self._bias_with(name).detach().to(self.weight.dtype)  # type: ignore[union-attr]
+            bias = nn.Parameter(total, requires_grad=self.bias is not None and self.bias.requires_grad)
+        self.weight, self.bias, self._unmerged = weight, bias, unmerged
 
     def unmerge(self) -> None:
-        """The weight as it was before merge(), the same Parameter. Raises RuntimeError if not merged."""
-        if not self.merged:
+        """Weight and bias as they were before merge(), the same Parameters. Raises RuntimeError if not merged."""
+        if self._unmerged is None:
             raise RuntimeError("cannot unmerge: LoRALinear is not merged")
-        (self.weight,), self._unmerged = self._unmerged, ()
+        (self.weight, self.bias), self._unmerged = self._unmerged, None
 
     @torch.no_grad()
     def _plus(self, A: Tensor, B: Tensor, scaling: float | Tensor) -> nn.Parameter:
@@ -285,8 +304,9 @@ class LoRALinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALinear":
         super()._apply(fn, recurse)
-        for weight in self._unmerged:
-            weight.data = fn(weight.data)
+        for parameter in self._unmerged or ():
+            if parameter is not None and parameter is not self.bias:  # a bias that merging left alone was met above
+                parameter.data = fn(parameter.data)
         return self
 
     def _require(self, name: str) -> None:
@@ -301,3 +321,13 @@ class LoRALinear(nn.Module):
         adapters = ", ".join(f"{name}: r={a.r}, lora_alpha={a.lora_alpha}" for name, a in self.adapters.items())
         base = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{base}, active={self.active_adapter}, merged={self.merged}, adapters={{{adapters}}}"
+
+
+def bias_sum(
+    bias: Tensor | None, lora_bias: Tensor | None, scaling: float | Tensor, weight_dtype: torch.dtype
+) -> Tensor | None:
+    """c + s·b, in a dtype at least as wide as b's: b's gradient is then not rounded to a 16-bit weight's. None for neither."""
+    if lora_bias is None:
+        return bias
+    scaled = (lora_bias * scaling).to(torch.promote_types(lora_bias.dtype, weight_dtype))
+    return scaled if bias is None else scaled + bias

@@ -192,7 +192,8 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Every adapter's tensors, and nothing of the frozen base; detached, not copied.
 
-    Keys: `<path>.lora_A.<adapter>` and `<path>.lora_B.<adapter>`; `<path>.modules_to_save.<adapter>.<name>` for whole modules;
+    Keys: `<path>.lora_A.<adapter>`, `<path>.lora_B.<adapter>` and `<path>.lora_bias.<adapter>`;
+    `<path>.modules_to_save.<adapter>.<name>` for whole modules;
     `<path>.bias.<adapter>` for trained biases.
     """
     state = {}
@@ -200,6 +201,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
         for name in layer.adapters:
             state[f"{path}.lora_A.{name}"] = layer.lora_A[name].detach()
             state[f"{path}.lora_B.{name}"] = layer.lora_B[name].detach()
+            if name in layer.lora_bias:
+                state[f"{path}.lora_bias.{name}"] = layer.lora_bias[name].detach()
     for exchange in _state(model).exchanges:
         owner = f"{exchange.path}.{exchange.attribute}".removeprefix(".")
         for adapter, choice in exchange.choices.items():
@@ -253,6 +256,7 @@ def _build_layers(
                 lora_dropout=config.lora_dropout,
                 use_rslora=config.use_rslora,
                 init_lora_weights=config.init_lora_weights,
+                lora_bias=config.lora_bias,
                 dtype=torch.float32 if wide else None,
             )
             layers[id(module)] = layer

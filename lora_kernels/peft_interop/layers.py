@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from ..functional import lora_linear
+from ..modules import bias_sum
 from ..ops import FLOATS
 
 FAST = "fast"
@@ -42,20 +43,23 @@ class AcceleratedLinear(lora.Linear):
         _count(self, parts)
         return super().forward(x, *args, **kwargs) if isinstance(parts, str) else compute(x, parts)
 
+    def _get_name(self) -> str:
+        return "Linear"  # shown as "lora.Linear(", which tools look for
+
+    def extra_repr(self) -> str:
+        return "accelerated by lora_kernels"
+
 
 def compute(x: Tensor, parts: Parts) -> Tensor:
     """y = x·Wᵀ + s·(drop(x)·Aᵀ·Bᵀ + b) + c as a fresh tensor; b is PEFT's lora_bias."""
     base, lora_A, lora_B, dropout, scaling = parts
-    weight, bias, lora_bias = base.weight, base.bias, lora_B.bias
-    if lora_bias is not None:  # the wider dtype of the two, so that b's gradient is not rounded to W's
-        scaled = (lora_bias * scaling).to(torch.promote_types(lora_bias.dtype, weight.dtype))
-        bias = scaled if bias is None else scaled + bias
+    weight = base.weight
     return lora_linear(
         x,
         weight.T if isinstance(base, Conv1D) else weight,
         lora_A.weight,
         lora_B.weight,
-        bias,
+        bias_sum(base.bias, lora_B.bias, scaling, weight.dtype),
         scaling=scaling,
         dropout_p=dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
     )
