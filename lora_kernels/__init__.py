@@ -5,7 +5,8 @@ from .config import LoRAConfig
 from .dropout import dropout_mask
 from .functional import lora_linear
 from .modules import LoRALinear
-from .peft_interop import AccelerationReport, accelerate, accelerated, restore
+from .param_groups import lora_plus_param_groups
+from .peft_interop import AccelerationReport, accelerate, accelerated, load_adapter, restore, save_adapter
 from .surgery import (
     add_lora,
     load_lora_state_dict,
@@ -28,13 +29,16 @@ __all__ = [
     "add_lora",
     "backend_report",
     "dropout_mask",
+    "load_adapter",
     "load_lora_state_dict",
     "lora_linear",
     "lora_parameters",
+    "lora_plus_param_groups",
     "lora_state_dict",
     "merge_lora",
     "remove_lora",
     "restore",
+    "save_adapter",
     "set_adapter",
     "unmerge_lora",
     "use_backend",
