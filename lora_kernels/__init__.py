@@ -5,6 +5,7 @@ from .config import LoRAConfig
 from .dropout import dropout_mask
 from .functional import lora_linear
 from .modules import LoRALinear
+from .nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 from .param_groups import lora_plus_param_groups
 from .peft_interop import AccelerationReport, accelerate, accelerated, load_adapter, restore, save_adapter
 from .surgery import (
@@ -24,10 +25,12 @@ __all__ = [
     "AccelerationReport",
     "LoRAConfig",
     "LoRALinear",
+    "NF4Weight",
     "accelerate",
     "accelerated",
     "add_lora",
     "backend_report",
+    "dequantize_nf4",
     "dropout_mask",
     "load_adapter",
     "load_lora_state_dict",
@@ -36,6 +39,7 @@ __all__ = [
     "lora_plus_param_groups",
     "lora_state_dict",
     "merge_lora",
+    "quantize_nf4",
     "remove_lora",
     "restore",
     "save_adapter",
