@@ -1,5 +1,6 @@
 """Existing PEFT layers to and from this package's forward, by change of class; what was changed, and why the rest was not."""
 
+import sys
 import types
 import warnings
 from collections import Counter
@@ -49,9 +50,9 @@ class AccelerationReport:
 def accelerate(model: nn.Module) -> AccelerationReport:
     """Let every LoRA layer of `model`, a PeftModel or any tree of modules, compute with these kernels.
 
-    Exactly peft.tuners.lora.Linear changes its class, to one that differs in `forward` alone: parameters, state dict keys,
-    optimizers and PEFT's methods stay. A call that needs more than one plain LoRA adapter goes to PEFT's forward
-    (`report.calls()` says how many, and why). Calling it again is allowed, and needed after layers were added.
+    Exactly peft.tuners.lora.Linear and lora.bnb.Linear4bit change their class, to one that differs in `forward` alone:
+    parameters, state dict keys, optimizers and PEFT's methods stay. A call that needs more than one plain LoRA adapter goes to
+    PEFT's forward (`report.calls()` says how many, and why). Calling it again is allowed, and needed after layers were added.
 
     Warns where a layer's forward was replaced on the instance by something other than accelerate's hooks: that one still
     runs. Raises ImportError without peft, ValueError for a model without LoRA layers.
@@ -121,7 +122,13 @@ def _classes() -> dict[type, type]:
 
     from .layers import AcceleratedLinear
 
-    return {lora.Linear: AcceleratedLinear}
+    classes: dict[type, type] = {lora.Linear: AcceleratedLinear}
+    bnb = sys.modules.get("peft.tuners.lora.bnb")  # PEFT imports it before it makes such a layer
+    if hasattr(bnb, "Linear4bit"):
+        from .layers_4bit import AcceleratedLinear4bit
+
+        classes[bnb.Linear4bit] = AcceleratedLinear4bit  # type: ignore[union-attr]
+    return classes
 
 
 def _swap(layer: Any) -> str | None:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
+from ..frozen_weight import is_linear4bit
 from ..functional import lora_linear
 from ..modules import bias_sum
+from ..nf4 import NF4Weight
 from ..ops import FLOATS
 
 FAST = "fast"
@@ -33,36 +35,52 @@ class Parts(NamedTuple):
     scaling: float | Tensor
 
 
-class AcceleratedLinear(lora.Linear):
-    """peft.tuners.lora.Linear over nn.Linear or transformers' Conv1D, computed by lora_linear."""
+class Accelerated:
+    """The forward of both classes; it stands before PEFT's class in the order of methods."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         parts = "extra arguments" if args or kwargs else fast_parts(self)
         if not isinstance(parts, str):
             parts = _why_not_tensors(self, parts, x) or parts
         _count(self, parts)
-        return super().forward(x, *args, **kwargs) if isinstance(parts, str) else compute(x, parts)
+        return super().forward(x, *args, **kwargs) if isinstance(parts, str) else compute(x, parts)  # type: ignore[misc]
 
     def _get_name(self) -> str:
-        return "Linear"  # shown as "lora.Linear(", which tools look for
+        return type(self).__name__.removeprefix("Accelerated")  # shown as "lora.Linear(", which tools look for
 
     def extra_repr(self) -> str:
         return "accelerated by lora_kernels"
 
 
+class AcceleratedLinear(Accelerated, lora.Linear):
+    """peft.tuners.lora.Linear over nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit, computed by lora_linear."""
+
+
 def compute(x: Tensor, parts: Parts) -> Tensor:
     """y = x·Wᵀ + s·(drop(x)·Aᵀ·Bᵀ + b) + c as a fresh tensor; b is PEFT's lora_bias."""
     base, lora_A, lora_B, dropout, scaling = parts
-    weight = base.weight
-    return lora_linear(
+    four_bit = is_linear4bit(base)
+    weight = nf4_weight(base) if four_bit else base.weight.T if isinstance(base, Conv1D) else base.weight
+    y = lora_linear(
         x,
-        weight.T if isinstance(base, Conv1D) else weight,
+        weight,
         lora_A.weight,
         lora_B.weight,
         bias_sum(base.bias, lora_B.bias, scaling, weight.dtype),
         scaling=scaling,
         dropout_p=dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
     )
+    return y.to(x.dtype) if four_bit else y  # Linear4bit returns x's dtype under autocast too
+
+
+def nf4_weight(base: Any) -> NF4Weight:
+    """The weight of bitsandbytes' Linear4bit, its bytes shared."""
+    return NF4Weight.from_bnb(base.weight, quant_state(base))
+
+
+def quant_state(base: Any) -> Any:
+    """Of a Linear4bit: at its weight, or where FSDP has replaced that, at the layer. None before it is quantised."""
+    return getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
 
 
 def fast_parts(layer: LoraLayer) -> Parts | str:
@@ -84,7 +102,7 @@ def fast_parts(layer: LoraLayer) -> Parts | str:
 
 def _why_not_modules(parts: Parts) -> str | None:
     base, lora_A, lora_B, dropout, _ = parts
-    if type(base).forward not in (nn.Linear.forward, Conv1D.forward):
+    if type(base).forward not in (nn.Linear.forward, Conv1D.forward) and not is_linear4bit(base):
         return f"the base layer is a {type(base).__name__}"
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         return f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}"
@@ -110,15 +128,15 @@ def forward_is_replaced(module: nn.Module) -> bool:
 def _why_not_tensors(layer: LoraLayer, parts: Parts, x: Tensor) -> str | None:
     base, lora_A, lora_B, _, scaling = parts
     W, c, A, B, b = base.weight, base.bias, lora_A.weight, lora_B.weight, lora_B.bias
-    device = x.device
-    for t in (x, W, A, B, c, b):
+    four_bit = is_linear4bit(base)
+    for t in (x, A, B, c, b) if four_bit else (x, W, A, B, c, b):
         if t is None:
             continue
         if type(t) not in PLAIN:
             return f"a {type(t).__name__} among the tensors"
         if t.dtype not in FLOATS:
             return f"a tensor of {t.dtype}"
-        if t.device != device:
+        if t.device != W.device:
             return "tensors on different devices"
     if W.requires_grad:
         return "the base weight is trained"
@@ -127,18 +145,38 @@ def _why_not_tensors(layer: LoraLayer, parts: Parts, x: Tensor) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms"
     (K, N), R = (layer.in_features, layer.out_features), A.shape[0]
-    if W.shape != ((K, N) if isinstance(base, Conv1D) else (N, K)) or A.shape != (R, K) or B.shape != (N, R):
+    shape = W.shape if not four_bit else (N, K)
+    if shape != ((K, N) if isinstance(base, Conv1D) else (N, K)) or A.shape != (R, K) or B.shape != (N, R):
         return "parameters are sharded, or have other shapes than the layer's"
     if x.ndim == 0 or x.shape[-1] != K:
         return "x does not have in_features columns"
-    if x.dtype != A.dtype and not layer.cast_input_dtype_enabled:
-        return "casting of the input is disabled"
-    return _why_not_dtypes(x, A, B, W, c) or _why_not_scaling(scaling, device)
-
-
-def _why_not_dtypes(x: Tensor, A: Tensor, B: Tensor, W: Tensor, c: Tensor | None) -> str | None:
     if A.dtype != B.dtype:
         return "lora_A and lora_B differ in dtype"
+    if x.dtype != A.dtype and not layer.cast_input_dtype_enabled:
+        return "casting of the input is disabled"
+    why_not_base = _why_not_4bit(base, x) if four_bit else _why_not_dtypes(x, W, c)
+    return why_not_base or _why_not_scaling(scaling, x.device)
+
+
+def _why_not_4bit(base: Any, x: Tensor) -> str | None:
+    state = quant_state(base)
+    if state is None or type(base.weight).__name__ not in ("Params4bit", "Parameter"):
+        return f"the 4-bit weight is a {type(base.weight).__name__} that is not quantised"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "bitsandbytes repacked the 4-bit weight for its CPU kernel"
+    if base.weight.numel() * base.weight.element_size() != (state.shape.numel() + 1) // 2:
+        return "the 4-bit weight is sharded"
+    if x.dtype == torch.float64:
+        return "x is float64 over a 4-bit weight"
+    if not base.compute_type_is_set:  # bitsandbytes does so at the first call
+        base.set_compute_type(x)
+        base.compute_type_is_set = True
+    if not torch.is_autocast_enabled(x.device.type) and base.compute_dtype not in (None, x.dtype):
+        return "the 4-bit layer's compute_dtype differs from x's dtype"
+    return None
+
+
+def _why_not_dtypes(x: Tensor, W: Tensor, c: Tensor | None) -> str | None:
     autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, W.dtype)
     if not autocast and (x.dtype != W.dtype or (c is not None and c.dtype != W.dtype)):
         return "x, weight and bias differ in dtype"
