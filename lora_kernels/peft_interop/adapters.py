@@ -48,11 +48,13 @@ def load_adapter(
     adapter_name: str = DEFAULT_ADAPTER,
     *,
     autocast_adapter_dtype: bool = True,
+    quantize: str | None = None,
 ) -> None:
     """Read an adapter that PEFT or save_adapter wrote, as `adapter_name` of `model`.
 
     It is read from the subfolder `adapter_name` if there is one with an adapter, else from `directory` itself. A model that has
-    an adapter of that name gets its values; otherwise the adapter is added, as by add_lora with the file's configuration.
+    an adapter of that name gets its values; otherwise the adapter is added, as by add_lora with the file's configuration
+    and the same `autocast_adapter_dtype` and `quantize`.
     Raises FileNotFoundError or ValueError, before anything changes, for files that are missing or damaged, a configuration
     that has no counterpart here, and keys or shapes that are not exactly those of this model.
     """
@@ -71,7 +73,7 @@ def load_adapter(
         expected = _planned_shapes(model, config, adapter_name)
     weights = _checked(saved, expected, _base_tensors(model), folder / adapter_files.WEIGHTS_FILE)
     if not present:
-        add_lora(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        add_lora(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
     with torch.no_grad():
         for key, tensor in _tensors(model, adapter_name).items():
             tensor.copy_(_like(weights[key], tensor))
