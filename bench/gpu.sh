@@ -1,23 +1,29 @@
 #!/usr/bin/env bash
-# Tests and measurements on a GPU machine where nothing of this package is installed; under 9 minutes, --quick under 2.
+# Tests and measurements on a GPU machine where nothing of this package is installed.
 #
-#   bench/gpu.sh [--quick]
+#   bench/gpu.sh [--quick] [STAGE...]
 #
-# Stages: nvidia-smi, the test suite on the GPU, bench/addmm_beta.py, `python -m lora_kernels bench --suite llama`. A stage
-# that fails or runs into its time limit does not stop those after it; the exit code is 1 if any did. Results are written to
-# bench/results/<device>/<date>-<commit>.json, and copied to $OUT if that is set.
+# Stages, all of them if none is named: nvidia-smi, tests (the suite on the GPU), sanitizer (compute-sanitizer's memcheck over
+# small shapes), addmm_beta, kernels (bench/kernels.py) and bench (`python -m lora_kernels bench --suite llama`). Each has a
+# time limit, together 12 minutes, with --quick 3. A stage that fails does not stop those after it; the exit code is 1 if any
+# did. Results are written to bench/results/<device>/<date>-<commit>.json, and copied to $OUT if that is set.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
+known="nvidia-smi tests sanitizer addmm_beta kernels bench"
 quick=
-case "${1:-}" in
-    --quick) quick=1 ;;
-    "") ;;
-    *)
-        echo "bench/gpu.sh: got '$1', expected --quick or nothing" >&2
+wanted=()
+for argument in "$@"; do
+    if [ "$argument" = --quick ]; then
+        quick=1
+    elif [[ " $known " == *" $argument "* ]]; then
+        wanted+=("$argument")
+    else
+        echo "bench/gpu.sh: got '$argument', expected --quick or stages among: $known" >&2
         exit 2
-        ;;
-esac
+    fi
+done
+[ "${#wanted[@]}" -gt 0 ] || read -ra wanted <<<"$known"
 
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
@@ -26,10 +32,11 @@ trap 'rm -rf "$work"' EXIT
 stages="$work/stages.tsv"
 failed=0
 
-# stage NAME SECONDS COMMAND...: run with a time limit, keep the log, note name, exit code and seconds
+# stage NAME SECONDS COMMAND...: if it is wanted, run with a time limit, keep the log, note name, exit code and seconds
 stage() {
     local name=$1 limit=$2 start code seconds
     shift 2
+    [[ " ${wanted[*]} collect " == *" $name "* ]] || return 0
     echo "== $name (at most ${limit} s): $*"
     start=$(date +%s.%N)
     timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$work/$name.log"
@@ -41,15 +48,15 @@ stage() {
 }
 
 if [ -n "$quick" ]; then
-    tests=(tests/test_dropout.py tests/test_functional.py)
-    addmm_options=(--quick --repeats 10)
+    tests=(tests/test_dropout.py tests/test_functional.py tests/test_triton_linear.py tests/test_triton_gpu.py)
+    options=(--quick --repeats 10)
     bench_options=(--tokens 8192 --dropout 0.1 --shape 4096x4096 --shape 4096x14336 --repeats 10)
-    limits=(35 20 40)
+    limits=(70 30 20 40 40)
 else
-    tests=(tests)
-    addmm_options=()
+    tests=(tests --ignore tests/test_triton_offline.py)
+    options=()
     bench_options=()
-    limits=(210 80 200)
+    limits=(240 90 70 180 150)
 fi
 
 workers=()
@@ -59,10 +66,13 @@ fi
 
 stage nvidia-smi 10 nvidia-smi
 stage tests "${limits[0]}" env LORA_KERNELS_TEST_DEVICE=cuda \
-    "$python" -m pytest "${tests[@]}" -q -x -p no:cacheprovider "${workers[@]}"
-stage addmm_beta "${limits[1]}" "$python" bench/addmm_beta.py --json "$work/addmm_beta.json" "${addmm_options[@]}"
-stage bench "${limits[2]}" "$python" -m lora_kernels bench --suite llama --json "$work/bench.json" "${bench_options[@]}"
-
+    "$python" -m pytest "${tests[@]}" -q --maxfail=30 -p no:cacheprovider "${workers[@]}"
+stage sanitizer "${limits[1]}" env LORA_KERNELS_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    compute-sanitizer --tool memcheck --error-exitcode 1 --target-processes all \
+    "$python" -m pytest tests/test_triton_linear.py tests/test_triton_gemm.py -q -x -p no:cacheprovider -k "ragged"
+stage addmm_beta "${limits[2]}" "$python" bench/addmm_beta.py --json "$work/addmm_beta.json" "${options[@]}"
+stage kernels "${limits[3]}" "$python" bench/kernels.py --json "$work/kernels.json" "${options[@]}"
+stage bench "${limits[4]}" "$python" -m lora_kernels bench --suite llama --json "$work/bench.json" "${bench_options[@]}"
 stage collect 10 "$python" bench/collect.py "$work"
 
 echo

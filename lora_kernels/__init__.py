@@ -3,6 +3,7 @@
 from .backends import backend_report, use_backend
 from .config import LoRAConfig
 from .dropout import dropout_mask
+from .export import save_merged
 from .functional import lora_linear
 from .modules import LoRALinear
 from .nf4 import NF4Weight, dequantize_nf4, quantize_nf4
@@ -43,6 +44,7 @@ __all__ = [
     "remove_lora",
     "restore",
     "save_adapter",
+    "save_merged",
     "set_adapter",
     "unmerge_lora",
     "use_backend",

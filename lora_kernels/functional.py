@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import ops
 from .dropout import as_seed, draw_seed
@@ -47,7 +48,7 @@ def lora_linear(
         seed = draw_seed(x.device) if seed is None else as_seed(seed, x.device)
     else:
         seed = None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         if not isinstance(scaling, Tensor):
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             scaling = torch.full((), scaling, dtype=wide, device=x.device)

@@ -134,12 +134,25 @@ def set_product(out: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None) -> T
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out += a·b in place, in out's dtype: the product's own, or float32 in tiles, whose copies stay small."""
     if out.dtype == a.dtype:
-        return out.addmm_(a, b)
+        return accumulate(out, a, b)
     for rows in slices(a.shape[0], 2048):
         wide = a[rows].to(out.dtype)
         for columns in slices(b.shape[1], 512):
             out[rows, columns].addmm_(wide, b[:, columns].to(out.dtype))
     return out
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a·b in place; all of one dtype."""
+    return out.add_(a @ b) if _is_thin(out) else out.addmm_(a, b)
+
+
+def _is_thin(out: Tensor) -> bool:
+    """Whether a CPU would sum a·b into float32 or float64 `out` term by term, with up to 7 times the error of adding it once.
+
+    MKL does so for one or two rows and for up to eight columns.
+    """
+    return min(out.shape) < 16 and out.device.type == "cpu" and out.dtype.itemsize >= 4
 
 
 def add_forward_product(y: Tensor, x: Tensor, W: Tensor | NF4Weight) -> Tensor:
@@ -151,9 +164,9 @@ def add_forward_product(y: Tensor, x: Tensor, W: Tensor | NF4Weight) -> Tensor:
         xw = x[rows].to(work)
         for n, tile in tiles(W, x.dtype, work):
             if work == y.dtype:
-                y[rows, n].addmm_(xw, tile.T)
+                accumulate(y[rows, n], xw, tile.T)
             else:
-                y[rows, n] = y[rows, n].to(work).addmm_(xw, tile.T)
+                y[rows, n] = accumulate(y[rows, n].to(work), xw, tile.T)
     return y
 
 
@@ -163,13 +176,13 @@ def add_backward_product(dx: Tensor, dy: Tensor, W: Tensor | NF4Weight) -> Tenso
         return add_product(dx, dy, W)
     if dx.dtype == product_dtype(dy) and dx.dtype.itemsize == 2 and W.shape[1] % W.blocksize == 0:
         for k, tile in column_tiles(W, dx.dtype):
-            dx[:, k].addmm_(dy, tile)
+            accumulate(dx[:, k], dy, tile)
         return dx
     work = torch.promote_types(dx.dtype, torch.float32)
     for rows in _rows(dx, work):
         wide = dx[rows].to(work)
         for n, tile in tiles(W, dy.dtype, work):
-            wide.addmm_(dy[rows, n].to(work), tile)
+            accumulate(wide, dy[rows, n].to(work), tile)
         if work != dx.dtype:
             dx[rows] = wide
     return dx

@@ -17,6 +17,7 @@ from lora_kernels.dropout import keep_scale
 
 __all__ = ["Case", "check", "errors", "ours", "pytorch", "run", "truth", "violations"]
 NAMES = ("x", "W", "A", "B", "c")
+DRAWS, TINY_RESULT = 8, 32  # draws of a case that has a result of fewer elements
 
 
 @dataclass
@@ -106,13 +107,24 @@ def truth(case: Case, tensors: dict[str, Tensor]) -> Outputs:
 
 
 def check(case: Case) -> None:
-    """Assert the rule for lora_linear, that dtypes are PyTorch's, and that no input was written to."""
+    """Assert the rule for lora_linear, that dtypes are PyTorch's, and that no input was written to.
+
+    The error of a result of few elements is luck, above all where its terms cancel: such a case is drawn several times and
+    judged over all its draws.
+    """
+    judged: list[tuple[Outputs, Outputs, Outputs]] = []
+    while not judged or (len(judged) < DRAWS and any(0 < t.numel() < TINY_RESULT for t in judged[0][2].values())):
+        judged.append(_draw_and_run(case))
+    results = [{name: torch.cat([draw[name] for draw in draws]) for name in draws[0]} for draws in zip(*judged, strict=True)]
+    broken = violations(*results, case.autocast or case.dtype)
+    assert not broken, f"{case}: {broken}"
+
+
+def _draw_and_run(case: Case) -> tuple[Outputs, Outputs, Outputs]:
     tensors = case.tensors()
     before = {name: t.detach().clone() for name, t in tensors.items()}
     tested, plain, exact = ours(case, tensors), pytorch(case, tensors), truth(case, tensors)
-    assert {name: t.dtype for name, t in tested.items()} == {name: t.dtype for name, t in plain.items()}
-    narrow = case.autocast or case.dtype
-    broken = violations(tested, plain, exact, narrow)
-    assert not broken, f"{case}: {broken}"
+    assert {name: (t.dtype, t.shape) for name, t in tested.items()} == {name: (t.dtype, t.shape) for name, t in plain.items()}
     for name, t in tensors.items():
         assert torch.equal(t, before[name]), f"{name} was written to"
+    return tested, plain, exact

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import dropout_mask, lora_linear, use_backend
+from lora_kernels.backends import load
 from lora_kernels.reference import Needs
 
+pytestmark = pytest.mark.usefixtures("backend")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
@@ -119,7 +121,7 @@ def test_autocast_leaves_float64_alone(device):
         K=st.integers(1, 90),
         N=st.integers(1, 90),
         R=st.integers(1, 40),
-        p=st.sampled_from([0.0, 0.05, 0.5, 0.97]),
+        p=st.sampled_from([0.0, 0.05, 0.5, 0.9]),
         scaling=st.floats(-4, 4, allow_subnormal=False),
         bias=st.booleans(),
         dtype=st.sampled_from(DTYPES),
@@ -279,17 +281,15 @@ def test_saved_bytes_under_autocast(device):
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
-def test_only_wanted_gradients_are_computed(needs, monkeypatch):
-    asked = []
+def test_only_wanted_gradients_are_computed(needs, backend, monkeypatch):
+    asked, module = [], load(backend)
 
     def spy(*args):
         asked.append(args[-1])
         return original(*args)
 
-    from lora_kernels import reference
-
-    original = reference.lora_backward
-    monkeypatch.setattr(reference, "lora_backward", spy)
+    original = module.lora_backward
+    monkeypatch.setattr(module, "lora_backward", spy)
     names = tuple(name for name, need in zip("xABc", needs, strict=True) if need)
     ours(Case(needs=names), Case(needs=names).tensors())
     assert asked == ([Needs(*needs)] if any(needs) else [])

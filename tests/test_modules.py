@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_kernels import LoRALinear, lora_linear
 
+pytestmark = pytest.mark.usefixtures("backend")
 INITS = [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_8", "olora"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 

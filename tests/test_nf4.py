@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
-from lora_kernels.nf4 import BLOCKSIZES, CHUNK, block_absmax, column_tiles, quantize, tiles
+from lora_kernels.nf4 import BLOCKSIZES, column_tiles, quantize, tiles
+from lora_kernels.nf4_codec import CHUNK, block_absmax
 from lora_kernels.nf4_state import STORAGES, as_storage, from_state, to_state
 from lora_kernels.nf4_tables import NF4_WORDS, code_values, dynamic_map
 
@@ -218,6 +219,8 @@ def test_out_that_does_not_fit():
     w = quantize_nf4(torch.randn(6, 64))
     with pytest.raises(ValueError, match=r"out: got torch.float32\[64, 6\]"):
         dequantize_nf4(w, out=torch.empty(64, 6))
+    with pytest.raises(TypeError, match=r"dtype: got torch\.int32"):
+        dequantize_nf4(w, out=torch.empty(6, 64, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"out: got torch\.float32"):
         dequantize_nf4(w, torch.bfloat16, out=torch.empty(6, 64))
 

@@ -302,14 +302,14 @@ def test_errors(device):
 
 @pytest.mark.parametrize("mutant", ["swapped nibbles", "neighbour's absmax", "backward by another weight"])
 def test_mutants_are_caught(mutant, monkeypatch):
-    from lora_kernels import nf4, reference
+    from lora_kernels import nf4_codec, reference
 
     if mutant == "swapped nibbles":
-        table = nf4.pair_table("nf4", torch.device("cpu"))
+        table = nf4_codec.pair_table("nf4", torch.device("cpu"))
         swapped = table.view(torch.float32).view(-1, 2).flip(1).contiguous().view(torch.int64).flatten()
         case, kind = Case(K=64), {"blocksize": 32}
         tensors, dense = draw(case, **kind)
-        monkeypatch.setattr(nf4, "pair_table", lambda *_: swapped)
+        monkeypatch.setattr(nf4_codec, "pair_table", lambda *_: swapped)
         tested = ours(case, tensors)
     elif mutant == "neighbour's absmax":
         case = Case(K=128)

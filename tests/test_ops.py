@@ -7,6 +7,7 @@ from torch.library import opcheck
 
 from lora_kernels import lora_linear
 
+pytestmark = pytest.mark.usefixtures("backend")
 SEED = torch.tensor(7)
 
 

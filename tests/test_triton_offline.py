@@ -1,13 +1,17 @@
 """Every kernel compiles for every GPU family, and its registers, spills and shared memory are those written down."""
 
 import json
+from pathlib import Path
 
 import pytest
 import triton
 import triton_offline
+from typer.testing import CliRunner
 
 from lora_kernels.backends.triton import tuning
+from lora_kernels.cli import app
 from lora_kernels.commands import kernel_report
+from lora_kernels.commands.console import CommandError
 
 # Local loads and stores that are known and accepted: key -> number. All others spill nothing.
 SPILLS: dict[str, int] = {
@@ -60,9 +64,11 @@ def test_the_products_use_the_matrix_instructions_of_their_gpu(written: dict[str
         capability = int(key.split("sm_")[1].split()[0])
         if key.startswith("fused_tma"):
             assert row["matrix"] == instruction[capability], key
+        elif key.startswith(("sum", "drop")):
+            assert row["matrix"] == "none", key
         elif "fp32 fp32" in key and "tf32" not in key:
             assert row["matrix"] == "fma", key
-        elif not key.startswith(("sum", "drop")):
+        else:
             assert "mma" in row["matrix"] or row["matrix"] == "tcgen05", key
 
 
@@ -84,8 +90,19 @@ def test_compiled_anew_it_is_the_same(written: dict[str, dict], job: tuple) -> N
 def test_the_report_reads_it() -> None:
     rows = kernel_report.kernel_rows()
     assert {row.kernel for row in rows} >= {"project", "prefill", "grad_dy", "grad_x", "fused_tma", "sum", "drop"}
-    names, cells = kernel_report.table(rows)
-    assert len(names) == len(cells[0])
-    assert "h100_us_predicted" in names
     project = next(row for row in rows if row.kernel == "project")
     assert project.megabytes == pytest.approx(8192 * (4096 + 16) * 2 / 1e6)
+    assert project.h100_us_predicted >= 1e6 * project.megabytes * 1e6 / 3.0e12
+
+
+def test_the_report_prints_it(tmp_path: Path) -> None:
+    command = ["report", "--kernels", "--target", "sm_80", "--dtypes", "bf16 fp32", "--json", str(tmp_path / "kernels.json")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert {row["kernel"] for row in found["kernels"]} >= {"project", "fused"}
+    assert [dataflow for *_, dataflow in found["dataflow"]] == ["prefill"] * 6
+    assert "grad_dy" in result.output
+    bad = CliRunner().invoke(app, ["report", "--kernels", "--target", "sm_75"])
+    assert isinstance(bad.exception, CommandError)
+    assert "sm_80" in str(bad.exception)

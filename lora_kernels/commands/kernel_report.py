@@ -2,12 +2,15 @@
 
 Registers, spills, shared memory and instructions come from offline compilation (backends/triton/kernels.json, written by
 tests/triton_offline.py). Times are predictions, not measurements: the larger of bytes over the device's copy bandwidth and
-instructions over its issue rate, for kernels that reach both. No Triton is needed to read them.
+instructions over its issue rate, for kernels that reach both. Only the dataflows need Triton to be read.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from .console import CommandError, Output
 
 TABLE = Path(__file__).parents[1] / "backends/triton/kernels.json"
 ISSUE = 132 * 128 * 1.7e9  # instructions per second: processors × lanes × clock, H100 and H200
@@ -20,9 +23,7 @@ class KernelRow:
     """One kernel of a layer: its compiled form for one GPU family and what one call moves, with predicted microseconds."""
 
     kernel: str
-    dtypes: str
     rank: str
-    target: str
     form: str
     registers: int
     spills: int
@@ -53,7 +54,7 @@ def kernel_rows(
         issued = elements * (counts["per_element"] or 0) / ISSUE if "fused" not in kernel else 0.0
         times = [1e6 * max(moved / bandwidth, issued, flops / MATRIX) for bandwidth in BANDWIDTH.values()]
         fields = {name: counts[name] for name in ("registers", "spills", "shared", "matrix", "per_element")}
-        rows.append(KernelRow(kernel, types, rank, gpu, form, **fields, megabytes=moved / 1e6,
+        rows.append(KernelRow(kernel, rank, form, **fields, megabytes=moved / 1e6,
                               h100_us_predicted=times[0], h200_us_predicted=times[1]))  # fmt: skip
     return rows
 
@@ -73,10 +74,35 @@ def _work(kernel: str, M: int, K: int, N: int, R: int, data: int, adapter: int) 
     }[kernel]
 
 
-def table(rows: list[KernelRow]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Column names and cells, for console.Output.table."""
-    names = tuple(KernelRow.__dataclass_fields__)
-    return names, [[_cell(value) for value in asdict(row).values()] for row in rows]
+def choices(target: str) -> list[tuple[str, str, str]]:
+    """(direction, contraction, dataflow) that a call takes on `target`; empty where Triton is not installed."""
+    from ..backends import load
+
+    if isinstance(load("triton"), str):
+        return []
+    from ..backends.triton.tuning import CONTRACTIONS, DIRECTIONS, FUSED_WINS
+
+    capability = divmod(int(target.removeprefix("sm_")), 10)
+    cases = [(direction, contraction) for direction in DIRECTIONS for contraction in CONTRACTIONS]
+    return [(*case, "fused" if (capability, *case) in FUSED_WINS else "prefill") for case in cases]
+
+
+def run(M: int, K: int, N: int, target: str, dtypes: str, out: Output) -> dict[str, Any]:
+    """Print the kernels compiled for `target` and the dataflow that is chosen there; the same as data for JSON."""
+    known = {(key[3], key[1]) for key in compiled()}
+    if (target, dtypes) not in known:
+        targets, pairs = sorted({t for t, _ in known}), sorted({d for t, d in known if t == target})
+        expected = f"--dtypes one of {', '.join(pairs)}" if pairs else f"--target one of {', '.join(targets)}"
+        raise CommandError(f"report --kernels: got --target {target} --dtypes {dtypes!r}, expected {expected}")
+    rows = kernel_rows(M, K, N, target, dtypes)
+    title = f"Triton kernels for {target}, {dtypes}: machine code, and one call with x[{M}, {K}], W[{N}, {K}]"
+    cells = [[_cell(value) for value in asdict(row).values()] for row in rows]
+    columns = [name.replace("_", " ") for name in KernelRow.__dataclass_fields__]
+    out.table(title, columns, cells, caption="Compiled, not run: µs are predictions from bytes and instructions.")
+    chosen = choices(target)
+    if chosen:
+        out.table(f"Dataflow on {target}", ("direction", "contraction", "dataflow"), chosen)
+    return {"kernels": [asdict(row) for row in rows], "dataflow": chosen}
 
 
 def _cell(value: object) -> str:

@@ -28,8 +28,8 @@ def scalar(s):
     """s itself, or read from the device where it is a tensor: no synchronisation and no compilation per value."""
     s = tl.core.to_tensor(s)
     if s.dtype.is_ptr():
-        s = tl.load(s).to(tl.float32)
-    return s
+        s = tl.load(s)
+    return s.to(tl.float32)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ A device or shape without a measurement gets the prefill dataflow.
 """
 
 import functools
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -100,6 +101,8 @@ def tiles(kernel: str, kind: str, R: int) -> tuple[Tile, ...]:
 # ---- prefill and the vendor's product, or one fused kernel ----
 
 TMA_GPUS = ((9, 0), (10, 0), (10, 3))
+DIRECTIONS = ("forward", "backward")
+CONTRACTIONS = ("<=4096", "<=8192", ">8192")  # of the base product: K forward, N backward
 FUSED_WINS: frozenset[tuple[tuple[int, int], str, str]] = frozenset()
 """(capability, direction, contraction class) in which the fused kernel was measured to win; elsewhere prefill it is.
 
@@ -109,7 +112,7 @@ What it must reach, by bytes saved: 0.94 of the vendor's speed at a contraction 
 
 def dataflow(a: Tensor, W: Tensor, direction: str) -> str:
     """ "fused" or "prefill" for the product of a[M, C] with 16-bit W, "forward" or "backward"."""
-    contraction = "<=4096" if a.shape[1] <= 4096 else "<=8192" if a.shape[1] <= 8192 else ">8192"
+    contraction = CONTRACTIONS[(a.shape[1] > 4096) + (a.shape[1] > 8192)]
     wins = (gpu(a.device).capability, direction, contraction) in FUSED_WINS
     legal = a.dtype != torch.float32 and W.stride(1) == 1
     return "fused" if wins and legal else "prefill"
@@ -162,7 +165,8 @@ def gpu(device: torch.device) -> Gpu:
 
 # ---- what did not compile on this machine's GPUs ----
 
-COMPILE_ERRORS = (OutOfResources, PTXASError, CompilationError)
+COMPILE_ERRORS = (OutOfResources, PTXASError, CompilationError, subprocess.CalledProcessError)
+COMPILE_MESSAGES = ("PassManager", "C compiler")  # of RuntimeErrors: Triton's passes failed; nothing builds its launchers
 rejected: dict[tuple[tuple[int, int], str, str, int, Tile], str] = {}  # capability, kernel, arithmetic, rank, tile
 broken: dict[tuple[int, int], str] = {}  # GPUs on which some kernel has no tile left
 
@@ -171,17 +175,26 @@ class NothingCompilesError(RuntimeError):
     """No tile of a kernel compiles on this GPU."""
 
 
+def compile_failure(error: Exception) -> str | None:
+    """Why a kernel could not be compiled, in one line; None for any other error."""
+    known = isinstance(error, (*COMPILE_ERRORS, NothingCompilesError))
+    if known or (isinstance(error, RuntimeError) and any(message in str(error) for message in COMPILE_MESSAGES)):
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+    return None
+
+
 def first_that_compiles(kernel: str, kind: str, R: int, device: torch.device, run: Callable[[Tile], T]) -> T:
     """run(tile) with the first tile of `kernel` that compiles on this device; refusals are kept with their reason."""
     capability = gpu(device).capability
     for tile in tiles(kernel, kind, R):
         key = (capability, kernel, kind, padded_rank(R), tile)
-        if key in rejected:
-            continue
-        try:
-            return run(tile)
-        except (*COMPILE_ERRORS, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PassManager" not in str(error):  # how Triton's compiler itself fails
-                raise
-            rejected[key] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-    raise NothingCompilesError(f"kernel {kernel!r} ({kind}, rank {R}) does not compile for sm_{capability[0]}{capability[1]}")
+        if key not in rejected:
+            try:
+                return run(tile)
+            except Exception as error:
+                reason = compile_failure(error)
+                if reason is None:
+                    raise
+                rejected[key] = reason
+    sm = "sm_{}{}".format(*capability)
+    raise NothingCompilesError(f"kernel {kernel!r} ({kind}, rank {R}) does not compile for {sm}: {rejected[key]}")
