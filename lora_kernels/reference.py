@@ -30,7 +30,7 @@ from .nf4 import NF4Weight, column_tiles, tiles
 from .scratch import slices
 
 READS_NF4 = True
-WIDE_ELEMENTS = 1 << 21  # of x or dx that are held in float32 at a time, 8 MiB
+WIDE_ELEMENTS = 5 << 18  # of x or dx that are held in float32 at a time: with tiles and the mask, below 16 MiB
 
 
 class Needs(NamedTuple):
@@ -54,6 +54,7 @@ def lora_forward(
         xw = x[rows].to(work)
         h[rows] = ((xw if keep is None else keep(rows).mul_(xw)) @ Aw.T).mul_(scale)  # 1
         set_product(y[rows], h[rows].to(work) * s, Bw.T, cw)
+    del xw  # the product needs that memory
     return add_forward_product(y, x, W).to(x.dtype), h  # 2
 
 
@@ -98,6 +99,7 @@ def lora_backward(
         if needs.dA:
             xw = x[rows].to(work)
             dA = total(dA, g.T @ (xw if mask is None else mask.mul_(xw)))  # 5
+    del dyw  # the product needs that memory
     if needs.dx:
         dx = add_backward_product(dx, dy, W).to(dy.dtype)  # 4
     return dx, None if dA is None else dA.to(B.dtype), None if dB is None else dB.to(h.dtype).contiguous(), dc
@@ -161,13 +163,16 @@ def add_forward_product(y: Tensor, x: Tensor, W: Tensor | NF4Weight) -> Tensor:
         return add_product(y, x, W.T)
     work = product_dtype(x)
     for rows in _rows(x, work):
-        xw = x[rows].to(work)
-        for n, tile in tiles(W, x.dtype, work):
-            if work == y.dtype:
-                accumulate(y[rows, n], xw, tile.T)
-            else:
-                y[rows, n] = accumulate(y[rows, n].to(work), xw, tile.T)
+        _add_forward_rows(y[rows], x[rows].to(work), x.dtype, W)
     return y
+
+
+def _add_forward_rows(y: Tensor, x: Tensor, dtype: torch.dtype, W: NF4Weight) -> None:
+    for n, tile in tiles(W, dtype, x.dtype):
+        if x.dtype == y.dtype:
+            accumulate(y[:, n], x, tile.T)
+        else:
+            y[:, n] = accumulate(y[:, n].to(x.dtype), x, tile.T)
 
 
 def add_backward_product(dx: Tensor, dy: Tensor, W: Tensor | NF4Weight) -> Tensor:
@@ -180,18 +185,22 @@ def add_backward_product(dx: Tensor, dy: Tensor, W: Tensor | NF4Weight) -> Tenso
         return dx
     work = torch.promote_types(dx.dtype, torch.float32)
     for rows in _rows(dx, work):
-        wide = dx[rows].to(work)
-        for n, tile in tiles(W, dy.dtype, work):
-            accumulate(wide, dy[rows, n].to(work), tile)
-        if work != dx.dtype:
-            dx[rows] = wide
+        _add_backward_rows(dx[rows], dy[rows], W, work)
     return dx
+
+
+def _add_backward_rows(dx: Tensor, dy: Tensor, W: NF4Weight, work: torch.dtype) -> None:
+    wide = dx.to(work)
+    for n, tile in tiles(W, dy.dtype, work):
+        accumulate(wide, dy[:, n].to(work), tile)
+    if work != dx.dtype:
+        dx.copy_(wide)
 
 
 def _rows(t: Tensor, work: torch.dtype) -> list[slice]:
     """Slices of t's rows: few enough to be held in `work` beside t, all of them where that is t's own dtype."""
     M, K = t.shape
-    return slices(M, max(1, M) if work == t.dtype else max(256, WIDE_ELEMENTS // max(K, 1)))
+    return slices(M, max(1, M) if work == t.dtype else max(128, WIDE_ELEMENTS // max(K, 1)))
 
 
 def sum_dtype(t: Tensor, W: Tensor | NF4Weight) -> torch.dtype:
