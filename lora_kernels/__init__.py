@@ -7,6 +7,8 @@ from .export import save_merged
 from .functional import lora_linear
 from .modules import LoRALinear
 from .nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from .param_groups import lora_plus_param_groups
+from .peft_interop import AccelerationReport, accelerate, accelerated, load_adapter, restore, save_adapter
 from .surgery import (
     add_lora,
     load_lora_state_dict,
@@ -21,20 +23,27 @@ from .surgery import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerationReport",
     "LoRAConfig",
     "LoRALinear",
     "NF4Weight",
+    "accelerate",
+    "accelerated",
     "add_lora",
     "backend_report",
     "dequantize_nf4",
     "dropout_mask",
+    "load_adapter",
     "load_lora_state_dict",
     "lora_linear",
     "lora_parameters",
+    "lora_plus_param_groups",
     "lora_state_dict",
     "merge_lora",
     "quantize_nf4",
     "remove_lora",
+    "restore",
+    "save_adapter",
     "save_merged",
     "set_adapter",
     "unmerge_lora",

@@ -22,6 +22,7 @@ class LoRAConfig:
         "all-linear" (the default): every linear layer but the output head.
     exclude_modules: names or a regex, as above, that are left alone.
     init_lora_weights: see LoRALinear.
+    lora_bias: give each adapter a bias of its own, scaled with it.
     bias: which biases are trained: "none", "lora_only" (those of the adapted layers) or "all".
     modules_to_save: names of whole modules to train in a copy beside the adapters, such as a new classifier head.
 
@@ -37,6 +38,7 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
     init_lora_weights: bool | str = True
+    lora_bias: bool = False
     bias: str = "none"
     modules_to_save: list[str] | None = None
 

@@ -27,6 +27,7 @@ class Adapter:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     init_lora_weights: bool | str = True
+    lora_bias: bool = False
     scaling: float | Tensor = 1.0  # a 0-d tensor may be put here: it is read on the device
 
 
@@ -35,7 +36,8 @@ class LoRALinear(FrozenWeight):
 
     x[..., in_features] -> y[..., out_features]. `weight` [out, in] (frozen) and `bias` keep nn.Linear's names, so a base
     checkpoint loads unchanged; adapter `name` is `lora_A[name]` [r, in] and `lora_B[name]` [out, r]. s = lora_alpha / r, or
-    lora_alpha / √r with use_rslora (Kalajdzievski 2023). Dropout applies in training mode only.
+    lora_alpha / √r with use_rslora (Kalajdzievski 2023). Dropout applies in training mode only. With lora_bias the adapter has
+    a bias too, `lora_bias[name]` [out], which is scaled like the rest: y = … + s·b.
 
     init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with deviation 1/r, B zero), "orthogonal" (A and B
     in orthogonal subspaces, r even), "pissa" or "pissa_niter_<n>" (principal singular vectors of W, Meng et al. 2024), "olora"
@@ -59,6 +61,7 @@ class LoRALinear(FrozenWeight):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        lora_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -72,6 +75,7 @@ class LoRALinear(FrozenWeight):
             lora_dropout=lora_dropout,
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
+            lora_bias=lora_bias,
         )
 
     @classmethod
@@ -114,12 +118,13 @@ class LoRALinear(FrozenWeight):
         return layer
 
     def _start(self, source: nn.Module | None = None) -> None:
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.lora_A, self.lora_B, self.lora_bias = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.adapters: dict[str, Adapter] = {}
         self.active_adapter: str | None = None
         # the layer that this one stands for, without its weight if that is in 4 bits; a tuple hides it from nn.Module
         self._source: tuple[nn.Module, ...] = () if source is None else (source,)
         self._unmerged: tuple[nn.Parameter | NF4Weight, ...] = ()  # the weight without the adapter, while merged
+        self._unmerged_bias: tuple[nn.Parameter | None, ...] = ()  # the bias without lora_bias, while that is merged
         compute_dtype = getattr(source, "compute_dtype", None)
         self.compute_dtype = compute_dtype if compute_dtype in (torch.bfloat16, torch.float16) else None
         # A and B of an initialisation that took s·B·A out of the weight: with them the original weight is known
@@ -140,7 +145,7 @@ class LoRALinear(FrozenWeight):
             self.matrix,
             self.lora_A[self.active_adapter],
             self.lora_B[self.active_adapter],
-            self.bias,
+            self._bias_with(self.active_adapter),
             scaling=adapter.scaling,
             dropout_p=adapter.lora_dropout if self.training else 0.0,
         )
@@ -155,6 +160,10 @@ class LoRALinear(FrozenWeight):
             return F.linear(x, W, self.bias)
         return lora_linear(x, W, self._initial_A, self._initial_B, self.bias, scaling=self._initial_scaling)
 
+    def _bias_with(self, name: str) -> Tensor | None:
+        lora_bias = self.lora_bias.get(name, None)
+        return bias_sum(self.bias, lora_bias, self.adapters[name].scaling, self.base_dtype)
+
     # ---- adapters ----
 
     def add_adapter(
@@ -166,9 +175,10 @@ class LoRALinear(FrozenWeight):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
+        lora_bias: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Add and initialise adapter `name`; the first one becomes the active one. dtype: of A and B, by default the weight's.
+        """Add and initialise adapter `name`; the first one becomes the active one. dtype: of A, B, b, by default the weight's.
 
         Raises ValueError for a name in use or with a dot in it, r < 1, lora_dropout outside [0, 1], an unknown initialisation,
         or a second adapter beside one that rewrote the weight.
@@ -186,7 +196,7 @@ class LoRALinear(FrozenWeight):
                 f"adapters here: {list(self.adapters)}"
             )
         scaling = lora_alpha / (r**0.5 if use_rslora else r)
-        adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, scaling)
+        adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, scaling)
         if self.quantized and rewrites_weight(init_lora_weights):
             raise ValueError(
                 f"init_lora_weights: got {init_lora_weights!r} for a 4-bit weight, which it cannot rewrite exactly; use True"
@@ -197,26 +207,25 @@ class LoRALinear(FrozenWeight):
         self.adapters[name] = adapter
         trainable = self.active_adapter is None and len(self.adapters) == 1
         self.lora_A[name], self.lora_B[name] = (nn.Parameter(t, requires_grad=trainable) for t in (A, B))
+        if lora_bias:
+            self.lora_bias[name] = nn.Parameter(A.new_zeros(self.out_features), requires_grad=trainable)
         if trainable:
             self.active_adapter = name
 
     def set_adapter(self, name: str | None) -> None:
         """Make `name` the active adapter; None leaves the base layer alone.
 
-        The adapter becomes trainable if both of its matrices were frozen (one that was frozen on purpose stays so), the others
+        The adapter becomes trainable if all of its tensors were frozen (one that was frozen on purpose stays so), the others
         are frozen. None freezes nothing. Raises KeyError for an unknown name, RuntimeError while merged.
         """
         self._refuse_if_merged("change the active adapter")
         if name is not None:
             self._require(name)
             for other in self.adapters:
-                A, B = self.lora_A[other], self.lora_B[other]
-                if other != name:
-                    A.requires_grad_(False)
-                    B.requires_grad_(False)
-                elif not (A.requires_grad or B.requires_grad):
-                    A.requires_grad_(True)
-                    B.requires_grad_(True)
+                parameters = self._parameters_of(other)
+                if other != name or not any(parameter.requires_grad for parameter in parameters):
+                    for parameter in parameters:
+                        parameter.requires_grad_(other == name)
         self.active_adapter = name
 
     def delete_adapter(self, name: str) -> None:
@@ -224,7 +233,9 @@ class LoRALinear(FrozenWeight):
         self._refuse_if_merged("delete an adapter")
         self._require(name)
         self._restore_weight()
-        del self.adapters[name], self.lora_A[name], self.lora_B[name]
+        for named in (self.adapters, self.lora_A, self.lora_B, self.lora_bias):
+            if name in named:
+                del named[name]  # type: ignore[attr-defined]
         if self.active_adapter == name:
             self.active_adapter = None
 
@@ -234,6 +245,8 @@ class LoRALinear(FrozenWeight):
         self._require(name)
         self._restore_weight()
         self._initialize(self.adapters[name], self.lora_A[name].data, self.lora_B[name].data)
+        if name in self.lora_bias:
+            nn.init.zeros_(self.lora_bias[name])
 
     def reset_parameters(self) -> None:
         """nn.Linear's initialisation of weight and bias, and that of every adapter: for a layer made on the meta device."""
@@ -267,8 +280,11 @@ class LoRALinear(FrozenWeight):
         return self.as_weight(self.plus(self._initial_A, self._initial_B, self._initial_scaling))
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """A and B of every adapter."""
-        return [*self.lora_A.parameters(), *self.lora_B.parameters()]
+        """A, B and b of every adapter."""
+        return [*self.lora_A.parameters(), *self.lora_B.parameters(), *self.lora_bias.parameters()]
+
+    def _parameters_of(self, name: str) -> list[nn.Parameter]:
+        return [named[name] for named in (self.lora_A, self.lora_B, self.lora_bias) if name in named]
 
     def to_linear(self) -> nn.Module:
         """The plain layer, the one given to `from_linear` or an nn.Linear, with the merged weight or else the original one.
@@ -297,6 +313,7 @@ class LoRALinear(FrozenWeight):
 
     def merge(self) -> float | None:
         """W + s·B·A, rounded once to W's dtype, becomes the weight; the unmerged one is kept, so unmerge() is bit-exact.
+        c + s·b becomes the bias of an adapter with lora_bias.
 
         A 4-bit W is dequantised, added to and quantised again; the relative error of that, ‖new − (W + s·B·A)‖ / ‖W + s·B·A‖,
         is returned. The tensor that may be shared with other modules is not written to. Costs a second weight while merged.
@@ -312,12 +329,20 @@ class LoRALinear(FrozenWeight):
             merged = self._requantize(wanted)
             self._hold(merged)
             self._unmerged = (W,)
+            self._merge_bias(name)
             size = torch.linalg.vector_norm(wanted).item()
             return torch.linalg.vector_norm(wanted.sub_(merged.dequantize(wanted.dtype))).item() / (size or 1.0)
         unmerged = self.weight
         self.weight = self.as_weight(self.plus(A, B, scaling))
         self._unmerged = (unmerged,)
+        self._merge_bias(name)
         return None
+
+    def _merge_bias(self, name: str) -> None:
+        if name in self.lora_bias:
+            dtype = self.base_dtype if self.bias is None else self.bias.dtype
+            merged = self._bias_with(name).detach().to(dtype)  # type: ignore[union-attr]
+            self._unmerged_bias, self.bias = (self.bias,), nn.Parameter(merged, requires_grad=False)
 
     def unmerge(self) -> None:
         """The weight as it was before merge(), the same Parameter, or the same codes. Raises RuntimeError if not merged."""
@@ -328,6 +353,8 @@ class LoRALinear(FrozenWeight):
             self._hold(weight)
         else:
             self.weight = weight
+        if self._unmerged_bias:
+            (self.bias,), self._unmerged_bias = self._unmerged_bias, ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALinear":
         super()._apply(fn, recurse)
@@ -339,6 +366,9 @@ class LoRALinear(FrozenWeight):
                 weight.data = fn(weight.data)
             moved.append(weight)
         self._unmerged = tuple(moved)
+        for bias in self._unmerged_bias:
+            if bias is not None:
+                bias.data = fn(bias.data)
         return self
 
     def _check_loadable(self) -> None:
@@ -366,3 +396,13 @@ def check_quantize(quantize: str | None) -> None:
     """Raise ValueError for a quantisation that there is not."""
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize: got {quantize!r}, expected None or 'nf4'")
+
+
+def bias_sum(
+    bias: Tensor | None, lora_bias: Tensor | None, scaling: float | Tensor, weight_dtype: torch.dtype
+) -> Tensor | None:
+    """c + s·b, in a dtype at least as wide as b's: b's gradient is then not rounded to a 16-bit weight's. None for neither."""
+    if lora_bias is None:
+        return bias
+    scaled = (lora_bias * scaling).to(torch.promote_types(lora_bias.dtype, weight_dtype))
+    return scaled if bias is None else scaled + bias

@@ -127,12 +127,14 @@ def _check_dtypes(x: Tensor, weight: Tensor | NF4Weight, lora_A: Tensor, lora_B:
         return  # weight and bias are read as x's dtype, or autocast's
     if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
         return  # x, weight and bias are read as autocast's dtype
-    for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and tensor.dtype != weight.dtype:
-            raise TypeError(
-                f"{name}: got dtype {tensor.dtype}, expected {weight.dtype} as weight; "
-                f"use {name}.to(weight.dtype), or torch.autocast"
-            )
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x: got dtype {x.dtype}, expected {weight.dtype} as weight; use x.to(weight.dtype), or torch.autocast")
+    # A wider bias, such as float32 beside a bfloat16 weight, keeps its gradient from being rounded to the weight's dtype.
+    if bias is not None and torch.promote_types(bias.dtype, weight.dtype) != bias.dtype:
+        raise TypeError(
+            f"bias: got dtype {bias.dtype}, expected {weight.dtype} as weight, or a wider one; "
+            "use bias.to(weight.dtype), or torch.autocast"
+        )
 
 
 def _check_scaling(scaling: float | Tensor, device: torch.device) -> None:

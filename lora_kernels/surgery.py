@@ -208,14 +208,16 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Every adapter's tensors, and nothing of the frozen base; detached, not copied.
 
-    Keys: `<path>.lora_A.<adapter>` and `<path>.lora_B.<adapter>`; `<path>.modules_to_save.<adapter>.<name>` for whole modules;
-    `<path>.bias.<adapter>` for trained biases.
+    Keys: `<path>.lora_A.<adapter>`, `<path>.lora_B.<adapter>`, and `<path>.lora_bias.<adapter>` with lora_bias;
+    `<path>.modules_to_save.<adapter>.<name>` for whole modules; `<path>.bias.<adapter>` for trained biases.
     """
     state = {}
     for path, layer in _adapted_layers(model).items():
         for name in layer.adapters:
             state[f"{path}.lora_A.{name}"] = layer.lora_A[name].detach()
             state[f"{path}.lora_B.{name}"] = layer.lora_B[name].detach()
+            if name in layer.lora_bias:
+                state[f"{path}.lora_bias.{name}"] = layer.lora_bias[name].detach()
     for exchange in _state(model).exchanges:
         owner = f"{exchange.path}.{exchange.attribute}".removeprefix(".")
         for adapter, choice in exchange.choices.items():
@@ -269,6 +271,7 @@ def _build_layers(
                 lora_dropout=config.lora_dropout,
                 use_rslora=config.use_rslora,
                 init_lora_weights=config.init_lora_weights,
+                lora_bias=config.lora_bias,
                 dtype=torch.float32 if wide else None,
             )
             layers[id(module)] = layer
@@ -281,9 +284,10 @@ def _build_layers(
     return layers
 
 
-def _add_exchanges(
-    model: nn.Module, state: LoRAState, config: LoRAConfig, adapter: str, saved: dict[str, nn.Module], adapted: set[str]
-) -> None:
+def plan_exchanges(
+    model: nn.Module, config: LoRAConfig, saved: dict[str, nn.Module], adapted: set[str]
+) -> dict[tuple[str, str], nn.Module | nn.Parameter]:
+    """What else the adapter trains, by (path of the owner, attribute): modules_to_save and biases."""
     originals: dict[tuple[str, str], nn.Module | nn.Parameter] = {}
     for path, module in saved.items():
         owner, _, attribute = path.rpartition(".")
@@ -294,6 +298,13 @@ def _add_exchanges(
             inside = any(parent in saved for parent in parents(owner))
             if attribute.endswith("bias") and not inside and (config.bias == "all" or owner in adapted):
                 originals[owner, attribute] = parameter
+    return originals
+
+
+def _add_exchanges(
+    model: nn.Module, state: LoRAState, config: LoRAConfig, adapter: str, saved: dict[str, nn.Module], adapted: set[str]
+) -> None:
+    originals = plan_exchanges(model, config, saved, adapted)
     for (owner, attribute), original in originals.items():
         exchange = next((e for e in state.exchanges if (e.path, e.attribute) == (owner, attribute)), None)
         if exchange is None:

@@ -1,0 +1,163 @@
+"""Existing PEFT layers to and from this package's forward, by change of class; what was changed, and why the rest was not."""
+
+import sys
+import types
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+@dataclass(frozen=True)
+class AccelerationReport:
+    """What `accelerate` did; str() is for people.
+
+    accelerated: paths of the layers that compute with these kernels. skipped: the other LoRA layers, and why not.
+    falling_back: accelerated layers whose calls go to PEFT's forward as long as they are in their present state, and why.
+    """
+
+    model: nn.Module = field(repr=False)
+    accelerated: list[str]
+    skipped: dict[str, str]
+    falling_back: dict[str, str]
+
+    def calls(self) -> dict[str, int]:
+        """Calls of the model's accelerated layers so far: how many were "fast", and for each reason how many were not.
+
+        Calls inside a graph of torch.compile are not counted: run the model once without it to see them.
+        """
+        from .layers import CALLS, FAST
+
+        total = Counter({FAST: 0})
+        for module in self.model.modules():
+            total.update(vars(module).get(CALLS, {}))
+        return dict(total)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.accelerated)} LoRA layers accelerated, {len(self.skipped)} not"]
+        lines += [f"  not accelerated: {path}: {reason}" for path, reason in self.skipped.items()]
+        lines += [f"  calls PEFT's forward at present: {path}: {reason}" for path, reason in self.falling_back.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def accelerate(model: nn.Module) -> AccelerationReport:
+    """Let every LoRA layer of `model`, a PeftModel or any tree of modules, compute with these kernels.
+
+    Exactly peft.tuners.lora.Linear and lora.bnb.Linear4bit change their class, to one that differs in `forward` alone:
+    parameters, state dict keys, optimizers and PEFT's methods stay. A call that needs more than one plain LoRA adapter goes to
+    PEFT's forward (`report.calls()` says how many, and why). Calling it again is allowed, and needed after layers were added.
+
+    Warns where a layer's forward was replaced on the instance by something other than accelerate's hooks: that one still
+    runs. Raises ImportError without peft, ValueError for a model without LoRA layers.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    from .layers import fast_parts
+
+    report = AccelerationReport(model, [], {}, {})
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        reason = _swap(module)
+        if reason is not None:
+            report.skipped[path] = reason
+            continue
+        report.accelerated.append(path)
+        if isinstance(state := fast_parts(module), str):
+            report.falling_back[path] = state
+    if not report.accelerated and not report.skipped:
+        raise ValueError(
+            f"model: got a {type(model).__name__} without PEFT's LoRA layers, expected a PeftModel with a LoraConfig; "
+            "call peft.get_peft_model first (a model changed by add_lora needs no acceleration)"
+        )
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """PEFT's own classes again, as before `accelerate`; other layers are left alone."""
+    accelerated = {ours: theirs for theirs, ours in _classes().items()}
+    for module in model.modules():
+        if type(module) in accelerated:
+            _change_class(module, accelerated[type(module)])
+
+
+def accelerated(config: "LoraConfig") -> "LoraConfig":
+    """`config` itself, whose models are created with accelerated layers: get_peft_model, from_pretrained(…, config=config).
+
+    It stays valid for add_adapter, and is not saved with the adapter. Raises TypeError for anything but a LoraConfig.
+    """
+    from peft import LoraConfig
+
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected a peft.LoraConfig")
+    config._register_custom_module({nn.Module: _create})  # type: ignore[dict-item]
+    return config
+
+
+def _create(target: nn.Module, adapter_name: str, config: "LoraConfig", **kwargs: Any) -> nn.Module:
+    """The layer that PEFT itself makes of `target`, accelerated if it can be."""
+    from peft.tuners.lora import LoraLayer, LoraModel
+
+    registered = config._custom_modules
+    config._custom_modules = {key: value for key, value in (registered or {}).items() if value is not _create}
+    try:
+        layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
+    finally:
+        config._custom_modules = registered
+    if isinstance(layer, LoraLayer):
+        _swap(layer)
+    return layer
+
+
+def _classes() -> dict[type, type]:
+    """PEFT's classes and ours."""
+    from peft.tuners import lora
+
+    from .layers import AcceleratedLinear
+
+    classes: dict[type, type] = {lora.Linear: AcceleratedLinear}
+    bnb = sys.modules.get("peft.tuners.lora.bnb")  # PEFT imports it before it makes such a layer
+    if hasattr(bnb, "Linear4bit"):
+        from .layers_4bit import AcceleratedLinear4bit
+
+        classes[bnb.Linear4bit] = AcceleratedLinear4bit  # type: ignore[union-attr]
+    return classes
+
+
+def _swap(layer: Any) -> str | None:
+    """Change a layer of PEFT's into ours, if it is not one yet; the reason why it cannot be."""
+    from .layers import forward_is_replaced
+
+    classes = _classes()
+    if type(layer) not in classes and type(layer) not in classes.values():
+        known = " and ".join(f"lora.{theirs.__name__}" for theirs in classes)
+        return f"a lora.{type(layer).__name__}; {known} can be"
+    ours = classes.get(type(layer), type(layer))
+    inner = vars(layer).get("_old_forward")  # accelerate's hooks call this one, looked up at each call
+    if forward_is_replaced(layer) and getattr(inner, "__func__", None) is not type(layer).forward:
+        reason = "its forward was replaced on the instance, and the replacement does not call the class's forward"
+        warnings.warn(f"lora_kernels.accelerate: a {type(layer).__name__} is left as it is: {reason}", stacklevel=3)
+        return reason
+    _change_class(layer, ours)
+    return None
+
+
+def _change_class(layer: Any, new: Any) -> None:
+    """Give `layer` the class `new`, also where accelerate's hooks keep a bound forward of the old one."""
+    from .layers import CALLS
+
+    old = type(layer)
+    if old is new:
+        return
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(layer).get(name), "__func__", None) is old.forward:
+            setattr(layer, name, types.MethodType(new.forward, layer))
+    layer.__class__ = new
+    vars(layer).pop(CALLS, None)

@@ -1,0 +1,103 @@
+"""LoRAConfig to and from PEFT's adapter_config.json."""
+
+import re
+from typing import Any
+
+from torch import nn
+
+from ..config import LoRAConfig, names_match
+from ..initialization import rewrites_weight
+from ..targets import lora_layers, parents
+
+SHARED = (  # fields of the same name and meaning
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"),
+    *("use_rslora", "lora_bias", "bias", "modules_to_save"),
+)
+# Fields that do not change what a saved adapter computes. fan_in_fan_out follows from the type of each layer; the *_config
+# fields only shape the initial values.
+WITHOUT_EFFECT = (
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("megatron_core", "qalora_group_size", "layers_pattern", "runtime_config"),
+)
+KEEPING_THE_WEIGHT = (True, False, None, "gaussian", "orthogonal", "eva")  # initialisations that leave the base weight alone
+
+
+def from_peft(values: dict[str, Any], model: nn.Module, source: str) -> LoRAConfig:
+    """The LoRAConfig that means what PEFT's `values` mean for `model`.
+
+    Raises ValueError, naming `source`, for another kind of adapter, an initialisation that rewrote the base weight, or a field
+    that is set and has no counterpart here.
+    """
+    if values.get("peft_type") != "LORA":
+        raise ValueError(f"{source}: peft_type is {values.get('peft_type')!r}, expected 'LORA'")
+    init = values.get("init_lora_weights", True)
+    if init not in KEEPING_THE_WEIGHT:
+        raise ValueError(
+            f"{source}: init_lora_weights is {init!r}, which rewrote the base weight or changes the layer, so this adapter "
+            "does not fit the original model; save it in PEFT with path_initial_model_for_weight_conversion, or merged"
+        )
+    for name, value in values.items():
+        if name not in SHARED and name not in WITHOUT_EFFECT and value:
+            raise ValueError(f"{source}: {name} is {value!r}, which has no counterpart here; load this adapter with PEFT")
+    shared = {name: values[name] for name in SHARED if values.get(name) is not None}
+    if "target_modules" not in shared:
+        raise ValueError(f"{source}: target_modules is missing, expected a list of names or a regex")
+    if "modules_to_save" in shared:  # PEFT lists names that a model may not have: "classifier" and "score" by task
+        paths = [path for path, _ in model.named_modules() if path]
+        there = [name for name in shared["modules_to_save"] if any(names_match(path, [name]) for path in paths)]
+        shared["modules_to_save"] = there or None
+    try:
+        return LoRAConfig(**shared)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str, Any]:
+    """PEFT's fields for adapter `adapter_name`, which add_lora gave `model`.
+
+    Raises ValueError for what PEFT's file cannot say: an initialisation that rewrote the base weight, or a layer whose rank or
+    scaling is not what `config` says.
+    """
+    if rewrites_weight(config.init_lora_weights):
+        raise ValueError(
+            f"adapter {adapter_name!r}: its initialisation {config.init_lora_weights!r} rewrote the base weights, so its A and "
+            "B do not fit the original model; call merge_lora(model), remove_lora(model), and save the model"
+        )
+    layers = {path: layer for path, layer in lora_layers(model).items() if adapter_name in layer.adapters}
+    for path, layer in layers.items():
+        adapter, (r, alpha) = layer.adapters[adapter_name], config.rank_and_alpha(path)
+        scaling = alpha / (r**0.5 if config.use_rslora else r)
+        if adapter.r != r or abs(float(adapter.scaling) - scaling) > 1e-6 * abs(scaling):  # float32 where it is a tensor
+            raise ValueError(
+                f"{path}: adapter {adapter_name!r} has r={adapter.r} and scaling {float(adapter.scaling):g}, but its config "
+                f"says {r} and {scaling:g}; PEFT's file stores r and lora_alpha only: set the scaling back, or merge"
+            )
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "init_lora_weights": config.init_lora_weights,
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        **{name: getattr(config, name) for name in SHARED},
+        "target_modules": _target_modules(model, config, set(layers)),
+    }
+
+
+def _target_modules(model: nn.Module, config: LoRAConfig, adapted: set[str]) -> list[str] | str:
+    """config's own target_modules if PEFT would adapt the same layers for it, otherwise names or a regex for exactly those.
+
+    PEFT matches names of any module and refuses, or adapts, types that add_lora leaves alone.
+    """
+    candidates = [
+        path
+        for path, _ in model.named_modules()
+        if path and not any(p in adapted or names_match(p, config.modules_to_save) for p in parents(path)[1:])
+    ]
+    own = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    for names in (own, sorted({path.rpartition(".")[2] for path in adapted}), sorted(adapted)):
+        matched = {p for p in candidates if names_match(p, names) and not names_match(p, config.exclude_modules)}
+        if names != "all-linear" and matched == adapted:
+            return names
+    return "|".join(re.escape(path) for path in sorted(adapted))
