@@ -85,7 +85,7 @@ def ninja_file(families: tuple[str, ...], target: Path) -> str:
         f"  command = $nvcc {' '.join(FLAGS)} {python} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
-        "  command = $nvcc -shared --cudart static --compiler-options -s $in -o $out",
+        "  command = $nvcc -shared --no-device-link --cudart static --compiler-options -s $in -o $out",
     ]
     objects = []
     for source in sorted(root.glob("*.cu")) + sorted(root.glob("*.cpp")):

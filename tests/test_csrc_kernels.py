@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 from accuracy import violations
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -118,6 +120,30 @@ def test_quantise_every_blocksize(cuda: ModuleType, blocksize: int, device: torc
     values = hostile(9_999, BF16).view(99, 101)
     values[values.abs() > 1e30] = 3.0
     same(cuda.nf4_quantize(values.to(device), "nf4", blocksize, True), nf4.quantize(values, "nf4", blocksize, True))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 300)),
+    blocksize=st.sampled_from(nf4.BLOCKSIZES),
+    kind=st.sampled_from(["nf4", "fp4"]),
+    dtype=st.sampled_from([BF16, FP16, FP32]),
+    nested=st.booleans(),
+    extra=st.sampled_from([0, 1, 8]),
+)
+def test_random_shapes(
+    cuda: ModuleType, device: torch.device, shape: tuple[int, int], blocksize: int, kind: str, dtype: torch.dtype, nested: bool,
+    extra: int,
+) -> None:  # fmt: skip
+    """There and back, over rows that lie apart."""
+    values = hostile(shape[0] * shape[1], dtype, seed=blocksize).view(shape)
+    values[values.abs() > 1e30] = 3.0
+    want = nf4.quantize(values, kind, blocksize, nested)
+    same(cuda.nf4_quantize(values.to(device), kind, blocksize, nested), want)
+    memory = torch.full((shape[0], shape[1] + extra), CANARY, dtype=dtype, device=device)
+    out = cuda.nf4_dequantize(want.to(device), out=memory[:, : shape[1]])
+    assert torch.equal(bits(out), bits(nf4.dequantize_nf4(want, dtype)))
+    assert (memory[:, shape[1] :] == CANARY).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
