@@ -80,19 +80,25 @@ def demo(
 @app.command()
 def bench(
     suite: Annotated[
-        str, typer.Option(help="small (one layer for a CPU), llama (Llama-3.1-8B's shapes), or auto by device.")
+        str, typer.Option(help="auto, small, smollm, llama, llama-70b, qwen, tokens, ranks, decoder or decoder-small.")
     ] = "auto",
     shape: Annotated[list[str] | None, typer.Option(help="KxN, in-features x out-features; repeatable.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens M; repeatable.")] = None,
     rank: Annotated[list[int] | None, typer.Option(help="Rank; repeatable.")] = None,
     dropout: Annotated[list[float] | None, typer.Option(help="Dropout probability; repeatable.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; repeatable.")] = None,
+    compare: Annotated[
+        str, typer.Option(help="Peers, by commas: peft, peft-compile, unsloth-style, bnb, lorafusion; or all, none.")
+    ] = "peft",
+    lorafusion: Annotated[Path | None, typer.Option(help="A checkout of LoRAFusion, for --compare lorafusion.")] = None,
+    forward: Annotated[bool, typer.Option("--forward", help="Time the forward pass alone, without gradients.")] = False,
     device: Device = None,
     repeats: Annotated[int | None, typer.Option(help="Timed rounds; default: 10 on a CPU, 50 on a GPU.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Time forward + backward of one LoRA layer beside the bare linear and PEFT; exit 1 if a result is wrong."""
-    from .commands import benchmark
+    """Time LoRA layers beside the bare linear and other implementations; exit 1 if a result is wrong."""
+    from .commands import benchmark, peers
+    from .commands.cases import BOTH, FORWARD, Shape, choose_suite
     from .commands.memory import parse_shapes
 
     out = Output(json_file)
@@ -101,16 +107,17 @@ def bench(
         repeats = 50 if on.type == "cuda" else 10
     if repeats < 1:
         raise CommandError(f"--repeats: got {repeats}, expected at least 1")
-    chosen = benchmark.choose_suite(
+    chosen = choose_suite(
         suite,
         on,
-        shapes=tuple((layers.K, layers.N) for layers in parse_shapes(shape or (), rank=1)),
+        FORWARD if forward else BOTH,
+        shapes=tuple(Shape(layers.K, layers.N) for layers in parse_shapes(shape or (), rank=1)),
         tokens=tuple(tokens or ()),
         ranks=tuple(rank or ()),
         dropouts=tuple(dropout or ()),
         dtypes=tuple(_dtype(name) for name in dtype or ()),
     )
-    result = benchmark.run(chosen, on, repeats, out)
+    result = benchmark.run(chosen, on, repeats, out, peers.parse(compare), lorafusion)
     out.write_json(result)
     if result["failures"]:
         raise typer.Exit(1)
@@ -203,7 +210,7 @@ def _device(name: str | None) -> Any:
 
 
 def _dtype(name: str) -> Any:
-    from .commands.benchmark import DTYPES
+    from .commands.cases import DTYPES
 
     if name not in DTYPES:
         raise CommandError(f"--dtype: got {name!r}, expected one of {', '.join(DTYPES)}")
