@@ -91,6 +91,11 @@ def bench(
         str, typer.Option(help="Peers, by commas: peft, peft-compile, unsloth-style, bnb, lorafusion; or all, none.")
     ] = "peft",
     lorafusion: Annotated[Path | None, typer.Option(help="A checkout of LoRAFusion, for --compare lorafusion.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Time a step of this local Hugging Face causal LM instead, LoRA on all its linear layers."),
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(help="With --model: tokens of one sequence, at most.")] = 512,
     forward: Annotated[bool, typer.Option("--forward", help="Time the forward pass alone, without gradients.")] = False,
     device: Device = None,
     repeats: Annotated[int | None, typer.Option(help="Timed rounds; default: 10 on a CPU, 50 on a GPU.")] = None,
@@ -107,20 +112,40 @@ def bench(
         repeats = 50 if on.type == "cuda" else 10
     if repeats < 1:
         raise CommandError(f"--repeats: got {repeats}, expected at least 1")
-    chosen = choose_suite(
-        suite,
-        on,
-        FORWARD if forward else BOTH,
-        shapes=tuple(Shape(layers.K, layers.N) for layers in parse_shapes(shape or (), rank=1)),
-        tokens=tuple(tokens or ()),
-        ranks=tuple(rank or ()),
-        dropouts=tuple(dropout or ()),
-        dtypes=tuple(_dtype(name) for name in dtype or ()),
-    )
-    result = benchmark.run(chosen, on, repeats, out, peers.parse(compare), lorafusion)
+    axes: dict[str, tuple[Any, ...]] = {
+        "tokens": tuple(tokens or ()),
+        "ranks": tuple(rank or ()),
+        "dropouts": tuple(dropout or ()),
+        "dtypes": tuple(_dtype(name) for name in dtype or ()),
+    }
+    if model is not None:
+        if shape or forward or len(axes["dtypes"]) > 1:
+            raise CommandError("bench --model: got --shape, --forward or several --dtype, which are for single layers")
+        result = _bench_model(model, on, axes, sequence_length, repeats, out, peers.parse(compare))
+    else:
+        shapes = tuple(Shape(layers.K, layers.N) for layers in parse_shapes(shape or (), rank=1))
+        chosen = choose_suite(suite, on, FORWARD if forward else BOTH, shapes=shapes, **axes)
+        result = benchmark.run(chosen, on, repeats, out, peers.parse(compare), lorafusion)
     out.write_json(result)
     if result["failures"]:
         raise typer.Exit(1)
+
+
+def _bench_model(
+    model: Path, device: Any, axes: dict[str, tuple[Any, ...]], length: int, repeats: int, out: Output, compare: tuple[str, ...]
+) -> dict[str, Any]:
+    from .commands import model_benchmark
+
+    on_gpu = device.type == "cuda"
+    settings = model_benchmark.Settings(
+        model,
+        axes["tokens"] or (4096 if on_gpu else 512,),
+        axes["ranks"] or (16,),
+        axes["dropouts"] or (0.1,),
+        axes["dtypes"][0] if axes["dtypes"] else _dtype("bfloat16" if on_gpu else "float32"),
+        length,
+    )
+    return model_benchmark.run(settings, device, repeats, out, compare)
 
 
 @app.command()

@@ -39,12 +39,10 @@ def run(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure every case of `suite`: print a table for each as it is done, return header, rows, failures and refusals."""
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    header = {**environment(), "device": _device_name(device), "time": started, "repeats": repeats, "seed": seed}
-    output.print(_header_line(header))
+    header = new_header(device, repeats, seed, output)
     reasons = {peer: peers.why_not(peer, lorafusion) for peer in compare}
     refusals: Refusals = [{"peer": peer, "case": "all", "reason": why} for peer, why in reasons.items() if why]
-    _print_refusals(refusals, output)
+    print_refusals(refusals, output)
     present = tuple(peer for peer in compare if not reasons[peer])
     rows: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
@@ -58,7 +56,7 @@ def run(
             output.print("\n".join(f"  {reason}" for reason in wrong), markup=False)
         else:
             _print_case(case, case_rows, output)
-        _print_refusals(refused, output)
+        print_refusals(refused, output)
     output.print(CAPTION)
     return {"header": header, "rows": rows, "failures": failures, "peers_not_measured": refusals}
 
@@ -157,6 +155,14 @@ def _backend(variant: Variant) -> str | None:
     return next(row.backend for row in backend_report(layer.x, weight, layer.A, layer.B) if row.used)
 
 
+def new_header(device: torch.device, repeats: int, seed: int, output: Output) -> dict[str, Any]:
+    """What a run's numbers depend on, printed as one line."""
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    header = {**environment(), "device": _device_name(device), "time": started, "repeats": repeats, "seed": seed}
+    output.print(_header_line(header))
+    return header
+
+
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else environment()["cpu"]["name"]
 
@@ -169,7 +175,8 @@ def _header_line(header: dict[str, Any]) -> str:
     )
 
 
-def _print_refusals(refusals: Refusals, output: Output) -> None:
+def print_refusals(refusals: Refusals, output: Output) -> None:
+    """A line for each peer that was asked for and not measured."""
     for refusal in refusals:
         case = "" if refusal["case"] == "all" else f" ({refusal['case']})"
         output.print(f"peer not measured: {refusal['peer']}{case}: {refusal['reason']}", markup=False)
