@@ -8,7 +8,7 @@ from triton_case import ALL, BF16, DTYPES, FP16, FP32, SEED, Case, S, backend
 from triton_interpreter import DEVICE
 
 from lora_kernels import backend_report, lora_linear, reference, use_backend
-from lora_kernels.backends.triton import tuning
+from lora_kernels.backends.triton import forward, tuning
 from lora_kernels.reference import Needs
 
 
@@ -163,4 +163,25 @@ def test_a_tile_that_does_not_compile_is_replaced_and_reported(monkeypatch: pyte
     refused.update(rest)
     case.check(case.run())
     with use_backend("triton"), pytest.raises(RuntimeError, match="does not compile"):
+        lora_linear(case.x, case.W, case.A, case.B)
+
+
+def test_without_a_c_compiler_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton builds its launchers with one; an error of another kind is not hidden."""
+    case = Case.draw(40, 48, 56, 8)
+    monkeypatch.setattr(tuning, "rejected", {})
+    monkeypatch.setattr(tuning, "broken", {})
+
+    def fails(message: str) -> None:
+        def new_parts(*_: object) -> None:
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(forward, "new_parts", new_parts)
+
+    fails("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        case.run()
+    fails("Failed to find C compiler. Please specify via CC environment variable.")
+    case.check(case.run())
+    with use_backend("triton"), pytest.raises(RuntimeError, match="C compiler"):
         lora_linear(case.x, case.W, case.A, case.B)

@@ -16,7 +16,6 @@ from ...reference import Needs
 from .. import use_backend
 from . import backward, forward, tuning, wide_rank
 from .blocks import sum_kernel
-from .tuning import NothingCompilesError
 
 INTERPRETER = not isinstance(sum_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 was set when the kernels were defined
 
@@ -55,7 +54,7 @@ def lora_forward(
     try:
         with torch.cuda.device_of(x):
             return path.lora_forward(x, W, A, B, _scaling(s, x), c, p, seed)
-    except NothingCompilesError as error:
+    except Exception as error:
         _give_up(x, error)
         return reference.lora_forward(x, W, A, B, s, c, p, seed)
 
@@ -81,7 +80,7 @@ def lora_backward(
     try:
         with torch.cuda.device_of(dy):
             return path.lora_backward(dy, x, W, A, B, h, _scaling(s, dy), p, seed, needs)
-    except NothingCompilesError as error:
+    except Exception as error:
         _give_up(dy, error)
         return reference.lora_backward(dy, x, W, A, B, h, s, p, seed, needs)
 
@@ -91,8 +90,10 @@ def _scaling(s: float | Tensor, x: Tensor) -> float | Tensor:
     return s if isinstance(s, Tensor) and s.device == x.device else float(s)
 
 
-def _give_up(x: Tensor, error: NothingCompilesError) -> None:
-    """From now on this GPU's calls go to PyTorch, with this reason; an explicit request raises instead."""
-    tuning.broken[tuning.gpu(x.device).capability] = str(error)
-    if use_backend.current == "triton":
+def _give_up(x: Tensor, error: Exception) -> None:
+    """Where kernels do not compile, this GPU's calls go to PyTorch from now on, with this reason; any other error, or an
+    explicit request, raises."""
+    reason = tuning.compile_failure(error)
+    if reason is None or use_backend.current == "triton":
         raise error
+    tuning.broken[tuning.gpu(x.device).capability] = reason

@@ -5,6 +5,7 @@ A device or shape without a measurement gets the prefill dataflow.
 """
 
 import functools
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -164,7 +165,8 @@ def gpu(device: torch.device) -> Gpu:
 
 # ---- what did not compile on this machine's GPUs ----
 
-COMPILE_ERRORS = (OutOfResources, PTXASError, CompilationError)
+COMPILE_ERRORS = (OutOfResources, PTXASError, CompilationError, subprocess.CalledProcessError)
+COMPILE_MESSAGES = ("PassManager", "C compiler")  # of RuntimeErrors: Triton's passes failed; nothing builds its launchers
 rejected: dict[tuple[tuple[int, int], str, str, int, Tile], str] = {}  # capability, kernel, arithmetic, rank, tile
 broken: dict[tuple[int, int], str] = {}  # GPUs on which some kernel has no tile left
 
@@ -173,17 +175,26 @@ class NothingCompilesError(RuntimeError):
     """No tile of a kernel compiles on this GPU."""
 
 
+def compile_failure(error: Exception) -> str | None:
+    """Why a kernel could not be compiled, in one line; None for any other error."""
+    known = isinstance(error, (*COMPILE_ERRORS, NothingCompilesError))
+    if known or (isinstance(error, RuntimeError) and any(message in str(error) for message in COMPILE_MESSAGES)):
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+    return None
+
+
 def first_that_compiles(kernel: str, kind: str, R: int, device: torch.device, run: Callable[[Tile], T]) -> T:
     """run(tile) with the first tile of `kernel` that compiles on this device; refusals are kept with their reason."""
     capability = gpu(device).capability
     for tile in tiles(kernel, kind, R):
         key = (capability, kernel, kind, padded_rank(R), tile)
-        if key in rejected:
-            continue
-        try:
-            return run(tile)
-        except (*COMPILE_ERRORS, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PassManager" not in str(error):  # how Triton's compiler itself fails
-                raise
-            rejected[key] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-    raise NothingCompilesError(f"kernel {kernel!r} ({kind}, rank {R}) does not compile for sm_{capability[0]}{capability[1]}")
+        if key not in rejected:
+            try:
+                return run(tile)
+            except Exception as error:
+                reason = compile_failure(error)
+                if reason is None:
+                    raise
+                rejected[key] = reason
+    sm = "sm_{}{}".format(*capability)
+    raise NothingCompilesError(f"kernel {kernel!r} ({kind}, rank {R}) does not compile for {sm}: {rejected[key]}")
