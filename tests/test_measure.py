@@ -84,7 +84,7 @@ def test_held_bytes_see_what_checkpointing_keeps():
 
     plain = held_bytes(lambda: chain(x * 2))
     kept = held_bytes(lambda: torch.utils.checkpoint.checkpoint(chain, x * 2, use_reentrant=False))
-    assert plain >= 4 * x.nbytes
+    assert plain >= 3 * x.nbytes  # two results of exp and the last
     assert kept <= 2 * x.nbytes + 100_000  # x * 2 and the result; some state of the generator
 
 
