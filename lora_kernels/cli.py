@@ -55,6 +55,9 @@ def demo(
         int | None, typer.Option(help="Tokens of one step; default: 256 on a CPU, 4096 on a GPU.")
     ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-3,
+    quantize: Annotated[
+        str | None, typer.Option(help="nf4: adapted layers in 4 bits (QLoRA), beside PEFT + bitsandbytes.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of initialisation, data order and dropout.")] = 0,
     json_file: Json = None,
 ) -> None:
@@ -72,6 +75,7 @@ def demo(
         tokens_per_step=tokens_per_step,
         lr=lr,
         seed=seed,
+        quantize=quantize,
     )
     out = Output(json_file)
     out.write_json(run(settings, out))
@@ -193,6 +197,7 @@ def report(
 def memory(
     model: Annotated[Path | None, typer.Option(help="Local Hugging Face causal LM; no weights are loaded.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="KxN:COUNT linear layers, as in 4096x14336:32; repeatable.")] = None,
+    size: Annotated[str | None, typer.Option(help="7b, 8b or 70b: a Llama of that size, all linear layers adapted.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens M of one step.")] = 8192,
     rank: Rank = 16,
     dropout: Annotated[float, typer.Option(help="Dropout probability; above 0 a seed is saved per layer.")] = 0.1,
@@ -203,19 +208,24 @@ def memory(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Count the bytes of LoRA training beside full fine-tuning, for a model or for shapes."""
+    """Count the bytes of QLoRA and LoRA training beside full fine-tuning, for a model, a well-known size or shapes."""
     from .commands import memory as count
     from .config import LoRAConfig
 
     out = Output(json_file)
     base_dtype = _dtype(dtype)
-    if (model is None) == (not shape):
-        raise CommandError("memory: expected either --model DIR or --shape KxN:COUNT, one of the two")
+    if [model is None, not shape, size is None].count(False) != 1:
+        raise CommandError("memory: expected --model DIR, --size or --shape KxN:COUNT, one of the three")
     if model is not None:
         if rank < 1:
             raise CommandError(f"--rank: got {rank}, expected at least 1")
         config = LoRAConfig(r=rank, lora_alpha=rank, target_modules=target or "all-linear")
         layers, parameters = count.layers_of_model(model, config)
+    elif size is not None:
+        if size not in count.SIZES:
+            raise CommandError(f"--size: got {size!r}, expected {', '.join(count.SIZES)}")
+        layers, parameters = count.SIZES[size].adapted(rank), count.SIZES[size].parameters
+        count.check_rank(layers)
     else:
         layers = count.parse_shapes(shape or (), rank)
         parameters = sum(group.K * group.N * group.count for group in layers)

@@ -10,19 +10,17 @@ where lane `k % 8` >= threshold(p) = round(65536 p). Kept values are scaled by 1
 so that the expectation is exact.
 """
 
-import threading
-
 import torch
 from torch import Tensor
+
+from .scratch import scratch, slices
 
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57  # multipliers
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85  # key increments
 PHILOX_ROUNDS = 7
 LANES = 8  # columns per Philox block
 LANE_RANGE = 1 << 16
-KEPT_BYTES = 1 << 23
 _LOW = 0xFFFFFFFF
-_kept = threading.local()
 
 
 def threshold(p: float) -> int:
@@ -107,32 +105,18 @@ class KeepRows:
 
     def __call__(self, rows: slice) -> Tensor:
         M, blocks = rows.stop - rows.start, len(self.column)
-        keep = _memory("keep", M * self.K, self.dtype, self.seed).view(M, self.K)
+        keep = scratch("keep", M * self.K, self.dtype, self.seed).view(M, self.K)
         if self.threshold == LANE_RANGE:  # the one threshold that int16 cannot hold
             return keep.zero_()
         row = torch.arange(rows.start, rows.stop, device=self.seed.device)[:, None]
-        scratch = _memory("scratch", 6 * M * blocks, torch.int64, self.seed).view(6, M, blocks)
-        words = _memory("words", 4 * M * blocks, torch.int32, self.seed).view(M, blocks, 4)
+        work = scratch("philox", 6 * M * blocks, torch.int64, self.seed).view(6, M, blocks)
+        words = scratch("words", 4 * M * blocks, torch.int32, self.seed).view(M, blocks, 4)
         counter = (self.column, row, self.offset_low, self.offset_high)
-        for i, word in enumerate(philox(counter, self.seed, scratch)):
+        for i, word in enumerate(philox(counter, self.seed, work)):
             words[..., i] = word  # its low half
         words.bitwise_xor_(-0x7FFF8000)  # flips bits 15 and 31: signed 16-bit lanes then compare as unsigned ones
         lanes = words.view(torch.int16).flatten(1)[:, : self.K]
         return torch.ge(lanes, self.threshold - LANE_RANGE // 2, out=keep)
-
-
-def _memory(use: str, size: int, dtype: torch.dtype, seed: Tensor) -> Tensor:
-    """Uninitialised memory on seed's device, which a CPU thread keeps for its next use, up to 8 MiB for each.
-
-    For 256 rows of 576 columns fresh memory costs 0.7 ms in page faults, the mask's arithmetic 0.4 ms.
-    """
-    if type(seed) is not Tensor or seed.device.type != "cpu" or size * dtype.itemsize > KEPT_BYTES:
-        return seed.new_empty(size, dtype=dtype)
-    kept = vars(_kept)
-    if use not in kept or len(kept[use]) < size * dtype.itemsize:
-        with torch.inference_mode(False):
-            kept[use] = torch.empty(size * dtype.itemsize, dtype=torch.uint8)
-    return kept[use][: size * dtype.itemsize].view(dtype)
 
 
 def dropout_mask(
@@ -162,8 +146,3 @@ def dropout_mask(
 def row_chunks(M: int, width: int, device: torch.device) -> list[slice]:
     """Slices of M rows, each of about 2^20 elements on a CPU, so that the work on one stays in its cache (2^26 elsewhere)."""
     return slices(M, max(1, (1 << (20 if device.type == "cpu" else 26)) // max(1, width)))
-
-
-def slices(size: int, step: int) -> list[slice]:
-    """Consecutive slices of at most `step` that cover range(size); one empty slice for size 0."""
-    return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), step)]

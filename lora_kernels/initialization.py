@@ -28,9 +28,9 @@ def rewrites_weight(method: bool | str) -> bool:
 
 
 @torch.no_grad()
-def initialize(method: bool | str, A: Tensor, B: Tensor, weight: Tensor, scaling: float) -> Tensor | None:
+def initialize(method: bool | str, A: Tensor, B: Tensor, weight: Tensor | None, scaling: float) -> Tensor | None:
     """Write A and B; return W - s·B·A in W's dtype for a method that rewrites the weight, otherwise None."""
-    if rewrites_weight(method):
+    if rewrites_weight(method) and weight is not None:
         return _from_weight(str(method), A, B, weight, scaling)
     if method == "orthogonal":
         _orthogonal(A, B)

@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dropout import check_p
+from .frozen_weight import FrozenWeight, apply_to_bytes, is_linear4bit, without_weight
 from .functional import lora_linear
 from .initialization import check_init, initialize, rewrites_weight
+from .nf4 import NF4Weight, quantize_nf4
+from .nf4_state import from_bnb, to_params4bit
 
 DEFAULT_ADAPTER = "default"
 
@@ -27,7 +30,7 @@ class Adapter:
     scaling: float | Tensor = 1.0  # a 0-d tensor may be put here: it is read on the device
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(FrozenWeight):
     """y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ + c: a drop-in nn.Linear with named low-rank adapters, one of them active.
 
     x[..., in_features] -> y[..., out_features]. `weight` [out, in] (frozen) and `bias` keep nn.Linear's names, so a base
@@ -39,11 +42,9 @@ class LoRALinear(nn.Module):
     (QR of W, Büyükakyüz 2024), or False (A and B both random, for tests). The last two named ones take s·B·A out of W, so that
     the layer's function is unchanged, and need to be the layer's only adapter.
 
-    fan_in_fan_out: weight is stored as [in, out], as in transformers' Conv1D.
+    The base may be in 4 bits (QLoRA): `from_linear(…, quantize="nf4")`, bitsandbytes' Linear4bit, or a 4-bit state dict.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     _initial_A: Tensor | None
     _initial_B: Tensor | None
 
@@ -62,8 +63,8 @@ class LoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        super().__init__()
-        self._adopt(linear.weight, linear.bias, fan_in_fan_out=False)  # type: ignore[arg-type]
+        super().__init__(linear.weight, linear.bias)  # type: ignore[arg-type]
+        self._start()
         self.add_adapter(
             DEFAULT_ADAPTER,
             r,
@@ -75,42 +76,62 @@ class LoRALinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, *, r: int | None = 8, adapter_name: str = DEFAULT_ADAPTER, **adapter: Any
+        cls,
+        linear: nn.Module,
+        *,
+        r: int | None = 8,
+        adapter_name: str = DEFAULT_ADAPTER,
+        quantize: str | None = None,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        **adapter: Any,
     ) -> "LoRALinear":
         """A LoRALinear over `linear`'s own weight and bias, shared and frozen, with its training mode and hooks.
 
-        linear: nn.Linear or transformers' Conv1D. `adapter`: the options of `add_adapter`; lora_alpha defaults to r, as in the
-        constructor. r=None adds no adapter.
+        linear: nn.Linear, transformers' Conv1D, or bitsandbytes' quantised Linear4bit. quantize="nf4": over an NF4 copy of the
+        weight instead, in blocks of `blocksize`, their absmax in 8 bits with `double_quant`; a Linear4bit stays as it is.
+        `adapter`: the options of `add_adapter`; lora_alpha defaults to r, as in the constructor. r=None adds no adapter.
         """
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
+        check_quantize(quantize)
         fan_in_fan_out = type(linear).__name__ == "Conv1D"
         if not (isinstance(linear, nn.Linear) or fan_in_fan_out):
-            raise TypeError(f"linear: got {type(linear).__name__}, expected nn.Linear or transformers' Conv1D")
-        layer._adopt(linear.weight, linear.bias, fan_in_fan_out)  # type: ignore[arg-type]
-        layer._source = (linear,)
+            raise TypeError(f"linear: got {type(linear).__name__}, expected nn.Linear, Linear4bit or transformers' Conv1D")
+        weight: Any = linear.weight
+        layer = cls.__new__(cls)
+        if is_linear4bit(linear):
+            storage = weight.dtype if weight.dtype.is_floating_point else torch.uint8
+            FrozenWeight.__init__(layer, from_bnb(weight), linear.bias, storage=storage)  # type: ignore[arg-type]
+        else:
+            if quantize is not None:
+                W = weight.detach().T if fan_in_fan_out else weight.detach()
+                weight = quantize_nf4(W, blocksize=blocksize, double_quant=double_quant)
+            FrozenWeight.__init__(layer, weight, linear.bias, fan_in_fan_out=fan_in_fan_out)  # type: ignore[arg-type]
+        layer._start(source=without_weight(linear) if layer.quantized else linear)
         layer.train(linear.training)
         vars(layer).update({name: hooks for name, hooks in vars(linear).items() if "_hooks" in name})
         if r is not None:
             layer.add_adapter(adapter_name, r, adapter.pop("lora_alpha", 8), **adapter)
         return layer
 
-    def _adopt(self, weight: nn.Parameter, bias: nn.Parameter | None, fan_in_fan_out: bool) -> None:
-        self.fan_in_fan_out = fan_in_fan_out
-        self.out_features, self.in_features = weight.T.shape if fan_in_fan_out else weight.shape
-        for parameter in (weight, *([] if bias is None else [bias])):
-            parameter.requires_grad_(False)
-        self.weight, self.bias = weight, bias
+    def _start(self, source: nn.Module | None = None) -> None:
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.adapters: dict[str, Adapter] = {}
         self.active_adapter: str | None = None
-        self._source: tuple[nn.Module, ...] = ()  # the layer that this one stands for; a tuple hides it from nn.Module
-        self._unmerged: tuple[nn.Parameter, ...] = ()  # the weight without the adapter, while merged
+        # the layer that this one stands for, without its weight if that is in 4 bits; a tuple hides it from nn.Module
+        self._source: tuple[nn.Module, ...] = () if source is None else (source,)
+        self._unmerged: tuple[nn.Parameter | NF4Weight, ...] = ()  # the weight without the adapter, while merged
+        compute_dtype = getattr(source, "compute_dtype", None)
+        self.compute_dtype = compute_dtype if compute_dtype in (torch.bfloat16, torch.float16) else None
         # A and B of an initialisation that took s·B·A out of the weight: with them the original weight is known
         self.register_buffer("_initial_A", None, persistent=False)
         self.register_buffer("_initial_B", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.compute_dtype is not None and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+            return self._forward(x.to(self.compute_dtype)).to(x.dtype)  # as bitsandbytes' bnb_4bit_compute_dtype
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if self.active_adapter is None or self.merged:
             return self._base_forward(x)
         adapter = self.adapters[self.active_adapter]
@@ -127,14 +148,12 @@ class LoRALinear(nn.Module):
     def _base_forward(self, x: Tensor) -> Tensor:
         if self.merged and self.training and torch.is_grad_enabled():
             raise RuntimeError("LoRALinear is merged, so its adapter gets no gradient: call unmerge() to train, or eval()")
+        W = self.matrix
+        if isinstance(W, NF4Weight):  # with an adapter of zeros
+            return lora_linear(x, W, x.new_zeros(1, self.in_features), x.new_zeros(self.out_features, 1), self.bias)
         if self._initial_A is None or self._initial_B is None or self.merged:
-            return F.linear(x, self.matrix, self.bias)
-        return lora_linear(x, self.matrix, self._initial_A, self._initial_B, self.bias, scaling=self._initial_scaling)
-
-    @property
-    def matrix(self) -> Tensor:
-        """W[out_features, in_features], whatever the layout of `weight`."""
-        return self.weight.T if self.fan_in_fan_out else self.weight
+            return F.linear(x, W, self.bias)
+        return lora_linear(x, W, self._initial_A, self._initial_B, self.bias, scaling=self._initial_scaling)
 
     # ---- adapters ----
 
@@ -168,6 +187,11 @@ class LoRALinear(nn.Module):
             )
         scaling = lora_alpha / (r**0.5 if use_rslora else r)
         adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, scaling)
+        if self.quantized and rewrites_weight(init_lora_weights):
+            raise ValueError(
+                f"init_lora_weights: got {init_lora_weights!r} for a 4-bit weight, which it cannot rewrite exactly; use True"
+            )
+        dtype = dtype or self.base_dtype
         A, B = self.weight.new_empty(r, self.in_features, dtype=dtype), self.weight.new_empty(self.out_features, r, dtype=dtype)
         self._initialize(adapter, A, B)
         self.adapters[name] = adapter
@@ -215,15 +239,22 @@ class LoRALinear(nn.Module):
         """nn.Linear's initialisation of weight and bias, and that of every adapter: for a layer made on the meta device."""
         self._refuse_if_merged("reset the layer")
         self._initial_A = self._initial_B = None
-        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+        if self.quantized:
+            fresh = nn.Linear(self.in_features, self.out_features, False, device=self.weight.device, dtype=self.base_dtype)
+            self._hold(self._requantize(fresh.weight))
+            if self.bias is not None:
+                nn.init.uniform_(self.bias, -(self.in_features**-0.5), self.in_features**-0.5)
+        else:
+            nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
         for name in self.adapters:
             self.reset_lora_parameters(name)
 
     def _initialize(self, adapter: Adapter, A: Tensor, B: Tensor) -> None:
         method = adapter.init_lora_weights
-        residual = initialize(method, A, B, self.matrix.detach(), float(adapter.scaling))
+        W = self.matrix
+        residual = initialize(method, A, B, None if isinstance(W, NF4Weight) else W.detach(), float(adapter.scaling))
         if residual is not None:
-            self.weight = self._as_weight(residual)
+            self.weight = self.as_weight(residual)
             self._initial_A, self._initial_B, self._initial_scaling = A.clone(), B.clone(), float(adapter.scaling)
 
     def _restore_weight(self) -> None:
@@ -233,17 +264,27 @@ class LoRALinear(nn.Module):
     def _original_weight(self) -> nn.Parameter:
         if self._initial_A is None or self._initial_B is None:
             return self.weight
-        return self._plus(self._initial_A, self._initial_B, self._initial_scaling)
+        return self.as_weight(self.plus(self._initial_A, self._initial_B, self._initial_scaling))
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """A and B of every adapter."""
         return [*self.lora_A.parameters(), *self.lora_B.parameters()]
 
     def to_linear(self) -> nn.Module:
-        """The plain layer, the one given to `from_linear` or an nn.Linear, with the merged weight or else the original one."""
-        weight = self.weight if self.merged else self._original_weight()
+        """The plain layer, the one given to `from_linear` or an nn.Linear, with the merged weight or else the original one.
+
+        From a Linear4bit that is one again, over the same bytes; where `quantize` was asked for, the weight is dequantised.
+        """
         source = self._source or (nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"),)
         linear = source[0].train(self.training)
+        W = self.matrix
+        if not isinstance(W, NF4Weight):
+            weight = self.weight if self.merged else self._original_weight()
+        elif is_linear4bit(linear):
+            weight = to_params4bit(W, self._format.storage, linear)  # type: ignore[union-attr]
+        else:
+            dense = W.dequantize()
+            weight = nn.Parameter(dense.T.contiguous() if self.fan_in_fan_out else dense, requires_grad=False)
         linear.weight, linear.bias = weight, self.bias  # type: ignore[assignment]
         return linear
 
@@ -254,40 +295,56 @@ class LoRALinear(nn.Module):
         """Whether the active adapter is in the weight."""
         return bool(self._unmerged)
 
-    def merge(self) -> None:
+    def merge(self) -> float | None:
         """W + s·B·A, rounded once to W's dtype, becomes the weight; the unmerged one is kept, so unmerge() is bit-exact.
 
-        The tensor that may be shared with other modules is not written to. Costs a second weight while merged.
+        A 4-bit W is dequantised, added to and quantised again; the relative error of that, ‖new − (W + s·B·A)‖ / ‖W + s·B·A‖,
+        is returned. The tensor that may be shared with other modules is not written to. Costs a second weight while merged.
         Raises RuntimeError if already merged or if no adapter is active.
         """
         self._refuse_if_merged("merge again")
         if self.active_adapter is None:
             raise RuntimeError("cannot merge: no adapter is active; call set_adapter(name) first")
-        name, unmerged = self.active_adapter, self.weight
-        self.weight = self._plus(self.lora_A[name], self.lora_B[name], self.adapters[name].scaling)
+        name, W = self.active_adapter, self.matrix
+        A, B, scaling = self.lora_A[name], self.lora_B[name], self.adapters[name].scaling
+        if isinstance(W, NF4Weight):
+            wanted = self.plus(A, B, scaling)
+            merged = self._requantize(wanted)
+            self._hold(merged)
+            self._unmerged = (W,)
+            size = torch.linalg.vector_norm(wanted).item()
+            return torch.linalg.vector_norm(wanted.sub_(merged.dequantize(wanted.dtype))).item() / (size or 1.0)
+        unmerged = self.weight
+        self.weight = self.as_weight(self.plus(A, B, scaling))
         self._unmerged = (unmerged,)
+        return None
 
     def unmerge(self) -> None:
-        """The weight as it was before merge(), the same Parameter. Raises RuntimeError if not merged."""
+        """The weight as it was before merge(), the same Parameter, or the same codes. Raises RuntimeError if not merged."""
         if not self.merged:
             raise RuntimeError("cannot unmerge: LoRALinear is not merged")
-        (self.weight,), self._unmerged = self._unmerged, ()
-
-    @torch.no_grad()
-    def _plus(self, A: Tensor, B: Tensor, scaling: float | Tensor) -> nn.Parameter:
-        """W + s·B·A as a new weight."""
-        wide = torch.promote_types(torch.promote_types(self.weight.dtype, A.dtype), torch.float32)
-        return self._as_weight(self.matrix.to(wide) + scaling * (B.to(wide) @ A.to(wide)))
-
-    def _as_weight(self, matrix: Tensor) -> nn.Parameter:
-        stored = (matrix.T if self.fan_in_fan_out else matrix).to(self.weight.dtype)
-        return nn.Parameter(stored.contiguous(), requires_grad=self.weight.requires_grad)
+        (weight,), self._unmerged = self._unmerged, ()
+        if isinstance(weight, NF4Weight):
+            self._hold(weight)
+        else:
+            self.weight = weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALinear":
         super()._apply(fn, recurse)
+        moved: list[nn.Parameter | NF4Weight] = []
         for weight in self._unmerged:
-            weight.data = fn(weight.data)
+            if isinstance(weight, NF4Weight):
+                weight = weight.with_tensors(**{name: apply_to_bytes(fn, t) for name, t in weight.tensors().items()})
+            else:
+                weight.data = fn(weight.data)
+            moved.append(weight)
+        self._unmerged = tuple(moved)
         return self
+
+    def _check_loadable(self) -> None:
+        self._refuse_if_merged("load a 4-bit weight")
+        if self._initial_A is not None:
+            raise RuntimeError("cannot load a 4-bit weight: an adapter's initialisation took s·B·A out of this one")
 
     def _require(self, name: str) -> None:
         if name not in self.adapters:
@@ -300,4 +357,12 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         adapters = ", ".join(f"{name}: r={a.r}, lora_alpha={a.lora_alpha}" for name, a in self.adapters.items())
         base = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        if self._format is not None:
+            base += f", {self._format.quant_type} of {self._format.dtype} in blocks of {self._format.blocksize}"
         return f"{base}, active={self.active_adapter}, merged={self.merged}, adapters={{{adapters}}}"
+
+
+def check_quantize(quantize: str | None) -> None:
+    """Raise ValueError for a quantisation that there is not."""
+    if quantize not in (None, "nf4"):
+        raise ValueError(f"quantize: got {quantize!r}, expected None or 'nf4'")

@@ -3,6 +3,8 @@
     lora_forward   equations 1, 2     (x, W, A, B, s, c, dropout) -> y, h
     lora_backward  equations 3 to 6   (dy, x, W, A, B, h, s, dropout, needs) -> dx, dA, dB, dc
 
+Either weight is dense or an NF4Weight, in which case the product reads it as `dtype`, rounded once.
+
 Eager mode calls the Python functions here, which pick a backend from the tensors; `torch.compile` and `torch.export` see the
 registered operators `torch.ops.lora_kernels.*` of the same names, which do the same. A registered operator cannot return None
 or take a float-or-tensor argument: there, a gradient that is not needed is an empty tensor and the scaling is a tensor.
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from . import backends
 from .dropout import as_seed, check_p
+from .nf4 import NF4Weight
 from .reference import Needs
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -20,7 +23,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 def lora_forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -36,13 +39,13 @@ def lora_forward(
     x = x.reshape(-1, x.shape[-1]).to(dtype)
     backend = backends.choose(x, weight, lora_A, lora_B)
     bias = None if bias is None else bias.to(dtype)
-    return backend.lora_forward(x, weight.to(dtype), lora_A, lora_B, scaling, bias, dropout_p, seed)
+    return backend.lora_forward(x, as_dtype(weight, dtype), lora_A, lora_B, scaling, bias, dropout_p, seed)
 
 
 def lora_backward(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor | None,
+    weight: Tensor | NF4Weight | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     h: Tensor | None,
@@ -54,15 +57,19 @@ def lora_backward(
     """Equations 3 to 6 for the gradients that `needs` names: dx[M, K], dA, dB, dc. dy[M, N] has the forward's `dtype`."""
     if x is not None:
         x = x.reshape(-1, x.shape[-1]).to(dy.dtype)
-    if weight is not None:
-        weight = weight.to(dy.dtype)
+    weight = None if weight is None else as_dtype(weight, dy.dtype)
     backend = backends.choose(dy, weight, lora_A, lora_B)
     return backend.lora_backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
 
 
+def as_dtype(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor | NF4Weight:
+    """A dense weight in `dtype`; an NF4Weight as it is, for the product rounds it."""
+    return weight if isinstance(weight, NF4Weight) else weight.to(dtype)
+
+
 def check(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -70,7 +77,13 @@ def check(
     dropout_p: float,
 ) -> None:
     """Raise TypeError or ValueError, naming the argument, what it is, what it should be and the cure."""
-    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    tensors = {"x": x, "lora_A": lora_A, "lora_B": lora_B}
+    if isinstance(weight, NF4Weight):
+        weight.check()
+        if isinstance(x, Tensor) and weight.device != x.device:
+            raise ValueError(f"weight: got an NF4Weight on {weight.device}, expected {x.device} as x; use weight.to(x.device)")
+    else:
+        tensors["weight"] = weight
     if bias is not None:
         tensors["bias"] = bias
     for name, tensor in tensors.items():
@@ -86,7 +99,7 @@ def check(
     check_p(dropout_p)
 
 
-def _check_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+def _check_shapes(x: Tensor, weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
     for name, tensor, letters in (("weight", weight, "N, K"), ("lora_A", lora_A, "R, K"), ("lora_B", lora_B, "N, R")):
         if tensor.ndim != 2:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected two dimensions [{letters}]")
@@ -107,9 +120,11 @@ def _check_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bia
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {K}] for weight {tuple(weight.shape)}")
 
 
-def _check_dtypes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+def _check_dtypes(x: Tensor, weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
     if lora_A.dtype != lora_B.dtype:
         raise TypeError(f"lora_B: got dtype {lora_B.dtype}, expected {lora_A.dtype} as lora_A; use lora_B.to(lora_A.dtype)")
+    if isinstance(weight, NF4Weight):
+        return  # weight and bias are read as x's dtype, or autocast's
     if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
         return  # x, weight and bias are read as autocast's dtype
     for name, tensor in (("x", x), ("bias", bias)):
@@ -137,17 +152,23 @@ def _check_scaling(scaling: float | Tensor, device: torch.device) -> None:
 
 # ---- torch.library: the same two functions, as operators that a compiler can see ----
 
-_library = torch.library.Library("lora_kernels", "DEF")
-_library.define(
-    "lora_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor scaling, float dropout_p, "
-    "Tensor? seed, ScalarType dtype) -> (Tensor y, Tensor h)",
-    tags=torch.Tag.pt2_compliant_tag,
+NF4_SCHEMA = (
+    "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, Tensor? nested_offset, SymInt[] shape, "
+    "ScalarType weight_dtype, int blocksize, str quant_type"
 )
-_library.define(
-    "lora_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? h, Tensor scaling, "
-    "float dropout_p, Tensor? seed, bool[] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dc)",
-    tags=torch.Tag.pt2_compliant_tag,
+FORWARD_SCHEMA = (
+    "(Tensor x, {weight}, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor scaling, float dropout_p, Tensor? seed, "
+    "ScalarType dtype) -> (Tensor y, Tensor h)"
 )
+BACKWARD_SCHEMA = (
+    "(Tensor dy, Tensor? x, {weight}, Tensor? lora_A, Tensor? lora_B, Tensor? h, Tensor scaling, float dropout_p, "
+    "Tensor? seed, bool[] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dc)"
+)
+
+
+def with_nf4_weight(arguments: tuple, at: int = 1) -> tuple:
+    """Arguments in which the nine fields of an NF4Weight, from `at` on, are one."""
+    return *arguments[:at], NF4Weight.from_fields(arguments[at : at + 9]), *arguments[at + 9 :]
 
 
 def _forward_op(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, dtype):
@@ -179,7 +200,21 @@ def _backward_fake(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, n
     )
 
 
-_library.impl("lora_forward", _forward_op, "CompositeExplicitAutograd")
-_library.impl("lora_backward", _backward_op, "CompositeExplicitAutograd")
-torch.library.register_fake("lora_kernels::lora_forward", _forward_fake, lib=_library)
-torch.library.register_fake("lora_kernels::lora_backward", _backward_fake, lib=_library)
+_library = torch.library.Library("lora_kernels", "DEF")
+for _name, _schema, _dense, _at, _op, _fake in (
+    ("lora_forward", FORWARD_SCHEMA, "Tensor weight", 1, _forward_op, _forward_fake),
+    ("lora_backward", BACKWARD_SCHEMA, "Tensor? weight", 2, _backward_op, _backward_fake),
+):
+    _variants = (
+        (_name, _dense, _op, _fake),
+        (
+            f"{_name}_nf4",
+            NF4_SCHEMA,
+            lambda *args, op=_op, at=_at: op(*with_nf4_weight(args, at)),
+            lambda *args, fake=_fake, at=_at: fake(*with_nf4_weight(args, at)),
+        ),
+    )
+    for _variant, _weight, _implementation, _shapes in _variants:
+        _library.define(_variant + _schema.format(weight=_weight), tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(_variant, _implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lora_kernels::{_variant}", _shapes, lib=_library)

@@ -14,6 +14,9 @@ trained too, dW = dyᵀ·x.
 In 2 and 4 the low-rank term is written first and the base product is added to it in place, so that the low-rank term is
 rounded once. Rows are taken in chunks: what equations 1, 3-6 need of a chunk is read once, stays in cache, and is computed in
 `work_dtype`; x is never copied whole.
+
+W may be an NF4Weight. It then meets its two products a tile at a time, dequantised into memory that the next tile overwrites,
+and both read the same values: W rounded to x's dtype.
 """
 
 import functools
@@ -22,7 +25,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dropout import KeepRows, keep_scale, row_chunks, slices
+from .dropout import KeepRows, keep_scale, row_chunks
+from .nf4 import NF4Weight, column_tiles, tiles
+from .scratch import slices
+
+READS_NF4 = True
+WIDE_ELEMENTS = 1 << 21  # of x or dx that are held in float32 at a time, 8 MiB
 
 
 class Needs(NamedTuple):
@@ -35,24 +43,24 @@ class Needs(NamedTuple):
 
 
 def lora_forward(
-    x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, p: float, seed: Tensor | None
+    x: Tensor, W: Tensor | NF4Weight, A: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Equations 1 and 2: y[M,N] in x's dtype, h[M,R] in A's."""
     (M, K), N, work, scale = x.shape, W.shape[0], work_dtype(x, A), keep_scale(p)
-    y, h = x.new_empty(M, N, dtype=product_dtype(x)), A.new_empty(M, A.shape[0])
+    y, h = x.new_empty(M, N, dtype=sum_dtype(x, W)), A.new_empty(M, A.shape[0])
     Aw, Bw, cw = A.to(work), B.to(work), None if c is None else c.to(work)
     keep = KeepRows(K, p, seed, dtype=work) if p > 0 else None
     for rows in row_chunks(M, max(K, N), x.device):
         xw = x[rows].to(work)
         h[rows] = ((xw if keep is None else keep(rows).mul_(xw)) @ Aw.T).mul_(scale)  # 1
         set_product(y[rows], h[rows].to(work) * s, Bw.T, cw)
-    return add_product(y, x, W.T).to(x.dtype), h  # 2
+    return add_forward_product(y, x, W).to(x.dtype), h  # 2
 
 
 def lora_backward(
     dy: Tensor,
     x: Tensor | None,
-    W: Tensor | None,
+    W: Tensor | NF4Weight | None,
     A: Tensor | None,
     B: Tensor | None,
     h: Tensor | None,
@@ -71,7 +79,7 @@ def lora_backward(
     Bw = None if B is None else B.to(work).T.contiguous().T  # dy·B is twice as fast with B's columns contiguous
     K = W.shape[1] if needs.dx else x.shape[1] if needs.dA else 0
     keep = KeepRows(K, p, seed, dtype=work) if p > 0 and (needs.dx or needs.dA) else None
-    dx = dy.new_empty(M, K, dtype=product_dtype(dy)) if needs.dx else None
+    dx = dy.new_empty(M, K, dtype=sum_dtype(dy, W)) if needs.dx else None
     dA = dB = dc = None
     for rows in row_chunks(M, max(K, N), dy.device):
         dyw = dy[rows].to(work)
@@ -91,7 +99,7 @@ def lora_backward(
             xw = x[rows].to(work)
             dA = total(dA, g.T @ (xw if mask is None else mask.mul_(xw)))  # 5
     if needs.dx:
-        dx = add_product(dx, dy, W).to(dy.dtype)  # 4
+        dx = add_backward_product(dx, dy, W).to(dy.dtype)  # 4
     return dx, None if dA is None else dA.to(B.dtype), None if dB is None else dB.to(h.dtype).contiguous(), dc
 
 
@@ -126,12 +134,17 @@ def set_product(out: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None) -> T
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out += a·b in place, in out's dtype: the product's own, or float32 in tiles, whose copies stay small."""
     if out.dtype == a.dtype:
-        return out.add_(a @ b) if _is_thin(out) else out.addmm_(a, b)
+        return accumulate(out, a, b)
     for rows in slices(a.shape[0], 2048):
         wide = a[rows].to(out.dtype)
         for columns in slices(b.shape[1], 512):
             out[rows, columns].addmm_(wide, b[:, columns].to(out.dtype))
     return out
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a·b in place; all of one dtype."""
+    return out.add_(a @ b) if _is_thin(out) else out.addmm_(a, b)
 
 
 def _is_thin(out: Tensor) -> bool:
@@ -140,6 +153,50 @@ def _is_thin(out: Tensor) -> bool:
     MKL does so for one or two rows and for up to eight columns.
     """
     return min(out.shape) < 16 and out.device.type == "cpu" and out.dtype.itemsize >= 4
+
+
+def add_forward_product(y: Tensor, x: Tensor, W: Tensor | NF4Weight) -> Tensor:
+    """y += x·Wᵀ in place."""
+    if not isinstance(W, NF4Weight):
+        return add_product(y, x, W.T)
+    work = product_dtype(x)
+    for rows in _rows(x, work):
+        xw = x[rows].to(work)
+        for n, tile in tiles(W, x.dtype, work):
+            if work == y.dtype:
+                accumulate(y[rows, n], xw, tile.T)
+            else:
+                y[rows, n] = accumulate(y[rows, n].to(work), xw, tile.T)
+    return y
+
+
+def add_backward_product(dx: Tensor, dy: Tensor, W: Tensor | NF4Weight) -> Tensor:
+    """dx += dy·W in place, each element rounded once to dx's dtype."""
+    if not isinstance(W, NF4Weight):
+        return add_product(dx, dy, W)
+    if dx.dtype == product_dtype(dy) and dx.dtype.itemsize == 2 and W.shape[1] % W.blocksize == 0:
+        for k, tile in column_tiles(W, dx.dtype):
+            accumulate(dx[:, k], dy, tile)
+        return dx
+    work = torch.promote_types(dx.dtype, torch.float32)
+    for rows in _rows(dx, work):
+        wide = dx[rows].to(work)
+        for n, tile in tiles(W, dy.dtype, work):
+            accumulate(wide, dy[rows, n].to(work), tile)
+        if work != dx.dtype:
+            dx[rows] = wide
+    return dx
+
+
+def _rows(t: Tensor, work: torch.dtype) -> list[slice]:
+    """Slices of t's rows: few enough to be held in `work` beside t, all of them where that is t's own dtype."""
+    M, K = t.shape
+    return slices(M, max(1, M) if work == t.dtype else max(256, WIDE_ELEMENTS // max(K, 1)))
+
+
+def sum_dtype(t: Tensor, W: Tensor | NF4Weight) -> torch.dtype:
+    """The dtype of y and dx before the base product is added: of a 4-bit weight's, a tile at a time is widened."""
+    return t.dtype if isinstance(W, NF4Weight) else product_dtype(t)
 
 
 def product_dtype(t: Tensor) -> torch.dtype:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .config import LoRAConfig
-from .modules import DEFAULT_ADAPTER, LoRALinear
+from .modules import DEFAULT_ADAPTER, LoRALinear, check_quantize
 from .targets import lora_layers, parents, plan_layers, plan_modules_to_save
 
 
@@ -40,6 +41,7 @@ class LoRAState:
     exchanges: list[Exchange] = field(default_factory=list)
     frozen: set[str] = field(default_factory=set)  # names of the parameters that add_lora froze
     fast_paths: dict[str, int] = field(default_factory=dict)  # see _disable_fast_paths
+    state_check: RemovableHandle | None = None  # see _check_state
 
 
 @dataclass(frozen=True)
@@ -62,20 +64,27 @@ class LoRAReport:
 
 
 def add_lora(
-    model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT_ADAPTER, *, autocast_adapter_dtype: bool = True
+    model: nn.Module,
+    config: LoRAConfig,
+    adapter_name: str = DEFAULT_ADAPTER,
+    *,
+    autocast_adapter_dtype: bool = True,
+    quantize: str | None = None,
 ) -> LoRAReport:
     """Add adapter `adapter_name` to the linear layers of `model` that `config` names, in place, and freeze the rest.
 
-    Layers: exactly nn.Linear and transformers' Conv1D; whatever else matches is skipped with a reason. A layer that an earlier
-    adapter wrapped gets another one; the first adapter is active, later ones wait for `set_adapter`. A module registered in
-    several places is adapted once, for all of them; a weight tied to another module stays tied. Layers on the meta device get
-    adapters there (fill them with `reset_lora_parameters` after loading).
+    Layers: exactly nn.Linear, transformers' Conv1D and bitsandbytes' Linear4bit, whose bytes are shared; whatever else matches
+    is skipped with a reason. A layer that an earlier adapter wrapped gets another one; the first adapter is active, later ones
+    wait for `set_adapter`. A module registered in several places is adapted once, for all of them; a weight tied to another
+    module stays tied. Layers on the meta device get adapters there (fill them with `reset_lora_parameters` after loading).
     autocast_adapter_dtype: adapters over 16-bit weights are float32, as in PEFT; False gives them the weight's dtype.
+    quantize: "nf4" puts the layers' dense weights into 4 bits (QLoRA); `remove_lora` then gives dequantised ones.
 
     Raises ValueError, before anything changes, for a name in use, a pattern that matches no linear layer (with near names),
     modules_to_save that are not there, ranks an initialisation cannot start from, or a merged model.
     """
     state = _state(model)
+    check_quantize(quantize)
     _refuse_if_merged(lora_layers(model), "add an adapter")
     plan, skipped = plan_layers(model, config, adapter_name)
     saved = plan_modules_to_save(model, config)
@@ -85,7 +94,7 @@ def add_lora(
         )
     trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    layers = _build_layers(plan, config, adapter_name, autocast_adapter_dtype)
+    layers = _build_layers(plan, config, adapter_name, autocast_adapter_dtype, quantize)
     first = not state.configs
     active = adapter_name if first else _active(model)
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -98,13 +107,15 @@ def add_lora(
             if id(parameter) not in adapters:
                 parameter.requires_grad_(False)
         state.frozen = trainable_before
+        state.state_check = model.register_load_state_dict_pre_hook(_check_state)
     _disable_fast_paths(model, state)
     state.configs[adapter_name] = config
     _add_exchanges(model, state, config, adapter_name, saved, set(plan))
     set_adapter(model, active)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     ranks = {path: config.rank_and_alpha(path)[0] for path in plan}
-    return LoRAReport(adapter_name, ranks, skipped, trained, sum(p.numel() for p in model.parameters()))
+    packed = sum(layer.matrix.numel() - layer.weight.numel() for layer in lora_layers(model).values() if layer.quantized)
+    return LoRAReport(adapter_name, ranks, skipped, trained, sum(p.numel() for p in model.parameters()) + packed)
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
@@ -126,21 +137,24 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         exchange.activate(model, name)
 
 
-def merge_lora(model: nn.Module) -> None:
-    """Merge the active adapter of every layer into its weight (`LoRALinear.merge`); all layers or, on an error, none."""
+def merge_lora(model: nn.Module) -> dict[str, float]:
+    """Merge the active adapter of every layer into its weight (`LoRALinear.merge`); all layers or, on an error, none.
+
+    Returns the relative error of each layer whose 4-bit weight had to be quantised again, by path.
+    """
     layers = _adapted_layers(model)
     _refuse_if_merged(layers, "merge again")
-    active = [layer for layer in layers.values() if layer.active_adapter is not None]
+    active = {path: layer for path, layer in layers.items() if layer.active_adapter is not None}
     if not active:
         raise RuntimeError("cannot merge: no adapter is active; call set_adapter(model, name) first")
     try:
-        for layer in active:
-            layer.merge()
+        errors = {path: layer.merge() for path, layer in active.items()}
     except BaseException:
-        for layer in active:
+        for layer in active.values():
             if layer.merged:
                 layer.unmerge()
         raise
+    return {path: error for path, error in errors.items() if error is not None}
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -172,6 +186,8 @@ def remove_lora(model: nn.Module) -> None:
         model.get_submodule(path).activation_relu_or_gelu = value  # type: ignore[assignment]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or name in state.frozen)
+    if state.state_check is not None:
+        state.state_check.remove()
     if hasattr(model, "_lora_state"):
         del model._lora_state
 
@@ -236,15 +252,15 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _build_layers(
-    plan: dict[str, nn.Module], config: LoRAConfig, adapter_name: str, autocast_adapter_dtype: bool
+    plan: dict[str, nn.Module], config: LoRAConfig, adapter_name: str, autocast_adapter_dtype: bool, quantize: str | None
 ) -> dict[int, LoRALinear]:
     """LoRALinear for each planned module, by the id of what it replaces; on an error nothing is left behind."""
     layers: dict[int, LoRALinear] = {}
     flags = [(p, p.requires_grad) for module in plan.values() for p in module.parameters()]
     try:
         for path, module in plan.items():
-            layer = module if isinstance(module, LoRALinear) else LoRALinear.from_linear(module, r=None)
-            wide = autocast_adapter_dtype and layer.weight.dtype in (torch.bfloat16, torch.float16)
+            layer = module if isinstance(module, LoRALinear) else LoRALinear.from_linear(module, r=None, quantize=quantize)
+            wide = autocast_adapter_dtype and layer.base_dtype in (torch.bfloat16, torch.float16)
             r, lora_alpha = config.rank_and_alpha(path)
             layer.add_adapter(
                 adapter_name,
@@ -286,6 +302,12 @@ def _add_exchanges(
         trained = copy.deepcopy(exchange.choices[None])
         trained.requires_grad_(True)
         exchange.choices[adapter] = trained
+
+
+def _check_state(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before load_state_dict changes any layer: raise ValueError if the state's 4-bit weights do not fit."""
+    for path, layer in lora_layers(model).items():
+        layer.check_state(state_dict, f"{prefix}{path}.")
 
 
 def _disable_fast_paths(model: nn.Module, state: LoRAState) -> None:

@@ -6,6 +6,7 @@ import difflib
 from torch import nn
 
 from .config import ALL_LINEAR, LoRAConfig, names_match
+from .frozen_weight import is_linear4bit
 from .initialization import check_init
 from .modules import LoRALinear
 from .ops import FLOATS
@@ -46,9 +47,16 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> tupl
     if not plan:
         raise ValueError(_nothing_matches(model, config, skipped))
     for path, module in plan.items():
-        in_features, out_features = (module.matrix if isinstance(module, LoRALinear) else module.weight).shape  # type: ignore
+        in_features, out_features = _features(module)
         check_init(config.init_lora_weights, config.rank_and_alpha(path)[0], in_features, out_features)
     return plan, skipped
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """(in, out)."""
+    if isinstance(module, (nn.Linear, LoRALinear)):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape)  # type: ignore[union-attr, return-value, arg-type]  # Conv1D
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -63,12 +71,15 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _why_unsuitable(module: nn.Module) -> str | None:
     if isinstance(module, LoRALinear):
         return None
-    if type(module) is not nn.Linear and not _is_conv1d(module):
+    if type(module) is not nn.Linear and not _is_conv1d(module) and not is_linear4bit(module):
         return f"a {type(module).__name__}, not an nn.Linear or Conv1D: its forward may differ"
     if "forward" in vars(module):
         return "its forward was replaced on the instance (as accelerate's offload hooks do), and would be lost"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is not a parameter (computed by a hook?)"
+    if is_linear4bit(module):
+        quantized = getattr(module.weight, "quant_state", None) is not None
+        return None if quantized else "a Linear4bit that is not quantised yet, which moving it to a device does"
     if module.weight.dtype not in FLOATS:
         return f"its weight has dtype {module.weight.dtype}"
     return None

@@ -86,8 +86,10 @@ def test_memory_of_shapes_writes_json_to_a_file(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["memory"], ["either --model DIR or --shape"]),
-        (["memory", "--shape", "4x4", "--model", "x"], ["one of the two"]),
+        (["memory"], ["expected --model DIR, --size or --shape"]),
+        (["memory", "--shape", "4x4", "--model", "x"], ["one of the three"]),
+        (["memory", "--size", "9b"], ["--size: got '9b', expected 7b, 8b, 70b"]),
+        (["memory", "--size", "8b", "--rank", "1025"], ["--rank: got 1025", "1 to 1024"]),
         (["memory", "--shape", "4by4"], ["--shape: got '4by4'", "expected KxN"]),
         (["memory", "--shape", "64x32", "--rank", "33"], ["--rank: got 33", "1 to 32"]),
         (["memory", "--shape", "64x32", "--dropout", "2"], ["--dropout: got 2.0"]),

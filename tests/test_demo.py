@@ -65,6 +65,18 @@ def test_the_whole_command(run, model, text, tmp_path):
     assert (tmp_path / "out" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_in_4_bits_beside_peft_and_bitsandbytes(run, model, text, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    code, out, err = run("--model", model, "--text", text, *QUICK, "--quantize", "nf4", "--json", "-")
+    assert code == 0, err
+    found = json.loads(out)
+    held_out = list(found["held_out"].values())
+    assert held_out[-1] < held_out[0]
+    assert found["round_trip"]["logits_bit_equal"] is True
+    assert found["settings"]["quantize"] == "nf4"
+    assert 0 < found["steps"]["lora_kernels"]["saved_bytes"] < found["steps"]["PEFT eager"]["saved_bytes"]
+
+
 def test_the_adapter_file_holds_trained_tensors_and_the_config(run, model, text, tmp_path):
     from safetensors import safe_open
 
@@ -135,6 +147,7 @@ def bad_inputs(tmp_path, model):
         "learning rate": (["--lr", 0], ["--lr: got 0.0, expected a positive number"]),
         "alpha": (["--alpha", -1], ["--alpha: got -1.0"]),
         "seed": (["--seed", -1], ["--seed: got -1"]),
+        "quantize": (["--quantize", "int3"], ["--quantize: got int3, expected nf4"]),
         "output is a file": (["--output", tmp_path / "short.txt"], ["--output: got", "which is a file"]),
     }
 
@@ -142,6 +155,7 @@ def bad_inputs(tmp_path, model):
 NAMES = [
     "no text file", "short text", "few tokens", "not UTF-8", "no model", "a file as model", "no config", "unknown kind",
     "no weights", "rank above", "rank zero", "dropout", "NaN dropout", "steps", "tokens", "learning rate", "alpha", "seed",
+    "quantize",
     "output is a file",
 ]  # fmt: skip
 

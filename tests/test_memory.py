@@ -6,8 +6,9 @@ from torch import nn
 
 from lora_kernels.commands.console import CommandError, Output
 from lora_kernels.commands.measure import saved_bytes
-from lora_kernels.commands.memory import Layers, check_rank, footprints, group_layers, parse_shapes, run
+from lora_kernels.commands.memory import SIZES, Layers, check_rank, footprints, group_layers, parse_shapes, run
 from lora_kernels.config import LoRAConfig
+from lora_kernels.modules import LoRALinear
 from lora_kernels.surgery import add_lora, lora_parameters
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -32,7 +33,10 @@ def test_ranks_that_do_not_fit_are_refused(rank):
 def test_footprints_by_hand():
     layers = [Layers(K=100, N=50, count=3, R=4)]
     found = footprints(layers, base_parameters=15_000, M=10, dropout=True, dtype=BF16, adapter_dtype=FP32)
-    lora, full = found["lora"], found["full"]
+    qlora, lora, full = found["qlora"], found["lora"], found["full"]
+    nf4 = 2500 + 79 + 4 + 1024 + 4  # codes, 8-bit absmax, one absmax of those, the map, the offset
+    assert qlora.weights == 3 * nf4
+    assert (qlora.adapters, qlora.saved_activations, qlora.optimizer) == (7_200, 504, 14_400)
     assert lora.trainable_parameters == 3 * 4 * 150
     assert (lora.weights, lora.adapters, lora.gradients, lora.optimizer) == (30_000, 7_200, 7_200, 14_400)
     assert lora.saved_activations == 3 * (10 * 4 * 4 + 8)
@@ -75,3 +79,44 @@ def test_run_prints_the_totals_and_returns_them(capsys):
     assert "32.0 MiB" in printed
     assert "1024 → 1024" in printed
     assert "it is not counted" in printed
+
+
+def held(model):
+    """Bytes of a model's parameters and buffers."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("7b", 6_738_415_616), ("8b", 8_030_261_248), ("70b", 70_553_706_496)])
+def test_sizes_are_what_their_layers_take(size, parameters):
+    """A Llama of that size without values: its tensors' bytes, before and after add_lora in 16 and in 4 bits."""
+    shape = SIZES[size]
+    assert shape.parameters == parameters
+    groups = shape.adapted(16)
+    found = footprints(groups, parameters, 8192, True, BF16, FP32)
+
+    def build():
+        layers = [nn.Linear(g.K, g.N, bias=False, device="meta", dtype=BF16) for g in groups for _ in range(g.count)]
+        rest = parameters - sum(g.parameters for g in groups)
+        return nn.ModuleDict({"adapted": nn.ModuleList(layers), "rest": nn.Embedding(rest, 1, device="meta", dtype=BF16)})
+
+    assert held(build()) == found["full"].weights
+    for kind, quantize in (("lora", None), ("qlora", "nf4")):
+        model = build()
+        add_lora(model, LoRAConfig(r=16), quantize=quantize)
+        assert held(model) == found[kind].weights + found[kind].adapters
+    assert found["qlora"].weights < 0.45 * found["lora"].weights
+
+
+def test_a_quantised_layer_allocates_what_is_counted():
+    """The memory that is really taken for a 4-bit layer with values and its adapters, beside the dense one it is made from."""
+    dense = nn.Linear(1024, 768, bias=False, dtype=BF16)
+    found = footprints([Layers(1024, 768, 1, 8)], 1024 * 768, 1, False, BF16, FP32)["qlora"]
+    layer = quantized(dense)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*layer.parameters(), *layer.buffers())}
+    assert sum(storages.values()) == pytest.approx(found.weights + found.adapters, rel=0.02)
+
+
+def quantized(dense):
+    layer = LoRALinear.from_linear(dense, quantize="nf4", r=None)
+    layer.add_adapter("default", 8, 8, dtype=FP32)
+    return layer

@@ -2,6 +2,7 @@
 
 A backend is a module with the contract's functions, `lora_forward` and `lora_backward`, and
 `why_not(x, weight, lora_A, lora_B)`, which returns None where it can compute with these tensors, otherwise the reason why not.
+A weight may be an NF4Weight where the module says `READS_NF4 = True`.
 """
 
 import functools
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from torch import Tensor
+
+from ..nf4 import NF4Weight
 
 BACKENDS = {"cuda": "lora_kernels.backends.cuda", "triton": "lora_kernels.backends.triton", "torch": "lora_kernels.reference"}
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_BACKEND"
@@ -54,23 +57,29 @@ def load(name: str) -> ModuleType | str:
         return str(error)
 
 
-def why_not(name: str, x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None) -> str | None:
+Weight = Tensor | NF4Weight
+
+
+def why_not(name: str, x: Tensor, weight: Weight | None, lora_A: Tensor | None, lora_B: Tensor | None) -> str | None:
     """None if backend `name` can compute with these tensors, otherwise the reason that it cannot."""
     backend = load(name)
-    return backend if isinstance(backend, str) else backend.why_not(x, weight, lora_A, lora_B)
+    if isinstance(backend, str):
+        return backend
+    if isinstance(weight, NF4Weight) and not getattr(backend, "READS_NF4", False):
+        return f"weight is 4-bit ({weight.quant_type}), for which there are no kernels here"
+    return backend.why_not(x, weight, lora_A, lora_B)
 
 
-def choose(x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None) -> ModuleType:
+def choose(x: Tensor, weight: Weight | None, lora_A: Tensor | None, lora_B: Tensor | None) -> ModuleType:
     """The backend that computes with these tensors. Raises RuntimeError if an explicitly requested one cannot."""
     requested = use_backend.current
     if requested not in ("auto", *BACKENDS):  # only the environment variable is not checked before
         raise ValueError(f"{ENVIRONMENT_VARIABLE}: got {requested!r}, expected 'auto', " + ", ".join(map(repr, BACKENDS)))
     reason = None
     for name in BACKENDS if requested == "auto" else (requested,):
-        backend = load(name)
-        reason = backend if isinstance(backend, str) else backend.why_not(x, weight, lora_A, lora_B)
+        reason = why_not(name, x, weight, lora_A, lora_B)
         if reason is None:
-            return backend  # type: ignore[return-value]
+            return load(name)  # type: ignore[return-value]
     raise RuntimeError(f"backend {requested!r} was requested but cannot compute this call: {reason}; use use_backend('auto')")
 
 
@@ -90,7 +99,7 @@ class BackendReport(list[BackendRow]):
 
 
 def backend_report(
-    x: Tensor, weight: Tensor | None = None, lora_A: Tensor | None = None, lora_B: Tensor | None = None
+    x: Tensor, weight: Weight | None = None, lora_A: Tensor | None = None, lora_B: Tensor | None = None
 ) -> BackendReport:
     """Why each backend is or is not used for a call with these tensors, under the current `use_backend` setting."""
     report, taken = BackendReport(), False

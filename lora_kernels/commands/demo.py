@@ -20,6 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ..config import LoRAConfig
+from ..nf4 import quantize_nf4
+from ..nf4_state import to_params4bit
 from ..surgery import add_lora, load_lora_state_dict, lora_parameters, lora_state_dict
 from . import pretrained
 from .console import CommandError, Output, require
@@ -50,6 +52,7 @@ class Settings:
     tokens_per_step: int | None
     lr: float
     seed: int
+    quantize: str | None = None
 
     def check(self) -> None:
         """Raise CommandError for values that need no model to be seen as wrong."""
@@ -60,6 +63,7 @@ class Settings:
             ("--steps", self.steps, self.steps >= 1, "at least 1"),
             ("--lr", self.lr, 0 < self.lr < float("inf"), "a positive number"),
             ("--seed", self.seed, 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
+            ("--quantize", self.quantize, self.quantize in (None, "nf4"), "nf4, or no --quantize"),
         ):
             if not ok:
                 raise CommandError(f"{option}: got {value}, expected {expected}")
@@ -89,7 +93,7 @@ def run(settings: Settings, output: Output) -> dict[str, Any]:
     Raises CommandError for bad input, RuntimeError for a lossy round trip of the adapter.
     """
     settings.check()
-    require("demo", "transformers", "peft", "safetensors", "matplotlib")
+    require("demo", "transformers", "peft", "safetensors", "matplotlib", *(["bitsandbytes"] if settings.quantize else []))
     started = time.perf_counter()
     text = read_text(settings.text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,7 +109,7 @@ def run(settings: Settings, output: Output) -> dict[str, Any]:
     model = pretrained.load_model(directory, dtype, device)
     peft_model = _peft_twin(model, settings)
     torch.manual_seed(settings.seed)
-    report = add_lora(model, settings.lora_config)
+    report = add_lora(model, settings.lora_config, quantize=settings.quantize)
     output.print(f"{settings.model or pretrained.DEFAULT_MODEL}: {report}", markup=False)
     steps = _compare_steps(model, peft_model, corpus, settings, output)
     del peft_model
@@ -148,10 +152,16 @@ def _make_output_directory(directory: Path) -> None:
 
 
 def _peft_twin(model: Any, settings: Settings) -> nn.Module:
-    """A PEFT model over the very same frozen tensors, without a second copy; its adapters are float32, as ours are."""
+    """A PEFT model over the very same frozen tensors, without a second copy; its adapters are float32, as ours are.
+
+    With --quantize its linear layers are bitsandbytes', over a 4-bit weight of the same bytes as ours.
+    """
     from peft import LoraConfig, get_peft_model
 
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    if settings.quantize:
+        _use_linear4bit(twin)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
@@ -159,7 +169,22 @@ def _peft_twin(model: Any, settings: Settings) -> nn.Module:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(copy.deepcopy(model, shared), config)
+    return get_peft_model(twin, config)
+
+
+def _use_linear4bit(model: Any) -> None:
+    """bitsandbytes' Linear4bit in the place of the linear layers, but for the output head."""
+    from bitsandbytes.nn import Linear4bit
+
+    head = model.get_output_embeddings()
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not head:
+            weight, bias = module.weight, module.bias
+            layer = Linear4bit(1, 1, compute_dtype=weight.dtype, quant_type="nf4")
+            layer.in_features, layer.out_features, layer.bias = module.in_features, module.out_features, bias
+            layer.weight = to_params4bit(quantize_nf4(weight.detach()), torch.uint8, layer)
+            owner, _, attribute = path.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, layer)
 
 
 def _compare_steps(
@@ -171,7 +196,7 @@ def _compare_steps(
     models = {OURS: model.train(), PEFT: peft_model.train()}
     with output.console.status("Timing a training step beside PEFT"):
         timings = interleaved({name: _step(model, ids) for name, model in models.items()}, TIMED_STEPS, warmup=1, device=device)
-        saved = {name: saved_bytes(partial(_loss, it, ids), exclude=[ids]) for name, it in models.items()}
+        saved = {name: saved_bytes(partial(_loss, it, ids), exclude=[ids, *it.buffers()]) for name, it in models.items()}
     for candidate in models.values():
         candidate.zero_grad(set_to_none=True)
     return {
@@ -281,7 +306,7 @@ def _round_trip(model: nn.Module, directory: Path, ids: Tensor, settings: Settin
     expected = model.eval()(input_ids=ids).logits
     first = next(model.parameters())
     fresh = pretrained.load_model(directory, first.dtype, first.device)
-    add_lora(fresh, settings.lora_config)
+    add_lora(fresh, settings.lora_config, quantize=settings.quantize)
     load_lora_state_dict(fresh, load_file(path))
     logits = fresh.eval()(input_ids=ids).logits
     if not torch.equal(logits, expected):

@@ -1,9 +1,10 @@
-"""`lora-kernels memory`: the bytes of training with LoRA and of full fine-tuning, from shapes alone.
+"""`lora-kernels memory`: the bytes of training with QLoRA, with LoRA and of full fine-tuning, from shapes alone.
 
-Counted: weights; gradients; AdamW's two moments (each in its parameter's dtype, as torch.optim.AdamW keeps them); and
-the activations that the adapted linear layers save for the backward pass *beyond their input x*, which both kinds of
-training keep and which layers that read the same x share. LoRA saves h[M,R] per layer, and an 8-byte seed where dropout
-is on. Not counted: x itself, attention, norms, logits, workspaces, fragmentation, and float32 master weights.
+Counted: weights (QLoRA: those of the adapted layers in NF4, blocks of 64 with 8-bit absmax, the others as they are);
+gradients; AdamW's two moments (each in its parameter's dtype, as torch.optim.AdamW keeps them); and the activations that
+the adapted linear layers save for the backward pass *beyond their input x*, which every kind of training keeps and which
+layers that read the same x share. LoRA saves h[M,R] per layer, and an 8-byte seed where dropout is on. Not counted: x
+itself, attention, norms, logits, workspaces, fragmentation, and float32 master weights.
 """
 
 import re
@@ -18,6 +19,7 @@ from torch import nn
 
 from ..config import LoRAConfig
 from ..modules import LoRALinear
+from ..nf4 import quantize_nf4
 from ..surgery import add_lora
 from .console import CommandError, Output, format_bytes
 from .pretrained import meta_model
@@ -26,9 +28,9 @@ SEED_BYTES = 8
 ADAMW_MOMENTS = 2
 SHAPE = re.compile(r"(\d+)x(\d+)(?::(\d+))?")
 CAPTION = (
-    "Activations: what the linear layers save beyond their input x; both kinds of training keep x itself, which layers "
-    "with the same input share: it is not counted. AdamW: two moments in the parameter's dtype. Not counted: "
-    "attention, norms, logits, workspaces, master weights."
+    "QLoRA: adapted layers in NF4. Activations: what the linear layers save beyond their input x; every kind of training "
+    "keeps x itself, which layers with the same input share: it is not counted. AdamW: two moments in the parameter's "
+    "dtype. Not counted: attention, norms, logits, workspaces, master weights."
 )
 
 
@@ -48,6 +50,47 @@ class Layers:
     def saved_bytes(self, M: int, itemsize: int, dropout: bool) -> int:
         """h[M,R] in the adapter's dtype for every layer, and the seed."""
         return self.count * (M * self.R * itemsize + (SEED_BYTES if dropout else 0))
+
+    @property
+    def parameters(self) -> int:
+        return self.count * self.K * self.N
+
+    @property
+    def nf4_bytes(self) -> int:
+        """The weights in NF4: that of an NF4Weight without values."""
+        return self.count * quantize_nf4(torch.empty(self.N, self.K, device="meta")).nbytes
+
+
+@dataclass(frozen=True)
+class Size:
+    """The linear layers and vocabulary of a well-known model; all but the embedding and the head are adapted."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    key_value: int
+    vocabulary: int
+
+    def adapted(self, R: int) -> list[Layers]:
+        shapes = Counter(
+            {(self.hidden, self.hidden): 2, (self.hidden, self.intermediate): 2, (self.intermediate, self.hidden): 1}
+        )
+        shapes[self.hidden, self.key_value] += 2
+        return [Layers(K, N, count * self.layers, R) for (K, N), count in shapes.items()]
+
+    @property
+    def parameters(self) -> int:
+        """All of them: the adapted layers, embedding and head, and the norms."""
+        norms = (2 * self.layers + 1) * self.hidden
+        return sum(group.parameters for group in self.adapted(1)) + 2 * self.vocabulary * self.hidden + norms
+
+
+SIZES = {
+    "7b": Size("Llama-2-7B", 32, 4096, 11008, 4096, 32000),
+    "8b": Size("Llama-3.1-8B", 32, 4096, 14336, 1024, 128256),
+    "70b": Size("Llama-3.1-70B", 80, 8192, 28672, 1024, 128256),
+}
 
 
 @dataclass(frozen=True)
@@ -115,12 +158,14 @@ def footprints(
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
 ) -> dict[str, Footprint]:
-    """The footprints "lora" and "full" for M tokens per step; "full" trains all `base_parameters` of the model."""
+    """The footprints "qlora", "lora" and "full" for M tokens per step; "full" trains all `base_parameters` of the model."""
     weights, adapter_bytes = base_parameters * dtype.itemsize, adapter_dtype.itemsize
     adapters = sum(group.adapter_parameters for group in layers)
     saved = sum(group.saved_bytes(M, adapter_bytes, dropout) for group in layers)
     size = adapters * adapter_bytes
+    nf4 = sum(group.nf4_bytes - group.parameters * dtype.itemsize for group in layers)
     return {
+        "qlora": Footprint(adapters, weights + nf4, size, saved, size, ADAMW_MOMENTS * size),
         "lora": Footprint(adapters, weights, size, saved, size, ADAMW_MOMENTS * size),
         "full": Footprint(base_parameters, weights, 0, 0, weights, ADAMW_MOMENTS * weights),
     }
@@ -147,11 +192,11 @@ def run(
     names = ("trainable_parameters", "weights", "adapters", "saved_activations", "gradients", "optimizer", "total")
     rows = []
     for name in names:
-        values = [getattr(result[kind], name) for kind in ("lora", "full")]
+        values = [getattr(result[kind], name) for kind in ("qlora", "lora", "full")]
         readable = [f"{value:,}" if name == "trainable_parameters" else format_bytes(value) for value in values]
         rows.append((name.replace("_", " "), *readable))
-    title = f"LoRA and full fine-tuning, base {_name(dtype)}, adapters {_name(adapter_dtype)}"
-    output.table(title, ("", "LoRA", "full fine-tuning"), rows, caption=CAPTION)
+    title = f"QLoRA, LoRA and full fine-tuning, base {_name(dtype)}, adapters {_name(adapter_dtype)}"
+    output.table(title, ("", "QLoRA", "LoRA", "full fine-tuning"), rows, caption=CAPTION)
     return {
         "tokens": M,
         "dtype": _name(dtype),
