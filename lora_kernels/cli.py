@@ -1,4 +1,4 @@
-"""`lora-kernels demo | bench | report | memory`: the command line. Heavy imports happen inside the commands."""
+"""`lora-kernels demo | bench | tune | report | memory`: the command line. Heavy imports happen inside the commands."""
 
 import sys
 from pathlib import Path
@@ -150,6 +150,21 @@ def _bench_model(
         length,
     )
     return model_benchmark.run(settings, device, repeats, out, compare)
+
+
+@app.command()
+def tune(
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the file is written; default: the user's cache, where dispatch reads it.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Ranks up to 32 only.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Measure this GPU's tiles and dataflows in a few minutes; calls follow the measurements from then on."""
+    from .commands import tune as tuner
+
+    out = Output(json_file)
+    out.write_json(tuner.run(out, folder, quick))
 
 
 @app.command()
