@@ -1,4 +1,4 @@
-"""Gather one run of bench/gpu.sh into bench/results/<device>/<date>-<commit>.json, and a copy in $OUT if that is set.
+"""Gather one run of bench/gpu.sh or bench/cpu.sh into bench/results/<device>/<date>-<commit>.json, and a copy in $OUT.
 
 `PYTHONPATH=. python bench/collect.py FOLDER`: FOLDER holds stages.tsv, and a log and perhaps a JSON file of each stage.
 """
@@ -31,8 +31,8 @@ def collect(folder: Path) -> dict[str, Any]:
 
 def target(found: dict[str, Any], date: str) -> Path:
     """bench/results/<device>/<date>-<commit>.json with a device name that every file system takes."""
-    gpus = found["gpus"]
-    device = gpus[0]["name"] if gpus else found["cpu"]["name"]
+    gpus, cpu = found["gpus"], found["cpu"]
+    device = gpus[0]["name"] if gpus else f"{cpu['name']} {cpu['threads']} cores"
     folder = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return ROOT / "bench" / "results" / folder / f"{date}-{found['commit'] or 'unknown'}.json"
 
@@ -40,7 +40,8 @@ def target(found: dict[str, Any], date: str) -> Path:
 def main() -> None:
     """Write the file, say where, copy it."""
     data = collect(Path(sys.argv[1]))
-    data["date"] = datetime.date.today().isoformat()
+    now = datetime.datetime.now(datetime.timezone.utc)
+    data["date"], data["time"] = now.date().isoformat(), now.strftime("%Y-%m-%dT%H:%M:%SZ")
     path = target(data["environment"], data["date"])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n")

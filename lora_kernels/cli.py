@@ -1,4 +1,4 @@
-"""`lora-kernels demo | bench | report | memory`: the command line. Heavy imports happen inside the commands."""
+"""`lora-kernels demo | bench | tune | report | memory`: the command line. Heavy imports happen inside the commands."""
 
 import sys
 from pathlib import Path
@@ -84,19 +84,30 @@ def demo(
 @app.command()
 def bench(
     suite: Annotated[
-        str, typer.Option(help="small (one layer for a CPU), llama (Llama-3.1-8B's shapes), or auto by device.")
+        str, typer.Option(help="auto, small, smollm, llama, llama-70b, qwen, tokens, ranks, decoder or decoder-small.")
     ] = "auto",
     shape: Annotated[list[str] | None, typer.Option(help="KxN, in-features x out-features; repeatable.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens M; repeatable.")] = None,
     rank: Annotated[list[int] | None, typer.Option(help="Rank; repeatable.")] = None,
     dropout: Annotated[list[float] | None, typer.Option(help="Dropout probability; repeatable.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; repeatable.")] = None,
+    compare: Annotated[
+        str, typer.Option(help="Peers, by commas: peft, peft-compile, unsloth-style, bnb, lorafusion; or all, none.")
+    ] = "peft",
+    lorafusion: Annotated[Path | None, typer.Option(help="A checkout of LoRAFusion, for --compare lorafusion.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Time a step of this local Hugging Face causal LM instead, LoRA on all its linear layers."),
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(help="With --model: tokens of one sequence, at most.")] = 512,
+    forward: Annotated[bool, typer.Option("--forward", help="Time the forward pass alone, without gradients.")] = False,
     device: Device = None,
     repeats: Annotated[int | None, typer.Option(help="Timed rounds; default: 10 on a CPU, 50 on a GPU.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Time forward + backward of one LoRA layer beside the bare linear and PEFT; exit 1 if a result is wrong."""
-    from .commands import benchmark
+    """Time LoRA layers beside the bare linear and other implementations; exit 1 if a result is wrong."""
+    from .commands import benchmark, peers
+    from .commands.cases import BOTH, FORWARD, Shape, choose_suite
     from .commands.memory import parse_shapes
 
     out = Output(json_file)
@@ -105,19 +116,55 @@ def bench(
         repeats = 50 if on.type == "cuda" else 10
     if repeats < 1:
         raise CommandError(f"--repeats: got {repeats}, expected at least 1")
-    chosen = benchmark.choose_suite(
-        suite,
-        on,
-        shapes=tuple((layers.K, layers.N) for layers in parse_shapes(shape or (), rank=1)),
-        tokens=tuple(tokens or ()),
-        ranks=tuple(rank or ()),
-        dropouts=tuple(dropout or ()),
-        dtypes=tuple(_dtype(name) for name in dtype or ()),
-    )
-    result = benchmark.run(chosen, on, repeats, out)
+    axes: dict[str, tuple[Any, ...]] = {
+        "tokens": tuple(tokens or ()),
+        "ranks": tuple(rank or ()),
+        "dropouts": tuple(dropout or ()),
+        "dtypes": tuple(_dtype(name) for name in dtype or ()),
+    }
+    if model is not None:
+        if shape or forward or len(axes["dtypes"]) > 1:
+            raise CommandError("bench --model: got --shape, --forward or several --dtype, which are for single layers")
+        result = _bench_model(model, on, axes, sequence_length, repeats, out, peers.parse(compare))
+    else:
+        shapes = tuple(Shape(layers.K, layers.N) for layers in parse_shapes(shape or (), rank=1))
+        chosen = choose_suite(suite, on, FORWARD if forward else BOTH, shapes=shapes, **axes)
+        result = benchmark.run(chosen, on, repeats, out, peers.parse(compare), lorafusion)
     out.write_json(result)
     if result["failures"]:
         raise typer.Exit(1)
+
+
+def _bench_model(
+    model: Path, device: Any, axes: dict[str, tuple[Any, ...]], length: int, repeats: int, out: Output, compare: tuple[str, ...]
+) -> dict[str, Any]:
+    from .commands import model_benchmark
+
+    on_gpu = device.type == "cuda"
+    settings = model_benchmark.Settings(
+        model,
+        axes["tokens"] or (4096 if on_gpu else 512,),
+        axes["ranks"] or (16,),
+        axes["dropouts"] or (0.1,),
+        axes["dtypes"][0] if axes["dtypes"] else _dtype("bfloat16" if on_gpu else "float32"),
+        length,
+    )
+    return model_benchmark.run(settings, device, repeats, out, compare)
+
+
+@app.command()
+def tune(
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the file is written; default: the user's cache, where dispatch reads it.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Ranks up to 32 only.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Measure this GPU's tiles and dataflows in a few minutes; calls follow the measurements from then on."""
+    from .commands import tune as tuner
+
+    out = Output(json_file)
+    out.write_json(tuner.run(out, folder, quick))
 
 
 @app.command()
@@ -213,7 +260,7 @@ def _device(name: str | None) -> Any:
 
 
 def _dtype(name: str) -> Any:
-    from .commands.benchmark import DTYPES
+    from .commands.cases import DTYPES
 
     if name not in DTYPES:
         raise CommandError(f"--dtype: got {name!r}, expected one of {', '.join(DTYPES)}")

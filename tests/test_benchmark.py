@@ -1,12 +1,17 @@
 """The benchmark: its arithmetic, its table's raw rows, and that a wrong kernel gets no speed."""
 
+import importlib.util
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lora_kernels.commands import accuracy_gate, benchmark
 from lora_kernels.commands.accuracy_gate import Problem, gate
-from lora_kernels.commands.benchmark import BARE, OURS, OURS_FP32, PEFT, PEFT_FP32, Case, choose_suite, measure_case
+from lora_kernels.commands.benchmark import measure_case
+from lora_kernels.commands.cases import FORWARD, LLAMA_8B, SUITES, Case, Shape, choose_suite
 from lora_kernels.commands.console import CommandError, Output
+from lora_kernels.commands.peers import BARE, OURS, OURS_FP32, PEFT, PEFT_FP32
 from lora_kernels.dropout import dropout_mask
 
 CPU = torch.device("cpu")
@@ -76,7 +81,7 @@ def test_gate_refuses_a_defect_and_names_what_is_wrong(monkeypatch, defect, fail
 
 def test_a_wrong_result_gets_no_times(monkeypatch, capsys):
     monkeypatch.setattr(accuracy_gate, "lora_linear", broken(scale_y=1.01))
-    suite = choose_suite("small", CPU, shapes=((32, 16),), tokens=(8,), ranks=(2,))
+    suite = choose_suite("small", CPU, shapes=(Shape(32, 16),), tokens=(8,), ranks=(2,))
     result = benchmark.run(suite, CPU, repeats=1, output=Output())
     assert result["rows"] == []
     assert "lora_kernels: y: norm error" in result["failures"][0]["reason"]
@@ -85,14 +90,18 @@ def test_a_wrong_result_gets_no_times(monkeypatch, capsys):
 
 def test_rows_hold_every_variant_with_consistent_ratios():
     pytest.importorskip("peft")
-    case = Case(M=64, K=48, N=32, R=4, p=0.1, dtype=torch.bfloat16)
-    rows, reasons = measure_case(case, CPU, repeats=3, with_peft=True)
-    assert reasons == []
+    case = Case(64, Shape(48, 32), R=4, p=0.1, dtype=torch.bfloat16)
+    rows, wrong, refusals = measure_case(case, CPU, repeats=3)
+    assert (wrong, refusals) == ([], [])
     by_name = {row["variant"]: row for row in rows}
     assert list(by_name) == [BARE, OURS, OURS_FP32, PEFT, PEFT_FP32]
     assert by_name[BARE]["times_bare"] == 1.0
-    assert by_name[PEFT]["times_peft"] == 1.0
+    assert by_name[PEFT]["faster_than"][PEFT] == 1.0
     for row in rows:
+        assert set(row["faster_than"]) == {PEFT, PEFT_FP32}
+        assert row["faster_than"][PEFT] == pytest.approx(by_name[PEFT]["median_us"] / row["median_us"])
+        assert row["gbs"] == pytest.approx(case.bytes() / row["median_us"] * 1e-3)
+        assert (row["launches"], row["cuda_graph"]) == (None, False)
         assert row["p20_us"] <= row["median_us"] <= row["p80_us"]
         assert row["times_bare"] == pytest.approx(row["median_us"] / by_name[BARE]["median_us"])
         assert row["tflops"] == pytest.approx(case.flops(row["variant"] != BARE) / row["median_us"] * 1e-6)
@@ -102,8 +111,8 @@ def test_rows_hold_every_variant_with_consistent_ratios():
 
 def test_saved_bytes_are_h_and_a_seed_while_peft_saves_tensors_of_the_size_of_x():
     pytest.importorskip("peft")
-    case = Case(M=64, K=48, N=32, R=4, p=0.1, dtype=torch.float32)
-    rows, _ = measure_case(case, CPU, repeats=1, with_peft=True)
+    case = Case(64, Shape(48, 32), R=4, p=0.1, dtype=torch.float32)
+    rows, *_ = measure_case(case, CPU, repeats=1)
     saved = {row["variant"]: row["saved_bytes"] for row in rows}
     assert saved[BARE] == 0
     assert saved[OURS] == 64 * 4 * 4 + 8
@@ -111,26 +120,46 @@ def test_saved_bytes_are_h_and_a_seed_while_peft_saves_tensors_of_the_size_of_x(
 
 
 def test_without_peft_its_rows_are_missing_and_the_reason_is_given(monkeypatch):
-    real = benchmark.importlib.util.find_spec
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None if name == "peft" else real(name))
-    suite = choose_suite("small", CPU, shapes=((32, 16),), tokens=(8,), ranks=(2,))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else real(name))
+    suite = choose_suite("small", CPU, shapes=(Shape(32, 16),), tokens=(8,), ranks=(2,))
     result = benchmark.run(suite, CPU, repeats=1, output=Output())
     assert {row["variant"] for row in result["rows"]} == {BARE, OURS}
-    assert all(row["times_peft"] is None for row in result["rows"])
-    assert "not installed" in result["peers_not_measured"]["PEFT"]
+    assert all(row["faster_than"] == {} for row in result["rows"])
+    (refusal,) = result["peers_not_measured"]
+    assert (refusal["peer"], refusal["case"]) == ("peft", "all")
+    assert "not installed" in refusal["reason"]
 
 
 def test_flops_count_six_low_rank_products():
-    case = Case(M=10, K=7, N=5, R=2, p=0.0, dtype=torch.float32)
+    case = Case(10, Shape(7, 5), R=2, p=0.0, dtype=torch.float32)
     assert case.flops(adapted=False) == 2 * 2 * 10 * 7 * 5
     assert case.flops(adapted=True) - case.flops(adapted=False) == 2 * 10 * 2 * 3 * (7 + 5)
+    forward = replace(case, passes=FORWARD)
+    assert forward.flops(adapted=False) == 2 * 10 * 7 * 5
+    assert forward.flops(adapted=True) - forward.flops(adapted=False) == 2 * 10 * 2 * (7 + 5)
+
+
+def test_bytes_are_those_of_the_frozen_layers():
+    case = Case(10, Shape(7, 5), R=2, p=0.0, dtype=torch.bfloat16)
+    assert replace(case, passes=FORWARD).bytes() == 2 * (10 * 7 + 7 * 5 + 10 * 5)
+    assert case.bytes() == 2 * replace(case, passes=FORWARD).bytes()
+
+
+def test_blocks_have_the_layers_of_a_decoder_layer():
+    shape = Shape(8, 20, "decoder", kv=4)
+    assert list(shape.layers()) == ["q", "k", "v", "o", "gate", "up", "down"]
+    assert shape.layers()["v"] == (8, 4)
+    assert shape.layers()["down"] == (20, 8)
+    linears = sum(Case(10, Shape(K, N), 2, 0.0, torch.float32).flops(True) for K, N in shape.layers().values())
+    assert Case(10, shape, 2, 0.0, torch.float32).flops(True) == linears
 
 
 def test_suites_follow_the_device_and_take_other_axes():
-    assert choose_suite("auto", CPU) == benchmark.SUITES["small"]
-    assert choose_suite("auto", torch.device("cuda")) == benchmark.SUITES["llama"]
+    assert choose_suite("auto", CPU) == SUITES["small"]
+    assert choose_suite("auto", torch.device("cuda")) == SUITES["llama"]
     cases = list(choose_suite("llama", CPU, tokens=(16, 32), dropouts=(0.5,)).cases())
-    assert len(cases) == 2 * len(benchmark.LLAMA_8B)
+    assert len(cases) == 2 * len(LLAMA_8B)
     assert {(case.M, case.p, case.R) for case in cases} == {(16, 0.5, 16), (32, 0.5, 16)}
 
 

@@ -4,9 +4,10 @@ import time
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
-from lora_kernels.commands.measure import interleaved, peak_bytes, saved_bytes, summarize
+from lora_kernels.commands.measure import held_bytes, interleaved, kernel_launches, peak_bytes, saved_bytes, summarize
 
 
 def test_saved_bytes_counts_an_intermediate_once_however_often_it_is_saved():
@@ -66,6 +67,29 @@ def test_peak_bytes_sees_the_backward_pass():
     x = torch.randn(500, 500, requires_grad=True)
     # exp's result, the gradient of the sum (expanded, no memory), and the product that becomes x.grad
     assert 2 * x.nbytes <= peak_bytes(lambda: x.exp().sum().backward()) < 2 * x.nbytes + 1000
+
+
+def test_held_bytes_are_those_alive_with_the_result():
+    x = torch.randn(500, 500, requires_grad=True)
+    assert held_bytes(lambda: x.detach() + 1) == x.nbytes
+    assert held_bytes(lambda: x.exp().square()) == 2 * x.nbytes  # exp's result is saved for the backward pass
+    assert held_bytes(lambda: (x.detach() + 1).sum() and None) == 0
+
+
+def test_held_bytes_see_what_checkpointing_keeps():
+    x = torch.randn(500, 500, requires_grad=True)
+
+    def chain(value):
+        return value.exp().sin().exp().sin()
+
+    plain = held_bytes(lambda: chain(x * 2))
+    kept = held_bytes(lambda: torch.utils.checkpoint.checkpoint(chain, x * 2, use_reentrant=False))
+    assert plain >= 3 * x.nbytes  # two results of exp and the last
+    assert kept <= 2 * x.nbytes + 100_000  # x * 2 and the result; some state of the generator
+
+
+def test_a_cpu_launches_no_kernels():
+    assert kernel_launches(lambda: torch.ones(3), torch.device("cpu")) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

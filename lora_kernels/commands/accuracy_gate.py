@@ -6,6 +6,7 @@ elements plain PyTorch's error is luck: there it counts as at least half a unit 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,13 +67,14 @@ class Problem:
         return replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
 
 
-def gate(problem: Problem, seed: int, exact: dict[str, Tensor] | None = None) -> list[str]:
+def gate(problem: Problem, seed: int, exact: dict[str, Tensor] | None = None, weight: Any = None) -> list[str]:
     """Why lora_linear's result for `problem` is not acceptable, a line for each output that fails; empty when it is.
 
-    exact: `truth(problem, seed)` where the caller has it already.
+    exact: `truth(problem, seed)` where the caller has it already. weight: what lora_linear gets in place of W, of its values.
     """
     exact = truth(problem, seed) if exact is None else exact
-    x, W, A, B = problem.x, problem.W, problem.A.clone().requires_grad_(), problem.B.clone().requires_grad_()
+    x, A, B = problem.x, problem.A.clone().requires_grad_(), problem.B.clone().requires_grad_()
+    W = problem.W if weight is None else weight
     rows = _checked_rows(problem)
     y = lora_linear(x, W, A, B, scaling=problem.lora_alpha_over_r, dropout_p=problem.p, seed=seed)
     tested = _outputs(y, (x, A, B), problem.dy, rows)

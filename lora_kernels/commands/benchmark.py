@@ -1,212 +1,166 @@
-"""`lora-kernels bench`: forward + backward of one LoRA linear layer beside the bare frozen layer and PEFT.
+"""`lora-kernels bench`: LoRA linear layers, forward + backward, beside the bare frozen layer and the peers of peers.py.
 
 One row per case and variant. A case whose outputs or gradients fail the correctness gate reports no times at all.
 """
 
 import functools
-import importlib.util
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ..backends import backend_report
-from ..modules import LoRALinear
-from .accuracy_gate import Problem, gate, truth
-from .console import CommandError, Output, format_bytes
+from . import peers
+from .accuracy_gate import gate, truth
+from .blocks import BlockProblem
+from .cases import FORWARD, Case, Suite
+from .console import Output, format_bytes
 from .environment import environment
-from .measure import Timing, interleaved, peak_bytes, saved_bytes
+from .measure import Timing, cuda_graph, interleaved, kernel_launches, peak_bytes, saved_bytes
+from .peers import BARE, HEADINGS, Variant
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BARE, PEFT = "bare frozen linear", "PEFT eager"
-OURS, OURS_FP32, PEFT_FP32 = "lora_kernels", "lora_kernels, fp32 adapters", "PEFT eager, fp32 adapters"
+GRAPH_TOKENS = 512  # up to so many tokens launches cost more than kernels: on a GPU they are timed as CUDA graphs
 CAPTION = (
-    "x bare: time over the bare frozen linear's. x PEFT: how many times faster than PEFT eager with adapters of x's "
-    "dtype. saved: kept by autograd for the backward pass beyond x and the parameters. peak: allocated at once in "
-    "forward + backward."
+    "GB/s: of reading and writing the frozen layers' x, W, y, dy and dx once. x bare: time over the bare frozen linear's. "
+    "x PEFT and so on: how many times faster than that row. saved: kept by autograd for the backward pass beyond the inputs, "
+    "parameters and buffers. peak: allocated at once in the call. launches: kernels, on a GPU; g: timed as a CUDA graph."
 )
+Refusals = list[dict[str, str]]
 
 
-@dataclass(frozen=True)
-class Case:
-    """One layer K -> N with rank R and dropout p on M tokens."""
-
-    M: int
-    K: int
-    N: int
-    R: int
-    p: float
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        return f"{self.K}→{self.N} M={self.M} r={self.R} p={self.p} {str(self.dtype).removeprefix('torch.')}"
-
-    def flops(self, adapted: bool) -> int:
-        """Multiply-adds count two. x·Wᵀ and dy·W; with an adapter also h, h·Bᵀ, g, g·A, dA, dB."""
-        base = 4 * self.M * self.K * self.N
-        return base + 6 * self.M * self.R * (self.K + self.N) if adapted else base
-
-
-@dataclass(frozen=True)
-class Suite:
-    """The cases of a run: every combination of its axes."""
-
-    shapes: tuple[tuple[int, int], ...]
-    tokens: tuple[int, ...]
-    ranks: tuple[int, ...]
-    dropouts: tuple[float, ...]
-    dtypes: tuple[torch.dtype, ...]
-
-    def cases(self) -> Iterator[Case]:
-        axes = (self.dtypes, self.dropouts, self.ranks, self.tokens, self.shapes)
-        for dtype, p, R, M, (K, N) in itertools.product(*axes):
-            yield Case(M, K, N, R, p, dtype)
-
-
-LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))  # q,o  k,v  gate,up  down
-SUITES = {
-    "small": Suite(((2048, 2048),), (2048,), (8,), (0.1,), (torch.float32,)),
-    "llama": Suite(LLAMA_8B, (2048, 8192), (16,), (0.0, 0.1), (torch.bfloat16,)),
-}
-
-
-def choose_suite(name: str, device: torch.device, **axes: tuple[Any, ...]) -> Suite:
-    """The suite `name` ("auto": llama on a GPU, small on a CPU) with the axes that are given in place of its own.
-
-    Raises CommandError for an unknown suite and for axes that make no layer.
-    """
-    if name == "auto":
-        name = "llama" if device.type == "cuda" else "small"
-    if name not in SUITES:
-        raise CommandError(f"--suite: got {name!r}, expected one of {', '.join(('auto', *SUITES))}")
-    suite = replace(SUITES[name], **{axis: values for axis, values in axes.items() if values})
-    for case in suite.cases():
-        if case.M < 1:
-            raise CommandError(f"--tokens: got {case.M}, expected at least 1")
-        if not 1 <= case.R <= min(case.K, case.N):
-            expected = f"1 to {min(case.K, case.N)} for the shape {case.K}x{case.N}"
-            raise CommandError(f"--rank: got {case.R}, expected {expected}")
-        if not 0 <= case.p <= 1:
-            raise CommandError(f"--dropout: got {case.p}, expected a probability in [0, 1]")
-    return suite
-
-
-def run(suite: Suite, device: torch.device, repeats: int, output: Output, seed: int = 0) -> dict[str, Any]:
-    """Measure every case of `suite`: print a table for each as it is done, return header, rows, refusals and peers."""
-    refused_peers = {} if importlib.util.find_spec("peft") else {"PEFT": "not installed; run `pip install peft`"}
-    header = {**environment(), "device": _device_name(device), "repeats": repeats, "seed": seed}
-    output.print(_header_line(header))
-    for peer, why in refused_peers.items():
-        output.print(f"peer not measured: {peer}: {why}", markup=False)
+def run(
+    suite: Suite,
+    device: torch.device,
+    repeats: int,
+    output: Output,
+    compare: tuple[str, ...] = ("peft",),
+    lorafusion: Path | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure every case of `suite`: print a table for each as it is done, return header, rows, failures and refusals."""
+    header = new_header(device, repeats, seed, output)
+    reasons = {peer: peers.why_not(peer, lorafusion) for peer in compare}
+    refusals: Refusals = [{"peer": peer, "case": "all", "reason": why} for peer, why in reasons.items() if why]
+    print_refusals(refusals, output)
+    present = tuple(peer for peer in compare if not reasons[peer])
     rows: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
     for case in suite.cases():
-        case_rows, reasons = measure_case(case, device, repeats, with_peft=not refused_peers, seed=seed)
+        case_rows, wrong, refused = measure_case(case, device, repeats, present, lorafusion, seed)
         rows += case_rows
-        failures += [{"case": str(case), "reason": reason} for reason in reasons]
-        if reasons:
+        refusals += refused
+        failures += [{"case": str(case), "reason": reason} for reason in wrong]
+        if wrong:
             output.print(f"[bold red]{case}: no times reported, the correctness gate failed[/]")
-            output.print("\n".join(f"  {reason}" for reason in reasons), markup=False)
+            output.print("\n".join(f"  {reason}" for reason in wrong), markup=False)
         else:
             _print_case(case, case_rows, output)
+        print_refusals(refused, output)
     output.print(CAPTION)
-    return {"header": header, "rows": rows, "failures": failures, "peers_not_measured": refused_peers}
+    return {"header": header, "rows": rows, "failures": failures, "peers_not_measured": refusals}
 
 
 def measure_case(
-    case: Case, device: torch.device, repeats: int, with_peft: bool, seed: int = 0
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """(rows, []) of one case, or ([], reasons) where the gate fails."""
-    problem = Problem.draw(case.M, case.K, case.N, case.R, case.p, case.dtype, device, seed)
-    problems = {OURS: problem}
-    if case.dtype != torch.float32:
-        problems[OURS_FP32] = problem.with_adapters(torch.float32)
-    exact = truth(problem, seed)  # float32 adapters have the same values, so the same truth
-    reasons = [f"{name}: {reason}" for name, ours in problems.items() for reason in gate(ours, seed, exact)]
-    if reasons:
-        return [], reasons
-    layers: dict[str, nn.Module] = {BARE: _frozen(problem)}
-    layers.update({name: _ours(ours) for name, ours in problems.items()})
-    if with_peft:
-        layers.update({name.replace(OURS, PEFT): _peft(ours) for name, ours in problems.items()})
-    steps = {name: _step(layer, problem) for name, layer in layers.items()}
-    timings = interleaved(steps, repeats=repeats, warmup=3, device=device)
+    case: Case,
+    device: torch.device,
+    repeats: int,
+    compare: tuple[str, ...] = ("peft",),
+    lorafusion: Path | None = None,
+    seed: int = 0,
+) -> tuple[list[dict[str, Any]], list[str], Refusals]:
+    """(rows, what the gate found wrong, peers that could not run with the reason): no rows where anything is wrong."""
+    problem = BlockProblem.draw(case, device, seed)
+    variants, refusals = [], []
+    for name in ("bare", "ours", *compare):
+        try:
+            reason = peers.why_not_here(name, case)
+            new = [] if reason else peers.variants(name, problem, lorafusion)
+            for variant in new:
+                problem.step(variant.module)()
+        except Exception as error:  # another project's code: whatever it raises, the others are measured
+            if name not in compare:
+                raise
+            new, reason = [], f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        variants += new
+        if reason:
+            refusals.append({"peer": name, "case": str(case), "reason": reason})
+    wrong = [reason for variant in variants if variant.ours for reason in _gate(variant, seed)]
+    return ([], wrong, refusals) if wrong else (_measure(problem, variants, device, repeats), [], refusals)
+
+
+def _gate(variant: Variant, seed: int) -> list[str]:
+    """The gate's reasons for each different layer of a variant of this package."""
+    assert variant.ours is not None
+    different = {(layer.in_features, layer.out_features): layer for layer in variant.ours.layers.values()}
+    reasons = []
+    for layer in different.values():
+        weight = None
+        if variant.nf4:
+            layer, weight = peers.nf4_problem(layer)
+        reasons += [f"{variant.name}: {reason}" for reason in gate(layer, seed, truth(layer, seed), weight)]
+    return reasons
+
+
+def _measure(problem: BlockProblem, variants: list[Variant], device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    case = problem.case
+    steps = {variant.name: problem.step(variant.module) for variant in variants}
+    timed, graphed = dict(steps), dict.fromkeys(steps, False)
+    if device.type == "cuda" and case.M <= GRAPH_TOKENS:
+        for name, step in steps.items():
+            replay = cuda_graph(step, device)
+            if not isinstance(replay, str):
+                timed[name], graphed[name] = replay, True
+    timings = interleaved(timed, repeats=repeats, warmup=3, device=device)
     rows = []
-    for name, layer in layers.items():
-        saved = saved_bytes(functools.partial(layer, problem.x), exclude=[problem.x])
-        peak = peak_bytes(steps[name], device)
-        rows.append(_row(case, name, timings, saved, peak, _backend(name, problems)))
-    return rows, []
+    for variant in variants:
+        step = steps[variant.name]
+        kept = [*problem.inputs, *variant.module.parameters(), *variant.module.buffers()]
+        row = _row(case, variant, timings)
+        call = step if case.passes == FORWARD else functools.partial(variant.module, *problem.inputs)
+        row["saved_bytes"] = saved_bytes(call, exclude=kept)
+        row["peak_bytes"] = peak_bytes(step, device)
+        row["launches"] = kernel_launches(step, device)
+        row["cuda_graph"] = graphed[variant.name]
+        rows.append(row)
+    return rows
 
 
-def _row(case: Case, name: str, timings: dict[str, Timing], saved: int, peak: int, backend: str | None) -> dict[str, Any]:
-    timing = timings[name]
+def _row(case: Case, variant: Variant, timings: dict[str, Timing]) -> dict[str, Any]:
+    timing = timings[variant.name]
+    shape = case.shape
     return {
-        "op": "forward+backward",
-        **{axis: getattr(case, axis) for axis in ("M", "K", "N", "R", "p")},
+        "op": case.passes,
+        "block": shape.block,
+        **{"M": case.M, "K": shape.K, "N": shape.N, "kv": shape.kv or None, "R": case.R, "p": case.p},
         "dtype": str(case.dtype).removeprefix("torch."),
-        "variant": name,
-        "backend": backend,
+        "variant": variant.name,
+        "backend": _backend(variant),
         "median_us": timing.median * 1e6,
         "p20_us": timing.p20 * 1e6,
         "p80_us": timing.p80 * 1e6,
-        "tflops": case.flops(adapted=name != BARE) / timing.median * 1e-12,
+        "tflops": case.flops(adapted=variant.name != BARE) / timing.median * 1e-12,
+        "gbs": case.bytes() / timing.median * 1e-9,
         "times_bare": timing.median / timings[BARE].median,
-        "times_peft": timings[PEFT].median / timing.median if PEFT in timings else None,
-        "saved_bytes": saved,
-        "peak_bytes": peak,
+        "faster_than": {name: other.median / timing.median for name, other in timings.items() if name in HEADINGS},
     }
 
 
-def _frozen(problem: Problem) -> nn.Linear:
-    linear = nn.Linear(problem.in_features, problem.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(problem.W, requires_grad=False)
-    return linear
-
-
-def _ours(problem: Problem) -> nn.Module:
-    layer = LoRALinear.from_linear(_frozen(problem), r=problem.r, lora_alpha=problem.lora_alpha, lora_dropout=problem.p)
-    return _with_adapter(layer, problem)
-
-
-def _peft(problem: Problem) -> nn.Module:
-    """PEFT's own layer, with its adapters in the dtype of `problem`'s: float32 is PEFT's default for 16-bit models."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=problem.r, lora_alpha=problem.lora_alpha, lora_dropout=problem.p, target_modules=["linear"], bias="none"
-    )
-    model = nn.ModuleDict({"linear": _frozen(problem)})
-    promote = problem.A.dtype == torch.float32 and problem.x.dtype != torch.float32
-    get_peft_model(model, config, autocast_adapter_dtype=promote)  # exchanges the layer in place
-    return _with_adapter(model["linear"], problem)
-
-
-def _with_adapter(layer: Any, problem: Problem) -> nn.Module:
-    """`layer` in training mode with copies of `problem`'s adapter."""
-    for adapters, value in ((layer.lora_A, problem.A), (layer.lora_B, problem.B)):
-        adapter = adapters["default"]
-        if isinstance(adapter, nn.Linear):  # PEFT keeps a module, this package a parameter
-            adapter.weight = nn.Parameter(value.clone())
-        else:
-            adapters["default"] = nn.Parameter(value.clone())
-    return layer.train()
-
-
-def _step(layer: nn.Module, problem: Problem) -> Callable[[], tuple[Tensor, ...]]:
-    wanted = [problem.x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
-    return lambda: torch.autograd.grad(layer(problem.x), wanted, problem.dy)
-
-
-def _backend(name: str, problems: dict[str, Problem]) -> str | None:
-    """The backend that computes variant `name`; None for what is not ours."""
-    if name not in problems:
+def _backend(variant: Variant) -> str | None:
+    """The backend that computes `variant`; None for what is not this package's."""
+    if variant.ours is None:
         return None
-    ours = problems[name]
-    return next(row.backend for row in backend_report(ours.x, ours.W, ours.A, ours.B) if row.used)
+    layer = next(iter(variant.ours.layers.values()))
+    weight = peers.nf4_problem(layer)[1] if variant.nf4 else layer.W
+    return next(row.backend for row in backend_report(layer.x, weight, layer.A, layer.B) if row.used)
+
+
+def new_header(device: torch.device, repeats: int, seed: int, output: Output) -> dict[str, Any]:
+    """What a run's numbers depend on, printed as one line."""
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    header = {**environment(), "device": _device_name(device), "time": started, "repeats": repeats, "seed": seed}
+    output.print(_header_line(header))
+    return header
 
 
 def _device_name(device: torch.device) -> str:
@@ -221,20 +175,30 @@ def _header_line(header: dict[str, Any]) -> str:
     )
 
 
+def print_refusals(refusals: Refusals, output: Output) -> None:
+    """A line for each peer that was asked for and not measured."""
+    for refusal in refusals:
+        case = "" if refusal["case"] == "all" else f" ({refusal['case']})"
+        output.print(f"peer not measured: {refusal['peer']}{case}: {refusal['reason']}", markup=False)
+
+
 def _print_case(case: Case, rows: list[dict[str, Any]], output: Output) -> None:
-    columns = ("variant", "backend", "median µs", "p20–p80", "TFLOP/s", "x bare", "x PEFT", "saved", "peak")
+    others = [name for name in HEADINGS if name in rows[0]["faster_than"]]
+    columns = ["variant", "backend", "median µs", "p20–p80", "TFLOP/s", "GB/s", "x bare", *(HEADINGS[name] for name in others)]
     cells = [
         (
             row["variant"],
             row["backend"] or "",
-            f"{row['median_us']:,.0f}",
+            f"{row['median_us']:,.0f}{' g' if row['cuda_graph'] else ''}",
             f"{row['p20_us']:,.0f}–{row['p80_us']:,.0f}",
             f"{row['tflops']:.3g}",
+            f"{row['gbs']:.3g}",
             f"{row['times_bare']:.2f}",
-            f"{row['times_peft']:.2f}" if row["times_peft"] else "",
+            *(f"{row['faster_than'][name]:.2f}" for name in others),
             format_bytes(row["saved_bytes"]),
             format_bytes(row["peak_bytes"]),
+            "" if row["launches"] is None else row["launches"],
         )
         for row in rows
     ]
-    output.table(f"forward + backward, {case}", columns, cells)
+    output.table(f"{case.passes}, {case}", [*columns, "saved", "peak", "launches"], cells)

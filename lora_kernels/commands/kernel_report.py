@@ -78,17 +78,51 @@ def _work(kernel: str, M: int, K: int, N: int, R: int, data: int, adapter: int) 
     }[kernel]
 
 
-def choices(target: str) -> list[tuple[str, str, str]]:
-    """(direction, contraction, dataflow) that a call takes on `target`; empty where Triton is not installed."""
+def choices(target: str) -> list[tuple[str, ...]]:
+    """(direction, contraction, tokens, dataflow, evidence) of a call on `target`; empty where Triton is not installed.
+
+    The evidence is this machine's GPU's, or that of the devices of `target` whose measurements are in the package.
+    """
     from ..backends import load
 
     if isinstance(load("triton"), str):
         return []
-    from ..backends.triton.tuning import CONTRACTIONS, DIRECTIONS, FUSED_WINS
+    from ..backends.triton import tuned
+
+    rows: list[tuple[str, ...]] = []
+    for device, found in _measured(target).items():
+        for key, row in found.dataflow.items():
+            times = (f"{name} {row[f'{name}_us']}" for name in tuned.DATAFLOWS)
+            rows.append((*key, row["choice"], f"{device}: {', '.join(times)} µs, {found.source}"))
+    return rows or [("both", "any", "any", "prefill", "not measured: `lora-kernels tune` does it on the GPU itself")]
+
+
+def measured_tiles(target: str) -> list[tuple[str, ...]]:
+    """(kernel, dtypes, rank class, tile, evidence) that differ from the table's because a measurement says so."""
+    from ..backends import load
+
+    if isinstance(load("triton"), str):
+        return []
+    return [
+        (*map(str, key), str(row["tile"]), f"{device}: {row['us']:.1f} µs, {len(row['measured_us'])} tried, {found.source}")
+        for device, found in _measured(target).items()
+        for key, row in found.tiles.items()
+    ]
+
+
+def _measured(target: str) -> dict[str, Any]:
+    """device -> its measurements, for the GPUs here and the package's own files, of compute capability `target`."""
+    import torch
+
+    from ..backends.triton import tuned
 
     capability = divmod(int(target.removeprefix("sm_")), 10)
-    cases = [(direction, contraction) for direction in DIRECTIONS for contraction in CONTRACTIONS]
-    return [(*case, "fused" if (capability, *case) in FUSED_WINS else "prefill") for case in cases]
+    names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+             if torch.cuda.get_device_capability(i) == capability}  # fmt: skip
+    for path in sorted(tuned.COMMITTED.glob("*.json")):
+        data = json.loads(path.read_text())
+        names |= {data["device"]} if tuple(data["capability"]) == capability else set()
+    return {name: tuned.read(name, capability) for name in sorted(names)}
 
 
 def run(M: int, K: int, N: int, target: str, dtypes: str, out: Output) -> dict[str, Any]:
@@ -105,9 +139,11 @@ def run(M: int, K: int, N: int, target: str, dtypes: str, out: Output) -> dict[s
     out.table(title, columns, cells, caption="Compiled, not run: µs are predictions from bytes and instructions.")
     chosen = choices(target)
     if chosen:
-        out.table(f"Dataflow on {target}", ("direction", "contraction", "dataflow"), chosen)
+        out.table(f"Dataflow on {target}", ("direction", "contraction", "tokens", "dataflow", "reason"), chosen)
+    if tiles := measured_tiles(target):
+        out.table(f"Measured tiles on {target}", ("kernel", "dtypes", "rank to", "tile", "reason"), tiles)
     out.table("Products with a 4-bit weight", ("path", "tokens", "GPU", "evidence"), nf4_plan.cells())
-    return {"kernels": [asdict(row) for row in rows], "dataflow": chosen}
+    return {"kernels": [asdict(row) for row in rows], "dataflow": chosen, "tiles": tiles}
 
 
 def _cell(value: object) -> str:

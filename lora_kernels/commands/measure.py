@@ -1,6 +1,6 @@
-"""Memory and time of a callable: what autograd saves, the peak of an allocation, and medians of interleaved runs.
+"""Memory and time of a callable: what autograd saves, what stays allocated, the peak, and medians of interleaved runs.
 
-The command line, the benchmark and the tests all count with these three functions, so that their numbers mean the same.
+The command line, the benchmark and the tests all count with these functions, so that their numbers mean the same.
 """
 
 import os
@@ -76,17 +76,70 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
 
 
 def _peak_bytes_cpu(fn: Callable[[], Any]) -> int:
+    held = peak = 0
+    for _, size in sorted(_allocations(fn), key=lambda event: event[0]):  # stable: equal times stay in their order
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+def _allocations(fn: Callable[[], Any]) -> list[tuple[int, int]]:
+    """(nanosecond, bytes) of everything that torch's CPU allocator gives out or, negative, takes back during `fn()`."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler otherwise writes two lines to stderr at every use
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         fn()
     # The public views sum the events per operator; a running maximum needs them one by one.
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return [(event.start_ns(), event.nbytes()) for event in events]
+
+
+def held_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Bytes that are still allocated on `device` after `fn()`, its result alive, beyond those allocated when it starts.
+
+    Counted as in `peak_bytes`. Of a forward pass it is everything that waits for the backward pass, results included,
+    under activation checkpointing too, where autograd's hooks do not see what is kept.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        start = torch.cuda.memory_allocated(device)
+        result = fn()
+        held = torch.cuda.memory_allocated(device) - start
+        del result
+        return held
+    results: list[Any] = []
+    return sum(size for _, size in _allocations(lambda: results.append(fn())))
+
+
+def kernel_launches(fn: Callable[[], Any], device: torch.device) -> int | None:
+    """Kernels, copies and fills that one call of `fn` puts on a CUDA device, by the profiler; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        fn()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events() or ())
+
+
+def cuda_graph(fn: Callable[[], Any], device: torch.device) -> Callable[[], Any] | str:
+    """A call that replays `fn` as one CUDA graph, or the reason why it cannot be captured."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    try:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, and allocates what libraries keep
+                fn()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
+            result = fn()
+    except RuntimeError as error:
+        return str(error).strip().partition("\n")[0]
+
+    def replay(_result: Any = result) -> None:  # the result keeps the graph's memory
+        graph.replay()
+
+    return replay
 
 
 def interleaved(

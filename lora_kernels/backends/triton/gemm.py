@@ -2,7 +2,7 @@
 
 The low-rank segment comes first in the accumulator, where the mask meets nothing else, and the main loop adds to it.
 Both directions are out = low + a·w: forward w = Wᵀ and low = s·h·Bᵀ + c, backward w = W and low = undrop(g·A).
-Used only where a measurement says that it beats prefill and the vendor's product (tuning.FUSED_WINS).
+Used only where a measurement says that it beats prefill and the vendor's product (tuning.dataflow).
 """
 
 import torch

@@ -1,14 +1,13 @@
-"""Which tile and which dataflow a call gets: frozen tables, legality stated once, and what did not compile.
+"""Which tile and which dataflow a call gets: what was measured on its GPU (tuned.py), then frozen tables; what did not compile.
 
-Nothing here is measured yet. Tiles come from offline compilation (kernels.json: registers, spills, shared memory).
+The tables come from offline compilation (kernels.json: registers, spills, shared memory), not from measurements.
 A device or shape without a measurement gets the prefill dataflow.
 """
 
 import functools
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -16,24 +15,15 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from .tuned import CONTRACTIONS, RANKS, TOKENS, Measured, Tile, read
+
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A program's tile [rows, columns] and how it is compiled."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int = 1
-    depth: int = 0  # of a matrix product's step
-    tma: bool = False
 
 
 class Gpu(NamedTuple):
     capability: tuple[int, int]
     processors: int
+    name: str = ""  # of a real one: what its measurements are filed under
 
 
 INTERPRETED = Gpu((8, 0), 4)  # few processors, so that small tests split their reductions as large calls do
@@ -99,28 +89,34 @@ TILES: dict[tuple[str, str, int], Tile] = {
 
 
 def tiles(kernel: str, kind: str, R: int) -> tuple[Tile, ...]:
-    """The tiles to try, best first."""
-    return TILES[kernel, kind, 32 if R <= 32 else 64], _SAFE[kernel]
+    """The tiles to try without a measurement, best first."""
+    return TILES[kernel, kind, rank_class(R)], _SAFE[kernel]
+
+
+def rank_class(R: int) -> int:
+    """The class of rank R in the tables."""
+    return next(limit for limit in RANKS if limit >= R)
 
 
 # ---- prefill and the vendor's product, or one fused kernel ----
 
 TMA_GPUS = ((9, 0), (10, 0), (10, 3))
-DIRECTIONS = ("forward", "backward")
-CONTRACTIONS = ("<=4096", "<=8192", ">8192")  # of the base product: K forward, N backward
-FUSED_WINS: frozenset[tuple[tuple[int, int], str, str]] = frozenset()
-"""(capability, direction, contraction class) in which the fused kernel was measured to win; elsewhere prefill it is.
-
-What it must reach, by bytes saved: 0.94 of the vendor's speed at a contraction of 4096, 0.97 at 8192, 0.98 at 14336.
-"""
 
 
 def dataflow(a: Tensor, W: Tensor, direction: str) -> str:
-    """ "fused" or "prefill" for the product of a[M, C] with 16-bit W, "forward" or "backward"."""
-    contraction = CONTRACTIONS[(a.shape[1] > 4096) + (a.shape[1] > 8192)]
-    wins = (gpu(a.device).capability, direction, contraction) in FUSED_WINS
+    """ "fused" or "prefill" for the product of a[M, C] with 16-bit W, "forward" or "backward".
+
+    Fused only where a measurement on this GPU says that it wins. What it must reach for that, by bytes saved: 0.94 of the
+    vendor's speed at a contraction of 4096, 0.97 at 8192, 0.98 at 14336.
+    """
+    flow = trial.get("dataflow") or measured(a.device).flow(direction, *shape_class(*a.shape))
     legal = a.dtype != torch.float32 and W.stride(1) == 1
-    return "fused" if wins and legal else "prefill"
+    return flow if legal else "prefill"
+
+
+def shape_class(M: int, contraction: int) -> tuple[str, str]:
+    """(class of the contraction, class of the tokens) under which a product a[M, contraction] is measured."""
+    return CONTRACTIONS[(contraction > 4096) + (contraction > 8192)], TOKENS[M > 1024]
 
 
 def tma_legal(*tensors: Tensor, columns: int) -> bool:
@@ -165,7 +161,28 @@ def gpu(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
-    return Gpu((properties.major, properties.minor), properties.multi_processor_count)
+    return Gpu((properties.major, properties.minor), properties.multi_processor_count, properties.name)
+
+
+# ---- what was measured on this machine's GPUs ----
+
+trial: dict[str, Any] = {}
+"""What `lora-kernels tune` tries: kernel -> the one tile that its calls take, "dataflow" -> the one of every call."""
+
+
+@functools.cache
+def measured(device: torch.device) -> Measured:
+    """The choices measured on this GPU, read once; empty for a GPU without a file and for the interpreter."""
+    found = gpu(device)
+    return read(found.name, found.capability) if found.name else Measured()
+
+
+def candidates(kernel: str, kind: str, R: int, device: torch.device) -> tuple[Tile, ...]:
+    """The tiles to try on this device: the one on trial alone, or the measured one before those of the table."""
+    if kernel in trial:
+        return (trial[kernel],)
+    best = measured(device).tile(kernel, kind, rank_class(R))
+    return (*([best] if best else []), *tiles(kernel, kind, R))
 
 
 # ---- what did not compile on this machine's GPUs ----
@@ -191,7 +208,7 @@ def compile_failure(error: Exception) -> str | None:
 def first_that_compiles(kernel: str, kind: str, R: int, device: torch.device, run: Callable[[Tile], T]) -> T:
     """run(tile) with the first tile of `kernel` that compiles on this device; refusals are kept with their reason."""
     capability = gpu(device).capability
-    for tile in tiles(kernel, kind, R):
+    for tile in candidates(kernel, kind, R, device):
         key = (capability, kernel, kind, padded_rank(R), tile)
         if key not in rejected:
             try:

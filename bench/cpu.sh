@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The CPU's numbers, on a quiet machine: everything that README's CPU table and bench/results/<device>/README.md are made of.
+#
+#   bench/cpu.sh [STAGE...]
+#
+# Stages, all of them if none is named: layer (2048x2048, fp32, over tokens and dropout), small (SmolLM2's layers and decoder
+# blocks), bf16, avx2 (bf16 without bf16 instructions, as on older CPUs), nf4 (against bitsandbytes + PEFT), model (a step of
+# SmolLM2-135M beside PEFT) and memory (over the sequence length). Together at most 8 minutes. Results are written to
+# bench/results/<device>/<date>-<commit>.json, and the folder's README.md and plots are made anew.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+
+known="layer small bf16 avx2 nf4 model memory"
+for argument in "$@"; do
+    if [[ " $known " != *" $argument "* ]]; then
+        echo "bench/cpu.sh: got '$argument', expected stages among: $known" >&2
+        exit 2
+    fi
+done
+wanted=("$@")
+[ "${#wanted[@]}" -gt 0 ] || read -ra wanted <<<"$known"
+# shellcheck source=bench/stages.sh
+source bench/stages.sh
+
+bench() { echo "$python -m lora_kernels bench --device cpu --json $work/$1.json"; }
+both=(--dropout 0 --dropout 0.1 --rank 8)
+
+stage layer 110 $(bench layer) --shape 2048x2048 --tokens 2048 --tokens 512 --tokens 256 --tokens 128 "${both[@]}" \
+    --compare peft,unsloth-style --repeats 7
+stage small 60 $(bench small) --shape 576x192 --shape 576x1536 --tokens 2048 --tokens 512 --tokens 256 --tokens 128 "${both[@]}" \
+    --compare peft,unsloth-style --repeats 9
+stage bf16 60 $(bench bf16) --shape 2048x2048 --tokens 512 --tokens 2048 "${both[@]}" --dtype bfloat16 --repeats 5
+stage avx2 90 env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+    $(bench avx2) --shape 1024x1024 --tokens 256 --dropout 0.1 --rank 8 --dtype bfloat16 --repeats 3
+stage nf4 60 $(bench nf4) --shape 2048x2048 --tokens 512 --tokens 2048 --dropout 0.1 --rank 8 --compare bnb --repeats 5
+model=$("$python" -c 'from lora_kernels.commands.pretrained import default_model_directory; print(default_model_directory())')
+stage model 120 $(bench model) --model "$model" --tokens 512 --rank 8 --dropout 0.1 --repeats 5
+stage memory 60 "$python" bench/model_memory.py --device cpu --json "$work/memory.json"
+stage collect 10 "$python" bench/collect.py "$work"
+"$python" bench/report.py || failed=1
+
+echo
+column -t -s "$(printf '\t')" "$stages"
+exit "$failed"

@@ -1,0 +1,62 @@
+"""Plots of result files as SVG, the same bytes for the same rows and the same matplotlib."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from result_files import cases
+
+from lora_kernels.commands.peers import BARE
+
+matplotlib.use("Agg")
+matplotlib.rcParams.update({"svg.hashsalt": "lora_kernels", "svg.fonttype": "none", "font.size": 9})
+
+
+def draw(kind: str, run: dict[str, Any], path: Path) -> None:
+    """Write the plot of a run of one of the kinds below."""
+    draw_axes, height = {"layer": (_ratios, 0.28), "model": (_ratios, 0.4), "memory": (_memory, 0.0)}[kind]
+    figure, axes = pyplot.subplots(figsize=(7.5, max(3.0, height * len(run["rows"]))), constrained_layout=True)
+    draw_axes(axes, run)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _ratios(axes: Axes, run: dict[str, Any]) -> None:
+    """Bars from the top: time over the bare frozen linear's, with p20 and p80, the rows of a case together."""
+    colors = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(row["variant"] for row in run["rows"]))}
+    position, ticks = 0.0, []
+    for name, case in cases(run["rows"]):
+        key = "s" if "median_s" in case[0] else "us"
+        bare = next(row[f"median_{key}"] for row in case if row["variant"] == BARE)
+        others = [row for row in case if row["variant"] != BARE]
+        ticks.append((position + (len(others) - 1) / 2, name))
+        for row in others:
+            value, low, high = (row[f"{mark}_{key}"] / bare for mark in ("median", "p20", "p80"))
+            spread = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            axes.barh(position, value, xerr=spread, color=colors[row["variant"]], height=0.85, error_kw={"linewidth": 0.8})
+            position += 1
+        position += 0.7
+    for variant, color in colors.items():
+        if variant != BARE:
+            axes.barh(0, 0, color=color, label=variant)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
+    axes.invert_yaxis()
+    axes.set_xlabel("time over the bare frozen linear's (1 = LoRA for nothing)")
+    axes.legend(fontsize=8)
+
+
+def _memory(axes: Axes, run: dict[str, Any]) -> None:
+    """Peak bytes of a step over the tokens of a sequence."""
+    lines: dict[tuple[str, bool], list[tuple[int, float]]] = {}
+    for row in run["rows"]:
+        lines.setdefault((row["variant"], row["checkpointing"]), []).append((row["tokens"], row["peak_bytes"] / 2**20))
+    for (variant, checkpointing), points in lines.items():
+        style = "--" if checkpointing else "-"
+        label = f"{variant}{', checkpointed' if checkpointing else ''}"
+        axes.plot(*zip(*points, strict=True), f"o{style}", label=label, markersize=4)
+    axes.set(xlabel="tokens", ylabel="peak of a training step, MiB", title=f"{run['model']}, r={run['R']}, p={run['p']:g}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)

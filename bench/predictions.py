@@ -1,0 +1,82 @@
+"""What the Triton kernels should reach by bytes and instructions, beside what a GPU measured: bench/results/README.md.
+
+Not measurements: bytes over the copy bandwidth or instructions over the issue rate, whichever takes longer, from the compiled
+kernels. A layer is its four side kernels (the prefill dataflow) and the two products at the vendor's speed.
+"""
+
+from typing import Any
+
+from result_files import Rows, devices, kind, load, runs, table
+
+from lora_kernels.commands import kernel_report
+from lora_kernels.commands.peers import OURS
+
+PREDICTED = ((8192, 4096, 4096), (8192, 4096, 14336))  # M, K, N
+GPUS = ("H100", "H200")
+SIDE_KERNELS = ("project", "prefill", "grad_dy", "grad_x")
+LAYER = "layer, forward+backward"
+
+
+def predictions() -> Rows:
+    """Per side kernel and for the whole layer: bytes, and microseconds on an H100 and H200 with the prefill dataflow."""
+    found = []
+    for M, K, N in PREDICTED:
+        for p in (0.0, 0.1):
+            total = dict.fromkeys(GPUS, 0.0)
+            for row in _layer_kernels(M, K, N, dropped=p > 0):
+                microseconds = {"H100": row.h100_us_predicted, "H200": row.h200_us_predicted}
+                total = {gpu: total[gpu] + microseconds[gpu] for gpu in total}
+                found.append({"kernel": row.kernel, "M": M, "K": K, "N": N, "R": 16, "p": p, "megabytes": row.megabytes,
+                              "us": microseconds})  # fmt: skip
+            base = 2e6 * 2 * M * K * N / kernel_report.MATRIX
+            layer = {gpu: base + microseconds for gpu, microseconds in total.items()}
+            found.append({"kernel": LAYER, "M": M, "K": K, "N": N, "R": 16, "p": p, "megabytes": None,
+                          "us": layer, "times_bare": {gpu: us / base for gpu, us in layer.items()}})  # fmt: skip
+    return found
+
+
+def _layer_kernels(M: int, K: int, N: int, dropped: bool) -> list[kernel_report.KernelRow]:
+    """The four side kernels of a layer with the table's own tile: those of rank 16."""
+    chosen = {}
+    for row in kernel_report.kernel_rows(M, K, N, "sm_90", "bf16 bf16"):
+        wanted = dropped if row.kernel in ("project", "grad_x") else False
+        if row.rank == "r16" and ("drop" in row.form) == wanted and row.kernel in SIDE_KERNELS:
+            chosen.setdefault(row.kernel, row)
+    return list(chosen.values())
+
+
+def measured() -> dict[tuple[Any, ...], dict[str, float]]:
+    """(kernel, M, K, N, R, p) -> µs by GPU, with bf16 adapters, from the "kernels" and "bench" stages of every device."""
+    found: dict[tuple[Any, ...], dict[str, float]] = {}
+    for folder in devices():
+        for gpu in (gpu for gpu in GPUS if gpu.lower() in folder.name):
+            for _, run in (run for data in load(folder).values() for run in runs(data)):
+                for row in run["rows"]:
+                    case = tuple(row.get(key) for key in ("M", "K", "N", "R", "p"))
+                    if kind(run) == "kernels" and row["adapter"] == "bfloat16":
+                        found.setdefault((row["variant"], *case), {})[gpu] = 1e6 * row["timing"]["median"]
+                    elif kind(run) == "layer" and (row["variant"], row["op"]) == (OURS, "forward+backward"):
+                        found.setdefault((LAYER, *case), {})[gpu] = row["median_us"]
+    return found
+
+
+def page() -> str:
+    """bench/results/README.md: the predictions with their measurements beside them."""
+    known, rows = measured(), []
+    for row in predictions():
+        found = known.get(tuple(row[key] for key in ("kernel", "M", "K", "N", "R", "p")), {})
+        name = f"{row['kernel']} {row['K']}→{row['N']} M={row['M']} r={row['R']} p={row['p']:g}"
+        cells = [name, "" if row["megabytes"] is None else f"{row['megabytes']:.0f}"]
+        for gpu in GPUS:
+            over = f" ({row['times_bare'][gpu]:.3f}× bare)" if "times_bare" in row else ""
+            cells += [f"{row['us'][gpu]:.1f}{over}", f"{found[gpu]:.1f}" if gpu in found else ""]
+        rows.append(cells)
+    columns = ["kernel", "MB moved", "H100 µs, predicted", "measured", "H200 µs, predicted", "measured"]
+    links = "".join(f"- [{folder.name}]({folder.name}/README.md)\n" for folder in devices())
+    return (
+        f"# Results\n\nMade by `bench/report.py`.\n\n{links}\n## Predictions\n\n"
+        "Not measurements: bytes over the copy bandwidth (3.0 and 4.3 TB/s) or instructions over the issue rate, whichever is "
+        "longer, from the compiled kernels (bf16, sm_90); a layer is its four side kernels and two products at 790 TFLOP/s. "
+        "[predictions.json](predictions.json). A measured column fills when a device has a result file.\n\n"
+        + table(columns, rows)
+    )

@@ -1,0 +1,207 @@
+"""Tables and plots from the committed result files: bench/results/<device>/README.md and *.svg, and README's CPU table.
+
+Everything is computed from the JSON files beside it, in the order of their names: run it again after adding or removing one.
+bench/results/README.md and predictions.json are predictions.py's.
+
+    PYTHONPATH=. python bench/report.py [--no-plots]
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import predictions
+from result_files import RESULTS, ROOT, Rows, case_name, cases, devices, kind, load, newest_first, ratios, refusals, runs, table
+
+from lora_kernels.commands.console import format_bytes
+from lora_kernels.commands.peers import BARE, HEADINGS, OURS, PEFT
+
+MARKS = ("<!-- measured, by bench/report.py -->\n", "<!-- end of measured -->\n")
+README_DEVICE = "amd-epyc-2-cores"
+
+
+# ---- a table of each kind ----
+
+
+def layer_table(run: dict[str, Any]) -> str:
+    names = [name for name in HEADINGS if any(row["variant"] == name for row in run["rows"])]
+    columns = [
+        "case",
+        "variant",
+        "µs",
+        "p20–p80",
+        "TFLOP/s",
+        "GB/s",
+        "× bare",
+        *(HEADINGS[n].replace("x ", "× ") for n in names),
+    ]
+    rows = []
+    for name, case in cases(run["rows"]):
+        for row in case:
+            times = [f"{row['median_us']:,.0f}", f"{row['p20_us']:,.0f}–{row['p80_us']:,.0f}", f"{row['tflops']:.3g}"]
+            gbs = f"{row['gbs']:.3g}" if "gbs" in row else ""
+            launches = "" if row.get("launches") is None else str(row["launches"])
+            sizes = [format_bytes(row["saved_bytes"]), format_bytes(row["peak_bytes"]), launches]
+            rows.append([name, row["variant"], *times, gbs, *ratios(row, case, names), *sizes])
+    return table([*columns, "saved", "peak", "launches"], rows)
+
+
+def model_table(run: dict[str, Any]) -> str:
+    rows = []
+    for name, case in cases(run["rows"]):
+        for row in case:
+            times = [f"{1e3 * row['median_s']:,.1f}", f"{1e3 * row['p20_s']:,.1f}–{1e3 * row['p80_s']:,.1f}"]
+            sizes = [format_bytes(row[key]) for key in ("saved_bytes", "held_bytes", "peak_bytes")]
+            rows.append([name, row["variant"], *times, f"{row['tokens_per_s']:,.0f}", *ratios(row, case, [PEFT]), *sizes])
+    return table(["model", "variant", "ms", "p20–p80", "tokens/s", "× bare", "× PEFT", "saved", "held", "peak"], rows)
+
+
+def memory_table(run: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['variant']}{', checkpointed' if row['checkpointing'] else ''}",
+            str(row["tokens"]),
+            "" if row["saved_bytes"] is None else format_bytes(row["saved_bytes"]),
+            format_bytes(row["held_bytes"]),
+            format_bytes(row["peak_bytes"]),
+        ]
+        for row in run["rows"]
+    ]
+    about = f"{run['model']}, r={run['R']}, p={run['p']:g}, {run['dtype']}; beyond the model itself.\n\n"
+    return about + table(["training", "tokens", "saved", "held", "peak"], rows)
+
+
+def kernels_table(run: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['variant']} {row['K']}→{row['N']} M={row['M']} r={row['R']} p={row['p']:g} {row['adapter']}",
+            *(f"{1e6 * row['timing'][key]:,.1f}" for key in ("median", "p20", "p80")),
+            f"{row['flops'] / row['timing']['median'] * 1e-12:.0f}" if row["flops"] else "",
+            "" if row["flops"] else f"{row['bytes'] / row['timing']['median'] * 1e-9:.0f}",
+            f"{row['over']:.3f}",
+        ]
+        for row in run["rows"]
+    ]
+    return table(["kernel", "µs", "p20", "p80", "TFLOP/s", "GB/s", "× copy or bare"], rows)
+
+
+def beta_table(run: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['direction']} {row['K']}→{row['N']} M={row['M']} {row['dtype']}",
+            *(f"{1e6 * row[key]['median']:,.1f}" for key in ("beta0", "beta1", "mm_add")),
+            f"{row['ratio']:.3f}",
+        ]
+        for row in run["rows"]
+    ]
+    return table(["product", "beta=0 µs", "beta=1 µs", "mm, then add_ µs", "beta=1 / beta=0"], rows)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "layer": layer_table,
+    "model": model_table,
+    "memory": memory_table,
+    "kernels": kernels_table,
+    "beta": beta_table,
+}
+
+
+# ---- the pages ----
+
+
+def page(folder: Path) -> str:
+    """README.md of one device's folder."""
+    lines = [f"# Measured on {folder.name}\n\nMade by `bench/report.py` from the JSON files here; medians, p20–p80. "]
+    lines.append("× bare: time over the bare frozen linear's; × a peer: how many times faster than that row.\n")
+    for name, data in load(folder).items():
+        header = data.get("environment") or data.get("header") or {}
+        versions = ", ".join(f"{key} {value}" for key, value in header.get("packages", {}).items() if value)
+        gpus = ", ".join(f"{gpu['name']} (driver {gpu['driver']})" for gpu in header.get("gpus", []))
+        cpu = header.get("cpu", {})
+        where = gpus or f"{cpu.get('name')}, {cpu.get('threads')} threads, {cpu.get('vector_level')}"
+        lines.append(f"\n## [{name}]({name})\n\n{where}; commit {header.get('commit')}; {versions}\n")
+        for stage, run in runs(data):
+            if kind(run) not in TABLES:
+                lines.append(f"\n### {stage}\n\nRaw rows only: see the file.\n")
+                continue
+            lines.append(f"\n### {stage}\n\n")
+            lines.append("".join(f"![{plot}]({plot})\n\n" for plot in plot_names(name, stage, run)))
+            lines.append(TABLES[kind(run)](run))
+            lines += [f"\nNot measured: {refusal_line(refusal)}.\n" for refusal in refusals(run)]
+            lines += [f"\nFAILED {failure['case']}: {failure['reason']}\n" for failure in run.get("failures", [])]
+    return "".join(lines)
+
+
+def plot_names(name: str, stage: str, run: dict[str, Any]) -> list[str]:
+    """The plots of a run; kinds without one have none."""
+    return [f"{Path(name).stem}-{stage}.svg"] if kind(run) in ("layer", "model", "memory") else []
+
+
+def refusal_line(refusal: dict[str, Any]) -> str:
+    case = "" if refusal["case"] == "all" else f" at {refusal['case']}"
+    return f"{refusal['peer']}{case}: {refusal['reason']}"
+
+
+def readme_block(folder: Path) -> str:
+    """README's table of the CPU: the float32 layers and model steps of the newest file that has them."""
+    for name, data in newest_first(folder):
+        layers = [row for _, run in runs(data) if kind(run) == "layer" for row in run["rows"]]
+        layers = [row for row in layers if row["dtype"] == "float32" and row.get("block", "linear") == "linear"]
+        if not layers:
+            continue
+        rows = [row for _, case in cases(layers) if (row := _readme_row(case))]
+        columns = ["layer", "× bare linear", "PEFT × bare", "faster than PEFT", "saved beyond x (PEFT)"]
+        steps = [row for _, run in runs(data) if kind(run) == "model" for row in run["rows"]]
+        rows += [row for _, case in cases(steps) if (row := _readme_row(case))]
+        source = f"From [{name}](bench/results/{folder.name}/{name}); all rows, spreads and plots: "
+        return table(columns, rows) + f"\n{source}[bench/results/{folder.name}](bench/results/{folder.name}/README.md).\n"
+    return ""
+
+
+def _readme_row(case: Rows) -> list[str] | None:
+    by = {row["variant"]: row for row in case}
+    if not {BARE, OURS, PEFT} <= by.keys():
+        return None
+    ours, theirs = by[OURS], by[PEFT]
+    over, faster = ratios(ours, case, [PEFT])
+    faster = f"{faster}×" if float(faster) >= 1 else f"**{faster}×**"  # where it loses is seen first
+    saved = f"{format_bytes(ours['saved_bytes'])} ({format_bytes(theirs['saved_bytes'])})"
+    return [case_name(ours), over, ratios(theirs, case, [])[0], faster, saved]
+
+
+def with_block(readme: str, block: str) -> str:
+    """`readme` with what stands between the marks replaced."""
+    (before, rest), end = readme.split(MARKS[0]), MARKS[1]
+    return before + MARKS[0] + block + end + rest.split(end)[1]
+
+
+def pages() -> dict[Path, str]:
+    """Every generated text file and its content."""
+    found = {folder / "README.md": page(folder) for folder in devices()}
+    found[RESULTS / "predictions.json"] = json.dumps(predictions.predictions(), indent=1) + "\n"
+    found[RESULTS / "README.md"] = predictions.page()
+    readme = ROOT / "README.md"
+    found[readme] = with_block(readme.read_text(encoding="utf-8"), readme_block(RESULTS / README_DEVICE))
+    return found
+
+
+def main() -> int:
+    """Write the pages, and the plots unless told not to."""
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        sys.stdout.write(f"{path.relative_to(ROOT)}\n")
+    if "--no-plots" not in sys.argv:
+        import plots
+
+        for folder in devices():
+            for name, data in load(folder).items():
+                for stage, run in runs(data):
+                    for target in plot_names(name, stage, run):
+                        plots.draw(kind(run), run, folder / target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The modules that the benchmark times: linear layers of one kind, put together as in a decoder layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .accuracy_gate import Problem
+from .cases import FORWARD, Case
+
+
+class Block(nn.Module):
+    """The call of `case.shape` over layers by name: inputs -> outputs, tuples of [M, features]."""
+
+    def __init__(self, kind: str, layers: dict[str, nn.Module]):
+        super().__init__()
+        self.kind, self.layers = kind, nn.ModuleDict(layers)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if self.kind == "linear":
+            return (self.layers["linear"](*inputs),)
+        if self.kind == "qkv":
+            return self.qkv(*inputs)
+        if self.kind == "mlp":
+            return (self.mlp(*inputs),)
+        x, a, z = inputs
+        return (*self.qkv(x), self.layers["o"](a), self.mlp(z))
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.layers[name](x) for name in ("q", "k", "v"))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.layers["down"](F.silu(self.layers["gate"](x)) * self.layers["up"](x))
+
+
+@dataclass(frozen=True)
+class BlockProblem:
+    """One problem per layer; what the call reads and the gradients of what it returns."""
+
+    case: Case
+    layers: dict[str, Problem]
+    inputs: tuple[Tensor, ...]
+    dys: tuple[Tensor, ...]
+
+    @classmethod
+    def draw(cls, case: Case, device: torch.device, seed: int) -> "BlockProblem":
+        """Every layer with weights of its own. Layers that share an input share it here too."""
+        layers: dict[str, Problem] = {}
+        for number, (name, (K, N)) in enumerate(case.shape.layers().items()):
+            problem = Problem.draw(case.M, K, N, case.R, case.p, case.dtype, device, seed + number)
+            shared = {"k": "q", "v": "q", "up": "gate"}.get(name)
+            layers[name] = replace(problem, x=layers[shared].x) if shared else problem
+        ends = [name for name in layers if name not in ("gate", "up")]
+        starts = [name for name in layers if name in ("linear", "q", "o", "gate")]
+        return cls(case, layers, tuple(layers[n].x for n in starts), tuple(layers[n].dy for n in ends))
+
+    def map(self, change: Callable[[Problem], Problem]) -> "BlockProblem":
+        """`change` applied to every layer."""
+        return replace(self, layers={name: change(problem) for name, problem in self.layers.items()})
+
+    def step(self, module: nn.Module) -> Callable[[], object]:
+        """Forward and backward to the inputs and to every trained parameter; or forward alone, in evaluation mode."""
+        if self.case.passes == FORWARD:
+            module.eval()
+            return torch.no_grad()(lambda: module(*self.inputs))
+        wanted = [*self.inputs, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
+        return lambda: torch.autograd.grad(module(*self.inputs), wanted, self.dys)

@@ -1,0 +1,168 @@
+"""`lora-kernels bench --model DIR`: one training step of a whole model, LoRA on all its linear layers.
+
+Rows: the frozen model without adapters (the floor), this package, PEFT eager, over the same frozen tensors, in turns. Each
+different layer of the model must pass the correctness gate, and every loss must be finite, before anything is timed.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import LoRAConfig
+from . import model_step, peers, pretrained
+from .accuracy_gate import Problem, gate
+from .benchmark import Refusals, new_header, print_refusals
+from .console import CommandError, Output, format_bytes
+from .measure import held_bytes, interleaved, kernel_launches, peak_bytes, saved_bytes
+from .memory import check_rank, group_layers
+from .peers import BARE, OURS, PEFT
+
+GATE_TOKENS = 256
+CAPTION = (
+    "One forward + backward without the optimizer. Adapters: float32 over a 16-bit base. bare: no adapters, the gradient runs "
+    "to the embeddings. x PEFT: how many times faster than PEFT. saved: kept by autograd for the backward pass beyond the "
+    "parameters. held: all that stays allocated after the forward pass, logits included. peak: allocated at once in the step."
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is timed: every combination of tokens, ranks and dropouts. length: tokens of one sequence, at most."""
+
+    model: Path
+    tokens: tuple[int, ...]
+    ranks: tuple[int, ...]
+    dropouts: tuple[float, ...]
+    dtype: torch.dtype
+    length: int
+
+    def check(self) -> None:
+        """Raise CommandError for values that need no model to be seen as wrong."""
+        for option, values, low, high in (
+            ("--tokens", self.tokens, 2, 1 << 40),
+            ("--rank", self.ranks, 1, 1 << 20),
+            ("--dropout", self.dropouts, 0, 1),
+            ("--sequence-length", (self.length,), 2, 1 << 30),
+        ):
+            for value in values:
+                if not low <= value <= high:
+                    raise CommandError(f"{option}: got {value}, expected {low} to {high}")
+        pretrained.check_directory(self.model)
+
+
+def run(
+    settings: Settings, device: torch.device, repeats: int, output: Output, compare: tuple[str, ...] = ("peft",), seed: int = 0
+) -> dict[str, Any]:
+    """Measure every combination, print a table of each, return header, rows, failures and refusals."""
+    settings.check()
+    header = new_header(device, repeats, seed, output)
+    refusals: Refusals = [
+        {"peer": peer, "case": "all", "reason": reason}
+        for peer in compare
+        if (reason := peers.why_not(peer) if peer == "peft" else "not measured for a whole model")
+    ]
+    print_refusals(refusals, output)
+    with_peft = "peft" in compare and not any(refusal["peer"] == "peft" for refusal in refusals)
+    model = pretrained.load_model(settings.model, settings.dtype, device)
+    rows: list[dict[str, Any]] = []
+    failures: list[dict[str, str]] = []
+    for tokens, rank, p in itertools.product(settings.tokens, settings.ranks, settings.dropouts):
+        config = LoRAConfig(r=rank, lora_alpha=2 * rank, lora_dropout=p, target_modules="all-linear")
+        one = replace(settings, tokens=(tokens,), length=min(tokens, settings.length))
+        new, wrong = measure(model, config, one, device, repeats, with_peft, seed)
+        case = f"{settings.model.name}, {tokens} tokens, r={rank}, p={p}, {str(settings.dtype).removeprefix('torch.')}"
+        failures += [{"case": case, "reason": reason} for reason in wrong]
+        rows += new
+        if wrong:
+            output.print(f"{case}: no times reported, the correctness gate failed", *wrong, sep="\n  ", markup=False)
+        else:
+            _print_rows(case, new, output)
+    output.print(CAPTION)
+    return {"header": header, "rows": rows, "failures": failures, "peers_not_measured": refusals}
+
+
+def measure(
+    model: nn.Module, config: LoRAConfig, settings: Settings, device: torch.device, repeats: int, with_peft: bool, seed: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(rows, what is wrong): no rows where anything is wrong."""
+    ids = model_step.random_ids(model, settings.tokens[0], settings.length, seed)
+    models = {BARE: model_step.frozen_twin(model), OURS: model_step.ours(model, config)}
+    if with_peft:
+        models[PEFT] = model_step.peft_twin(model, config)
+    for candidate in models.values():
+        candidate.train()
+    wrong = _wrong(models, config, ids, settings.dtype, device, seed)
+    if wrong:
+        return [], wrong
+    steps = {name: model_step.step(candidate, ids) for name, candidate in models.items()}
+    timings = interleaved(steps, repeats, warmup=1, device=device)
+    rows = []
+    for name, candidate in models.items():
+        candidate.zero_grad(set_to_none=True)
+        forward, timing = functools.partial(model_step.loss, candidate, ids), timings[name]
+        rows.append(
+            {
+                "model": settings.model.name,
+                "tokens": ids.numel(),
+                "sequence_length": ids.shape[1],
+                "R": config.r,
+                "p": config.lora_dropout,
+                "dtype": str(settings.dtype).removeprefix("torch."),
+                "variant": name,
+                "median_s": timing.median,
+                "p20_s": timing.p20,
+                "p80_s": timing.p80,
+                "tokens_per_s": ids.numel() / timing.median,
+                "times_bare": timing.median / timings[BARE].median,
+                "faster_than": {PEFT: timings[PEFT].median / timing.median} if with_peft else {},
+                "saved_bytes": saved_bytes(forward, exclude=[ids]),
+                "held_bytes": held_bytes(forward, device),
+                "peak_bytes": peak_bytes(steps[name], device),
+                "launches": kernel_launches(steps[name], device),
+            }
+        )
+        candidate.zero_grad(set_to_none=True)
+    return rows, []
+
+
+def _wrong(
+    models: dict[str, nn.Module], config: LoRAConfig, ids: torch.Tensor, dtype: torch.dtype, device: torch.device, seed: int
+) -> list[str]:
+    """The gate's reasons for each different layer, with its own dtypes, and losses that are not finite."""
+    groups = group_layers(models[OURS])
+    check_rank(groups)
+    adapter = next(parameter.dtype for parameter in models[OURS].parameters() if parameter.requires_grad)
+    reasons = []
+    for group in groups:
+        M = min(GATE_TOKENS, ids.numel())
+        problem = Problem.draw(M, group.K, group.N, group.R, config.lora_dropout, dtype, device, seed).with_adapters(adapter)
+        reasons += [f"{OURS} {group.K}→{group.N}: {reason}" for reason in gate(problem, seed)]
+    with torch.no_grad():
+        for name, model in models.items():
+            value = model_step.loss(model, ids).item()
+            if not abs(value) < float("inf"):
+                reasons.append(f"{name}: the loss is {value}")
+    return reasons
+
+
+def _print_rows(case: str, rows: list[dict[str, Any]], output: Output) -> None:
+    cells = [
+        (
+            row["variant"],
+            f"{row['median_s'] * 1e3:,.1f}",
+            f"{row['p20_s'] * 1e3:,.1f}–{row['p80_s'] * 1e3:,.1f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['times_bare']:.3f}",
+            f"{row['faster_than'][PEFT]:.3f}" if row["faster_than"] else "",
+            *(format_bytes(row[name]) for name in ("saved_bytes", "held_bytes", "peak_bytes")),
+            "" if row["launches"] is None else row["launches"],
+        )
+        for row in rows
+    ]
+    columns = ("variant", "median ms", "p20–p80", "tokens/s", "x bare", "x PEFT", "saved", "held", "peak", "launches")
+    output.table(case, columns, cells)

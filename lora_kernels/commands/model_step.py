@@ -1,0 +1,69 @@
+"""One training step of a causal language model, over the same frozen tensors: bare, with this package, with PEFT."""
+
+import copy
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LoRAConfig
+from ..surgery import add_lora
+
+
+def shared_copy(model: nn.Module) -> Any:
+    """A copy of `model` over the very same parameters and buffers, so that a twin costs no memory."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def frozen_twin(model: nn.Module) -> nn.Module:
+    """The model without adapters; the gradient runs back to the embeddings, as through every adapted layer."""
+    twin = shared_copy(model).requires_grad_(False)
+    twin.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    return twin
+
+
+def ours(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """The model with this package's layers."""
+    twin = shared_copy(model)
+    add_lora(twin, config)
+    return twin
+
+
+def peft_twin(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """The model under PEFT with the settings of `config`; its adapters are float32 over a 16-bit base, as ours are."""
+    from peft import LoraConfig, get_peft_model
+
+    peft_config = LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(shared_copy(model), peft_config)
+
+
+def loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token over ids[sequences, length]."""
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    """One forward + backward on `ids`, without the optimizer, which is the same for every way of training adapters."""
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        loss(model, ids).backward()
+
+    return run
+
+
+def random_ids(model: Any, tokens: int, length: int, seed: int) -> Tensor:
+    """ids[tokens // length, length], uniform over the vocabulary."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (max(1, tokens // length), length), generator=generator)
+    return ids.to(next(model.parameters()).device)

@@ -1,0 +1,79 @@
+"""bench --model: every row over the same frozen tensors, and no times for a model whose layers are wrong."""
+
+import pytest
+import tiny_llama
+import torch
+
+from lora_kernels import cli
+from lora_kernels.commands import model_benchmark, model_step, pretrained
+from lora_kernels.commands.console import CommandError, Output
+from lora_kernels.commands.peers import BARE, OURS, PEFT
+from lora_kernels.config import LoRAConfig
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+CPU = torch.device("cpu")
+CONFIG = LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tiny_llama.write(tmp_path_factory.mktemp("model"))
+
+
+def settings(directory, **changes):
+    values = {"tokens": (48,), "ranks": (4,), "dropouts": (0.1,), "dtype": torch.float32, "length": 16}
+    return model_benchmark.Settings(directory, **{**values, **changes})
+
+
+def test_rows_of_a_model(directory, capsys):
+    result = model_benchmark.run(settings(directory, dropouts=(0.0, 0.1)), CPU, 2, Output())
+    assert result["failures"] == result["peers_not_measured"] == []
+    assert [row["variant"] for row in result["rows"]] == 2 * [BARE, OURS, PEFT]
+    for row in result["rows"]:
+        assert (row["tokens"], row["sequence_length"]) == (48, 16)
+        assert row["tokens_per_s"] == pytest.approx(48 / row["median_s"])
+    without, with_dropout = ({row["variant"]: row for row in result["rows"][i : i + 3]} for i in (0, 3))
+    assert without[OURS]["saved_bytes"] > without[BARE]["saved_bytes"]
+    assert with_dropout[PEFT]["saved_bytes"] - with_dropout[OURS]["saved_bytes"] > 48 * 32 * 4 * 10
+    assert with_dropout[OURS]["saved_bytes"] - without[OURS]["saved_bytes"] < 14 * 64
+    assert with_dropout[PEFT]["peak_bytes"] > with_dropout[OURS]["peak_bytes"]
+    assert with_dropout[OURS]["held_bytes"] >= with_dropout[OURS]["saved_bytes"]
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_the_twins_share_every_frozen_tensor_and_have_the_same_loss(directory):
+    model = pretrained.load_model(directory, torch.float32, CPU)
+    ids = model_step.random_ids(model, 32, 16, seed=0)
+    twins = (model_step.frozen_twin(model), model_step.ours(model, CONFIG), model_step.peft_twin(model, CONFIG))
+    frozen = {parameter.data_ptr() for parameter in model.parameters()}
+    losses = []
+    for twin in twins:
+        assert {p.data_ptr() for p in twin.parameters() if not p.requires_grad} == frozen
+        losses.append(model_step.loss(twin.eval(), ids).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) == pytest.approx(losses[2], rel=1e-6)
+    model_step.step(twins[0], ids)()  # there is a gradient to compute although nothing is trained
+
+
+def test_a_wrong_layer_gets_no_times(directory, monkeypatch):
+    monkeypatch.setattr(model_benchmark, "gate", lambda problem, seed: ["y: norm error 1"])
+    result = model_benchmark.run(settings(directory), CPU, 1, Output(), compare=())
+    assert result["rows"] == []
+    assert "y: norm error 1" in result["failures"][0]["reason"]
+
+
+def test_other_peers_are_listed_with_a_reason(directory):
+    result = model_benchmark.run(settings(directory), CPU, 1, Output(), compare=("bnb",))
+    assert {row["variant"] for row in result["rows"]} == {BARE, OURS}
+    assert result["peers_not_measured"] == [{"peer": "bnb", "case": "all", "reason": "not measured for a whole model"}]
+
+
+@pytest.mark.parametrize(("name", "value"), [("tokens", 1), ("ranks", 0), ("dropouts", 1.5)])
+def test_impossible_settings_are_refused(directory, name, value):
+    with pytest.raises(CommandError, match=f"--{name.rstrip('s')}"):
+        settings(directory, **{name: (value,)}).check()
+
+
+def test_the_command_refuses_what_is_for_single_layers(directory):
+    with pytest.raises(CommandError, match="which are for single layers"):
+        cli.app(["bench", "--model", str(directory), "--shape", "8x8"], standalone_mode=False)

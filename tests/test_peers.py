@@ -1,0 +1,123 @@
+"""The benchmark's peers compute the same layer: each against float64, and a peer that cannot run says why."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from accuracy import violations
+from torch import nn
+from torch.nn import functional as F
+
+from lora_kernels.commands import peers
+from lora_kernels.commands.benchmark import measure_case
+from lora_kernels.commands.blocks import Block, BlockProblem
+from lora_kernels.commands.cases import FORWARD, Case, Shape
+from lora_kernels.commands.console import CommandError
+
+CPU = torch.device("cpu")
+SHAPES = [Shape(40, 24), Shape(40, 24, "qkv", 12), Shape(40, 72, "mlp"), Shape(40, 72, "decoder", 12)]
+
+
+class Plain(nn.Module):
+    """y = x·Wᵀ + s·x·Aᵀ·Bᵀ in the dtype of x."""
+
+    def __init__(self, problem, dtype):
+        super().__init__()
+        self.W = problem.W.to(dtype)
+        self.A, self.B = nn.Parameter(problem.A.to(dtype)), nn.Parameter(problem.B.to(dtype))
+
+    def forward(self, x):
+        return F.linear(x, self.W) + 2 * F.linear(F.linear(x, self.A), self.B)
+
+
+def results(module, problem, dtype):
+    """Outputs, gradients of the inputs, and of every trained parameter, with A and B in the order of the layers."""
+    inputs = [x.detach().to(dtype).requires_grad_() for x in problem.inputs]
+    outputs = module(*inputs)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(outputs, [*inputs, *trained], [dy.to(dtype) for dy in problem.dys])
+    return {str(number): tensor.detach() for number, tensor in enumerate((*outputs, *grads))}
+
+
+@pytest.mark.parametrize("name", ["ours", "peft", "unsloth-style"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.block)
+def test_a_peer_computes_the_layer(name, shape):
+    if name == "peft":
+        pytest.importorskip("peft")
+    problem = BlockProblem.draw(Case(200, shape, 4, 0.0, torch.float32), CPU, seed=1)
+    exact, plain = (
+        Block(shape.block, {key: Plain(layer, dtype) for key, layer in problem.layers.items()})
+        for dtype in (torch.float64, torch.float32)
+    )
+    (variant, *_) = peers.variants(name, problem)
+    found = results(variant.module, problem, torch.float32)
+    expected = results(plain, problem, torch.float32), results(exact, problem, torch.float64)
+    assert violations(found, *expected, torch.float32) == []
+
+
+def test_the_unsloth_order_saves_its_inputs_alone_and_the_mlp_recomputes_the_product():
+    rows, *_ = measure_case(Case(64, Shape(40, 24), 4, 0.0, torch.float32), CPU, 1, ("unsloth-style",))
+    assert {row["variant"]: row["saved_bytes"] for row in rows}[peers.UNSLOTH] == 0
+    rows, *_ = measure_case(Case(64, Shape(40, 72, "mlp"), 4, 0.0, torch.float32), CPU, 1, ("unsloth-style",))
+    assert {row["variant"]: row["saved_bytes"] for row in rows}[peers.UNSLOTH] == 2 * 64 * 72 * 4  # e and g
+
+
+def test_bitsandbytes_is_measured_under_its_own_peft_layer():
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    problem = BlockProblem.draw(Case(32, Shape(128, 64), 4, 0.1, torch.float32), CPU, seed=1)
+    (variant, *_) = peers.variants("bnb", problem)
+    assert type(variant.module.layers["linear"]).__name__ == "Linear4bit"
+    assert "peft" in type(variant.module.layers["linear"]).__module__
+    y = variant.module.eval()(*problem.inputs)[0]
+    layer = problem.layers["linear"]
+    exact = Plain(layer, torch.float32)(layer.x)
+    assert 0.01 < (y - exact).norm() / exact.norm() < 0.2  # four bits: wrong by more than rounding, and by no more than that
+
+
+def test_without_dropout_there_is_an_unsloth_row_and_with_it_a_reason():
+    with_dropout = Case(16, Shape(24, 16), 4, 0.1, torch.float32)
+    rows, _, refusals = measure_case(with_dropout, CPU, 1, ("unsloth-style",))
+    assert peers.UNSLOTH not in {row["variant"] for row in rows}
+    assert refusals == [{"peer": "unsloth-style", "case": str(with_dropout), "reason": refusals[0]["reason"]}]
+    assert "no dropout" in refusals[0]["reason"]
+
+
+def test_a_peer_that_raises_is_listed_and_the_others_are_measured(monkeypatch):
+    def broken(*args):
+        raise ValueError("their kernel\ndoes not like this shape")
+
+    monkeypatch.setattr(peers.unsloth_order, "project", broken)
+    case = Case(16, Shape(24, 16), 4, 0.0, torch.float32)
+    rows, wrong, refusals = measure_case(case, CPU, 1, ("unsloth-style",))
+    assert [row["variant"] for row in rows] == [peers.BARE, peers.OURS]
+    assert wrong == []
+    assert refusals[0]["reason"] == "ValueError: their kernel"
+
+
+def test_the_forward_pass_alone_saves_nothing_and_takes_no_dropout():
+    case = Case(16, Shape(24, 16), 4, 0.5, torch.float32, FORWARD)
+    rows, wrong, refusals = measure_case(case, CPU, 1, ("unsloth-style",))
+    assert (wrong, refusals) == ([], [])
+    assert {row["op"] for row in rows} == {"forward"}
+    assert [row["saved_bytes"] for row in rows] == [0, 0, 0]
+
+
+def test_names_of_peers():
+    assert peers.parse("none") == ()
+    assert peers.parse("all") == peers.PEERS
+    assert peers.parse("peft, bnb") == ("peft", "bnb")
+    with pytest.raises(CommandError, match="--compare: got 'pefd', expected none, all"):
+        peers.parse("pefd")
+
+
+def test_why_a_peer_is_not_there(monkeypatch, tmp_path):
+    assert "pass --lorafusion DIR" in peers.why_not("lorafusion")
+    assert "has no folder lorafusion/ops" in peers.why_not("lorafusion", tmp_path)
+    (tmp_path / "lorafusion" / "ops").mkdir(parents=True)
+    if not torch.cuda.is_available():
+        assert "CUDA" in peers.why_not("lorafusion", Path(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert peers.why_not("bnb") == "not installed; run `pip install peft`"
+    assert peers.why_not("unsloth-style") is None

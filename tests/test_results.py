@@ -1,0 +1,127 @@
+"""Committed tables are what bench/report.py makes of the committed result files, and its arithmetic is the raw rows'."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """bench(name) imports bench/<name>.py as its own scripts do."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    names = ("report", "result_files", "predictions", "plots", "collect", "model_memory")
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_the_committed_pages_are_what_the_generator_makes(bench):
+    for path, text in bench("report").pages().items():
+        cure = f"{path.relative_to(ROOT)} is not what the result files say; run `PYTHONPATH=. python bench/report.py`"
+        assert path.read_text(encoding="utf-8") == text, cure
+
+
+def test_every_result_file_is_shown_and_every_plot_exists(bench):
+    files, report = bench("result_files"), bench("report")
+    for folder in files.devices():
+        page = report.page(folder)
+        for name, data in files.load(folder).items():
+            assert f"[{name}]" in page
+            for stage, run in files.runs(data):
+                assert all((folder / plot).exists() for plot in report.plot_names(name, stage, run)), stage
+
+
+def rows(**medians):
+    common = {"op": "forward+backward", "M": 8, "K": 4, "N": 4, "R": 2, "p": 0.1, "dtype": "float32", "tflops": 1.0}
+    names = {"bare": "bare frozen linear", "ours": "lora_kernels", "peft": "PEFT eager"}
+    spread = [{"p20_us": us, "p80_us": us, "saved_bytes": 1024, "peak_bytes": 2048} for us in medians.values()]
+    return [
+        {**common, "variant": names[name], "median_us": us, **more}
+        for (name, us), more in zip(medians.items(), spread, strict=True)
+    ]
+
+
+def test_a_lost_row_stays_and_is_bold(bench):
+    report = bench("report")
+    assert report._readme_row(rows(bare=100.0, ours=200.0, peft=100.0))[1:4] == ["2.00", "1.00", "**0.50×**"]
+    assert report._readme_row(rows(bare=100.0, ours=200.0, peft=250.0))[1:4] == ["2.00", "2.50", "1.25×"]
+    table = report.layer_table({"rows": rows(bare=100.0, ours=200.0, peft=100.0)})
+    assert table.count("\n") == 2 + 3
+    assert "| lora_kernels | 200 | 200–200 | 1 |  | 2.00 | 0.50 | 1.0 KiB | 2.0 KiB |  |" in table
+
+
+def test_refusals_and_failures_are_on_the_page(bench, tmp_path):
+    run = {
+        "header": {"commit": "abc", "packages": {"torch": "2"}, "cpu": {"name": "A"}},
+        "rows": rows(bare=1.0, ours=1.0),
+        "failures": [{"case": "4→4", "reason": "y: norm error 1"}],
+        "peers_not_measured": [{"peer": "bnb", "case": "all", "reason": "not installed"}],
+    }
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    page = bench("report").page(tmp_path)
+    assert "Not measured: bnb: not installed." in page
+    assert "FAILED 4→4: y: norm error 1" in page
+
+
+def test_the_newest_file_is_by_time_not_by_name(bench, tmp_path):
+    for name, time in (("b.json", "2026-01-01T00:00:00Z"), ("a.json", "2026-01-02T00:00:00Z")):
+        (tmp_path / name).write_text(json.dumps({"time": time}))
+    (tmp_path / "z.json").write_text("{}")
+    assert [name for name, _ in bench("result_files").newest_first(tmp_path)] == ["a.json", "b.json", "z.json"]
+
+
+def test_predictions_meet_their_measurement(bench, monkeypatch, tmp_path):
+    files, predictions = bench("result_files"), bench("predictions")
+    row = {"variant": "project", "M": 8192, "K": 4096, "N": 4096, "R": 16, "p": 0.1, "adapter": "bfloat16", "over": 1.0}
+    folder = tmp_path / "nvidia-h100-80gb-hbm3"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"kernels": {"rows": [{**row, "timing": {"median": 33e-6}}]}}))
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
+    line = next(line for line in predictions.page().splitlines() if line.startswith("| project 4096→4096 M=8192 r=16 p=0.1"))
+    assert line.split("|")[4].strip() == "33.0"
+    layer = next(found for found in predictions.predictions() if found["kernel"].startswith("layer"))
+    assert 1.0 < layer["times_bare"]["H200"] < layer["times_bare"]["H100"] < 1.5
+
+
+def test_plots_are_drawn_the_same_twice(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    plots = bench("plots")
+    memory = [
+        {"variant": "lora_kernels", "checkpointing": flag, "tokens": t, "peak_bytes": t} for flag in (0, 1) for t in (1, 2)
+    ]
+    for kind, run in (
+        ("layer", {"rows": rows(bare=1.0, ours=2.0)}),
+        ("memory", {"rows": memory, "model": "m", "R": 4, "p": 0.1}),
+    ):
+        first, second = tmp_path / "1.svg", tmp_path / "2.svg"
+        plots.draw(kind, run, first)
+        plots.draw(kind, run, second)
+        assert first.read_bytes() == second.read_bytes()
+        assert "lora_kernels" in first.read_text()
+
+
+def test_memory_of_a_model_over_the_sequence_length(bench):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    import torch
+
+    from lora_kernels import LoRAConfig
+
+    model_memory = bench("model_memory")
+    model = model_memory.small_llama(torch.float32, torch.device("cpu"))
+    found = model_memory.rows(model, [64], LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.1), torch.device("cpu"))
+    held = {(row["variant"], row["checkpointing"]): row["held_bytes"] for row in found}
+    assert held["lora_kernels", False] < 0.7 * held["PEFT eager", False]  # PEFT keeps a dropped x for each layer
+    assert held["lora_kernels", True] < 0.5 * held["lora_kernels", False]
+    peak = {(row["variant"], row["checkpointing"]): row["peak_bytes"] for row in found}
+    assert peak["lora_kernels", True] < peak["PEFT eager", True]
+
+
+def test_collect_names_a_cpu_by_its_cores(bench):
+    path = bench("collect").target({"gpus": [], "cpu": {"name": "AMD EPYC", "threads": 2}, "commit": "abc"}, "2026-01-01")
+    assert path == ROOT / "bench/results/amd-epyc-2-cores/2026-01-01-abc.json"
