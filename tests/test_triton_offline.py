@@ -103,7 +103,7 @@ def test_the_report_prints_it(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "kernels.json").read_text())
     assert {row["kernel"] for row in found["kernels"]} >= {"project", "fused"}
-    assert [dataflow for *_, dataflow in found["dataflow"]] == ["prefill"] * 6
+    assert {row[3] for row in found["dataflow"]} == {"prefill"}
     assert "grad_dy" in result.output
     bad = CliRunner().invoke(app, ["report", "--kernels", "--target", "sm_75"])
     assert isinstance(bad.exception, CommandError)
