@@ -110,6 +110,19 @@ def test_linear4bit_shares_its_bytes(storage, double_quant, quant_type):
     assert torch.equal(again(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:bitsandbytes repacked")
+def test_linear4bit_that_was_evaluated():
+    """On a CPU with AVX512-bf16 instructions it has repacked its weight by then; the values it computes with are taken over."""
+    linear = linear4bit(torch.bfloat16, compute_dtype=torch.bfloat16).eval()
+    x = torch.randn(3, K, dtype=torch.bfloat16)
+    expected = linear(x)
+    repacked = getattr(linear.weight.quant_state, "packing_format_for_cpu", False)
+    layer = LoRALinear.from_linear(linear, r=4)
+    torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(layer.to_linear().train()(x), expected, rtol=2e-2, atol=2e-2)
+    assert (layer.weight.data_ptr() != linear.weight.data_ptr()) == repacked
+
+
 def test_compute_dtype():
     linear = linear4bit(torch.bfloat16, compute_dtype=torch.bfloat16)
     layer = LoRALinear.from_linear(linear, r=4)
