@@ -1,7 +1,7 @@
 """4-bit weights on a GPU: dequantising, products of few and of some hundred tokens, QLoRA forward and backward.
 
 dequantise   GB/s of codes, absmax and W, and that over the GB/s of copying W; bitsandbytes where it is installed
-product      y with its adapter: skinny, loop and scratch (backends/nf4_plan.py) beside the bare product with a dense W,
+product      y with its adapter: skinny, loop, concat and scratch (backends/nf4_plan.py) beside the bare product with a dense W,
              and the part of the time that the bytes alone would take at the copy's bandwidth
 training     lora_linear forward and backward over 4-bit and dense W, over the time of the bare products
 
@@ -142,6 +142,7 @@ def product_calls(problem: Problem, W: NF4Weight, dense: Tensor, modules: dict[s
         calls["scratch"] = (lambda: triton.lora_forward(x, unpack(W, BF16), *arguments)[0], W.nbytes + 2 * dense.nbytes + ends)
         if max(FEW) < M and triton.nf4.refusal(x, W, R) is None:
             calls["loop"] = (lambda: triton.nf4.lora_forward(x, W, *arguments)[0], W.nbytes + ends)
+            calls["concat"] = (lambda: triton.nf4.concat_forward(x, W, *arguments)[0], W.nbytes + 2 * dense.nbytes + ends)
         if "cuda" in modules and modules["cuda"].skinny_refusal(x, W, R) is None:
             cuda = modules["cuda"]
             h = triton.forward.project(x, A, 0.0, None)
@@ -166,7 +167,7 @@ def product_rows(
         calls = product_calls(problem, W, dense, modules)
         x, exact = problem.x.detach(), wide(problem, dense)
         plain = x @ dense.T + SCALING * (x @ problem.A.T) @ problem.B.T
-        for name in [name for name in calls if name in ("scratch", "loop", "skinny", "skinny, h given")]:
+        for name in [name for name in calls if name in ("scratch", "loop", "concat", "skinny", "skinny, h given")]:
             if wrong := violations({"y": calls[name][0]()}, {"y": plain}, {"y": exact}, BF16):
                 sys.stdout.write(f"FAILED, not timed: {name} M={M} {K}→{N}: {wrong}\n")
                 del calls[name]

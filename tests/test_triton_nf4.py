@@ -3,12 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
-from triton_case import ALL, BF16, FP16, FP32, Case, backend
+from triton_case import ALL, BF16, FP16, FP32, Case, S, backend
 from triton_interpreter import DEVICE
 
 from lora_kernels import nf4 as format_nf4
 from lora_kernels.backends import nf4_plan
-from lora_kernels.backends.triton import nf4, tuning
+from lora_kernels.backends.triton import forward, nf4, tuning
 from lora_kernels.nf4 import NF4Weight
 from lora_kernels.reference import Needs
 
@@ -125,6 +125,35 @@ def test_broken_decoding_is_caught(loop: None, monkeypatch: pytest.MonkeyPatch) 
         case.W = right
         with pytest.raises(AssertionError):
             case.check({"y": y})
+
+
+@pytest.fixture
+def concat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every forward product is one with [W|s·B]."""
+    monkeypatch.setattr(nf4_plan, "TABLE", (nf4_plan.Row("concat", 1, nf4_plan.MANY, None, "a test"), nf4_plan.TABLE[-1]))
+
+
+@pytest.mark.parametrize(("M", "K", "N", "R"), [(2, 32, 24, 1), (17, 65, 40, 12), (129, 96, 65, 64)])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_concatenated(concat: None, dtype: torch.dtype, M: int, K: int, N: int, R: int) -> None:
+    case = NF4Case.draw_nf4(M, K, N, R, dtype, dtype, 0.3, blocksize=32)
+    case.check(case.run())
+    case.check(case.run(torch.tensor(S, device=DEVICE)))
+
+
+def test_broken_concatenation_is_caught(concat: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = NF4Case.draw_nf4(17, 96, 65, 12)
+    project = forward.project
+    monkeypatch.setattr(forward, "project", lambda *args: project(*args) * 0.97)
+    with pytest.raises(AssertionError):
+        case.check({"y": case.run()["y"]})
+
+
+def test_why_not_concatenated() -> None:
+    x, A = torch.empty(2, 96, dtype=BF16, device=DEVICE), torch.empty(80, 96, dtype=BF16, device=DEVICE)
+    assert "rank above" in nf4.concat_refusal(x, A)
+    assert "float32" in nf4.concat_refusal(x, A.float())
+    assert nf4.concat_refusal(x, A[:64]) is None
 
 
 def test_why_not_the_loop() -> None:

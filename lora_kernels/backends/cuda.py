@@ -76,7 +76,7 @@ def lora_forward(
                 return skinny(x, W, h, B, s, c), h
         except NothingCompilesError:
             pass  # the Triton backend notes it, and replaces its kernels
-    return triton.lora_forward(x, W if path == "loop" else nf4_dequantize(W, x.dtype), A, B, s, c, p, seed)
+    return triton.lora_forward(x, W if path in triton.NF4_FORWARD else nf4_dequantize(W, x.dtype), A, B, s, c, p, seed)
 
 
 def lora_backward(
@@ -100,8 +100,7 @@ def plan(x: Tensor, W: NF4Weight, A: Tensor) -> tuple[str, str]:
     """(path, why) of the forward product, by nf4_plan's table."""
 
     def refusal(path: str) -> str | None:
-        refusals = {"skinny": skinny_refusal, "loop": triton.nf4.refusal}
-        return refusals[path](x, W, A.shape[0]) if path in refusals else None
+        return skinny_refusal(x, W, A.shape[0]) if path == "skinny" else triton.nf4_refusal(path, x, W, A)
 
     return nf4_plan.path(len(x), tuning.gpu(x.device).capability, refusal)
 

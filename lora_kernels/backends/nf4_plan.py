@@ -2,6 +2,7 @@
 
     skinny   each weight is decoded once into tensor core fragments (csrc/nf4_skinny.cu)         1 to 16 tokens
     loop     weights are decoded inside the product's loop (backends/triton/nf4.py)              where measured to win
+    concat   W is dequantised into [W|s·B], and y is one product with [x|h]                      where measured to win
     scratch  W is dequantised into fresh memory, which the vendor's product reads and frees      everything else
 
 The backward pass always takes scratch: one dequantised W serves dx, and a long contraction over tokens wants speed.
@@ -32,7 +33,7 @@ TABLE = (
         None,
         "counted: 0.56 bytes per weight instead of 4.56; 4.0 instructions, 5.4 fit under the bytes (H100)",
     ),
-    # "loop" rows come from bench/nf4_gpu.py's results; until a GPU has one, it takes scratch from 17 tokens on.
+    # "loop" and "concat" rows come from bench/nf4_gpu.py's results; until a GPU has one, they take scratch from 17 tokens on.
     Row("scratch", 1, MANY, None, "counted: dequantising is 1-4 % of a product with 8192 tokens"),
 )
 

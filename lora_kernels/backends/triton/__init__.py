@@ -21,6 +21,7 @@ from . import backward, forward, nf4, tuning, wide_rank
 from .blocks import sum_kernel
 
 READS_NF4 = True
+NF4_FORWARD = {"loop": nf4.lora_forward, "concat": nf4.concat_forward}  # by nf4_plan's paths; "scratch" is the dense forward
 INTERPRETER = not isinstance(sum_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 was set when the kernels were defined
 
 
@@ -57,8 +58,8 @@ def lora_forward(
     path = forward if A.shape[0] <= tuning.MAX_RANK else wide_rank
     try:
         with torch.cuda.device_of(x):
-            if isinstance(W, NF4Weight) and plan(x, W, A)[0] == "loop":
-                return nf4.lora_forward(x, W, A, B, _scaling(s, x), c, p, seed)
+            if isinstance(W, NF4Weight) and (of_path := NF4_FORWARD.get(plan(x, W, A)[0])):
+                return of_path(x, W, A, B, _scaling(s, x), c, p, seed)
             return path.lora_forward(x, _dense(W, x), A, B, _scaling(s, x), c, p, seed)
     except Exception as error:
         _give_up(x, error)
@@ -110,11 +111,18 @@ def plan(x: Tensor, W: NF4Weight, A: Tensor) -> tuple[str, str]:
     """(path, why) of the product with a 4-bit weight, by nf4_plan's table."""
 
     def refusal(path: str) -> str | None:
-        if path == "loop":
-            return nf4.refusal(x, W, A.shape[0])
-        return "it is in the CUDA extension" if path == "skinny" else None
+        if path == "skinny":
+            return "it is in the CUDA extension"
+        return nf4_refusal(path, x, W, A)
 
     return nf4_plan.path(len(x), tuning.gpu(x.device).capability, refusal)
+
+
+def nf4_refusal(path: str, x: Tensor, W: NF4Weight, A: Tensor) -> str | None:
+    """Why one of NF4_FORWARD cannot compute with these, or None."""
+    if path == "loop":
+        return nf4.refusal(x, W, A.shape[0])
+    return nf4.concat_refusal(x, A) if path == "concat" else None
 
 
 def _dense(W: Tensor | NF4Weight | None, like: Tensor) -> Tensor | None:

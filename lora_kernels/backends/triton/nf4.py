@@ -1,4 +1,5 @@
-"""4-bit weights: W dequantised in one launch, and y = s·h·Bᵀ + c + x·Wᵀ with W decoded inside the product's loop.
+"""4-bit weights: W dequantised in one launch; y = s·h·Bᵀ + c + x·Wᵀ with W decoded inside the product's loop, or as
+[x|h]·[W|s·B]ᵀ + c.
 
 A byte is one 8-byte load from the table of its pair of float32 values; times absmax, rounded once: the bits of nf4.py.
 `enable_fp_fusion` is off wherever absmax is computed, for its product and its sum are rounded apart.
@@ -117,6 +118,32 @@ def refusal(x: Tensor, W: NF4Weight, R: int) -> str | None:
     if R > tuning.MAX_RANK:
         return f"adapters of rank above {tuning.MAX_RANK} are ordinary products"
     return None
+
+
+def concat_refusal(x: Tensor, A: Tensor) -> str | None:
+    """Why `concat_forward` cannot compute with these, or None."""
+    if x.dtype == torch.float32 or x.dtype != A.dtype:
+        return f"adapters of {A.dtype} would be rounded or widened beside x of {x.dtype}"
+    if A.shape[0] > tuning.MAX_RANK:
+        return f"adapters of rank above {tuning.MAX_RANK} are ordinary products"
+    return None
+
+
+def concat_forward(
+    x: Tensor, W: NF4Weight, A: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Equations 1 and 2 as one product: h, and y = [x|h]·[W|s·B]ᵀ + c, W dequantised into its place in the second factor.
+
+    x is copied once where prefill writes y once more and its product reads it: for wide N. Columns are padded to 16 bytes.
+    """
+    x, A = row_major(x), A.contiguous()
+    (M, K), (N, R) = x.shape, B.shape
+    h, padded = forward.project(x, A, p, seed), K + R + -(K + R) % 8
+    left, right = x.new_empty(M, padded), x.new_empty(N, padded)
+    left[:, :K], left[:, K : K + R], left[:, K + R :] = x, h, 0
+    dequantize(W, out=right[:, :K])
+    right[:, K : K + R], right[:, K + R :] = s * B, 0
+    return left @ right.T if c is None else torch.addmm(c, left, right.T), h
 
 
 def product(x: Tensor, W: NF4Weight, h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
