@@ -5,12 +5,15 @@
 #
 # Stages, all of them if none is named: nvidia-smi, tests (the suite on the GPU), sanitizer (compute-sanitizer's memcheck over
 # small shapes), addmm_beta, kernels (bench/kernels.py) and bench (`python -m lora_kernels bench --suite llama`). Each has a
-# time limit, together 12 minutes, with --quick 3. A stage that fails does not stop those after it; the exit code is 1 if any
-# did. Results are written to bench/results/<device>/<date>-<commit>.json, and copied to $OUT if that is set.
+# time limit, together 12 minutes, with --quick 3. Stages that run only if named: tune (`lora-kernels tune`; its file lies in
+# the results folder, to be copied to lora_kernels/backends/triton/tuned/), decoder (a decoder layer's linears), small (few
+# tokens, as CUDA graphs), peers (every peer at Llama's shapes), model (a step of the model in $MODEL) and memory (over the
+# sequence length). A stage that fails does not stop those after it; the exit code is 1 if any did. Results are written to
+# bench/results/<device>/<date>-<commit>.json, and copied to $OUT if that is set; bench/report.py makes tables of them.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-known="nvidia-smi tests sanitizer addmm_beta kernels bench"
+known="nvidia-smi tests sanitizer addmm_beta kernels bench tune decoder small peers model memory"
 quick=
 wanted=()
 for argument in "$@"; do
@@ -23,7 +26,7 @@ for argument in "$@"; do
         exit 2
     fi
 done
-[ "${#wanted[@]}" -gt 0 ] || read -ra wanted <<<"$known"
+[ "${#wanted[@]}" -gt 0 ] || wanted=(nvidia-smi tests sanitizer addmm_beta kernels bench)
 
 # shellcheck source=bench/stages.sh
 source bench/stages.sh
@@ -54,6 +57,13 @@ stage sanitizer "${limits[1]}" env LORA_KERNELS_TEST_DEVICE=cuda PYTORCH_NO_CUDA
 stage addmm_beta "${limits[2]}" "$python" bench/addmm_beta.py --json "$work/addmm_beta.json" "${options[@]}"
 stage kernels "${limits[3]}" "$python" bench/kernels.py --json "$work/kernels.json" "${options[@]}"
 stage bench "${limits[4]}" "$python" -m lora_kernels bench --suite llama --json "$work/bench.json" "${bench_options[@]}"
+stage tune 540 "$python" -m lora_kernels tune --json "$work/tune.json"
+gpu_bench() { echo "$python -m lora_kernels bench --device cuda --json $work/$1.json"; }
+stage decoder 240 $(gpu_bench decoder) --suite decoder --compare peft,unsloth-style --repeats 20
+stage small 180 $(gpu_bench small) --suite tokens --tokens 1 --tokens 8 --tokens 64 --tokens 512 --dropout 0 --compare peft,bnb
+stage peers 420 $(gpu_bench peers) --suite llama --tokens 8192 --compare peft,peft-compile,unsloth-style,bnb --repeats 20
+stage model 240 $(gpu_bench model) --model "${MODEL:-none}" --tokens 4096 --repeats 10
+stage memory 120 "$python" bench/model_memory.py --lengths 512 1024 2048 4096 --json "$work/memory.json"
 stage collect 10 "$python" bench/collect.py "$work"
 
 echo

@@ -90,7 +90,7 @@ def tiles(kernel: str, kind: str, R: int) -> tuple[Tile, ...]:
 
 def rank_class(R: int) -> int:
     """The class of rank R in the tables."""
-    return next(limit for limit in RANKS if R <= limit)
+    return next(limit for limit in RANKS if limit >= R)
 
 
 # ---- prefill and the vendor's product, or one fused kernel ----
