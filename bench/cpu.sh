@@ -35,7 +35,7 @@ stage avx2 90 env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_IN
 stage nf4 60 $(bench nf4) --shape 2048x2048 --tokens 512 --tokens 2048 --dropout 0.1 --rank 8 --compare bnb --repeats 5
 model=$("$python" -c 'from lora_kernels.commands.pretrained import default_model_directory; print(default_model_directory())')
 stage model 120 $(bench model) --model "$model" --tokens 512 --rank 8 --dropout 0.1 --repeats 5
-stage memory 60 "$python" bench/model_memory.py --device cpu --json "$work/memory.json"
+stage memory 60 "$python" bench/model_memory.py --device cpu --quantize none nf4 --json "$work/memory.json"
 stage collect 10 "$python" bench/collect.py "$work"
 "$python" bench/report.py || failed=1
 

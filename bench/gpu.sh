@@ -63,7 +63,7 @@ stage decoder 240 $(gpu_bench decoder) --suite decoder --compare peft,unsloth-st
 stage small 180 $(gpu_bench small) --suite tokens --tokens 1 --tokens 8 --tokens 64 --tokens 512 --dropout 0 --compare peft,bnb
 stage peers 420 $(gpu_bench peers) --suite llama --tokens 8192 --compare peft,peft-compile,unsloth-style,bnb --repeats 20
 stage model 240 $(gpu_bench model) --model "${MODEL:-none}" --tokens 4096 --repeats 10
-stage memory 120 "$python" bench/model_memory.py --lengths 512 1024 2048 4096 --json "$work/memory.json"
+stage memory 120 "$python" bench/model_memory.py --quantize none nf4 --lengths 512 1024 2048 4096 --json "$work/memory.json"
 stage collect 10 "$python" bench/collect.py "$work"
 
 echo
