@@ -5,8 +5,8 @@
 #
 # Stages, all of them if none is named: nvidia-smi, tests (the suite on the GPU), sanitizer (compute-sanitizer's memcheck over
 # small shapes), addmm_beta, kernels (bench/kernels.py) and bench (`python -m lora_kernels bench --suite llama`). Each has a
-# time limit, together 12 minutes, with --quick 3. Stages that run only if named: tune (`lora-kernels tune`; its file lies in
-# the results folder, to be copied to lora_kernels/backends/triton/tuned/), decoder (a decoder layer's linears), small (few
+# time limit, together 12 minutes, with --quick 3. Stages that run only if named: tune (`lora-kernels tune`, which writes
+# lora_kernels/backends/triton/tuned/<device>.json), decoder (a decoder layer's linears), small (few
 # tokens, as CUDA graphs), peers (every peer at Llama's shapes), model (a step of the model in $MODEL) and memory (over the
 # sequence length). A stage that fails does not stop those after it; the exit code is 1 if any did. Results are written to
 # bench/results/<device>/<date>-<commit>.json, and copied to $OUT if that is set; bench/report.py makes tables of them.
@@ -57,7 +57,7 @@ stage sanitizer "${limits[1]}" env LORA_KERNELS_TEST_DEVICE=cuda PYTORCH_NO_CUDA
 stage addmm_beta "${limits[2]}" "$python" bench/addmm_beta.py --json "$work/addmm_beta.json" "${options[@]}"
 stage kernels "${limits[3]}" "$python" bench/kernels.py --json "$work/kernels.json" "${options[@]}"
 stage bench "${limits[4]}" "$python" -m lora_kernels bench --suite llama --json "$work/bench.json" "${bench_options[@]}"
-stage tune 540 "$python" -m lora_kernels tune --json "$work/tune.json"
+stage tune 540 "$python" -m lora_kernels tune --folder lora_kernels/backends/triton/tuned --json "$work/tune.json"
 gpu_bench() { echo "$python -m lora_kernels bench --device cuda --json $work/$1.json"; }
 stage decoder 240 $(gpu_bench decoder) --suite decoder --compare peft,unsloth-style --repeats 20
 stage small 180 $(gpu_bench small) --suite tokens --tokens 1 --tokens 8 --tokens 64 --tokens 512 --dropout 0 --compare peft,bnb

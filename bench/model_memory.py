@@ -79,7 +79,7 @@ def main() -> int:
     """Print the rows and write the JSON; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, help="local causal language model (default: a small Llama, random weights)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024], help="tokens of the one sequence")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512], help="tokens of the one sequence")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--quantize", choices=("none", "nf4"), nargs="+", default=["none"], help="nf4: QLoRA, none: LoRA")
