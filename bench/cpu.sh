@@ -25,17 +25,17 @@ source bench/stages.sh
 bench() { echo "$python -m lora_kernels bench --device cpu --json $work/$1.json"; }
 both=(--dropout 0 --dropout 0.1 --rank 8)
 
-stage layer 110 $(bench layer) --shape 2048x2048 --tokens 2048 --tokens 512 --tokens 256 --tokens 128 "${both[@]}" \
+stage layer 90 $(bench layer) --shape 2048x2048 --tokens 2048 --tokens 512 --tokens 256 --tokens 128 "${both[@]}" \
     --compare peft,unsloth-style --repeats 7
-stage small 60 $(bench small) --shape 576x192 --shape 576x1536 --tokens 2048 --tokens 512 --tokens 256 --tokens 128 "${both[@]}" \
+stage small 50 $(bench small) --shape 576x192 --shape 576x1536 --tokens 2048 --tokens 512 --tokens 256 --tokens 128 "${both[@]}" \
     --compare peft,unsloth-style --repeats 9
-stage bf16 60 $(bench bf16) --shape 2048x2048 --tokens 512 --tokens 2048 "${both[@]}" --dtype bfloat16 --repeats 5
-stage avx2 90 env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
-    $(bench avx2) --shape 1024x1024 --tokens 256 --dropout 0.1 --rank 8 --dtype bfloat16 --repeats 3
-stage nf4 60 $(bench nf4) --shape 2048x2048 --tokens 512 --tokens 2048 --dropout 0.1 --rank 8 --compare bnb --repeats 5
+stage bf16 40 $(bench bf16) --shape 2048x2048 --tokens 512 --tokens 2048 "${both[@]}" --dtype bfloat16 --repeats 5
+stage avx2 110 env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+    $(bench avx2) --shape 2048x2048 --tokens 128 --dropout 0.1 --rank 8 --dtype bfloat16 --repeats 2
+stage nf4 50 $(bench nf4) --shape 2048x2048 --tokens 512 --tokens 2048 --dropout 0.1 --rank 8 --compare bnb --repeats 5
 model=$("$python" -c 'from lora_kernels.commands.pretrained import default_model_directory; print(default_model_directory())')
-stage model 120 $(bench model) --model "$model" --tokens 512 --rank 8 --dropout 0.1 --repeats 5
-stage memory 60 "$python" bench/model_memory.py --device cpu --json "$work/memory.json"
+stage model 85 $(bench model) --model "$model" --tokens 256 --rank 8 --dropout 0.1 --repeats 5
+stage memory 45 "$python" bench/model_memory.py --device cpu --quantize none nf4 --json "$work/memory.json"
 stage collect 10 "$python" bench/collect.py "$work"
 "$python" bench/report.py || failed=1
 

@@ -4,7 +4,7 @@ held: what stays allocated between forward and backward. peak: allocated at once
 (without checkpointing: its hooks do not see what that keeps). All beyond the model itself. The default model is a small
 Llama with random weights, so that a run takes a minute on a CPU; `--model DIR` takes any causal language model.
 
-    PYTHONPATH=. python bench/model_memory.py [--model DIR] [--lengths 128 256 512] [--json FILE]
+    PYTHONPATH=. python bench/model_memory.py [--model DIR] [--lengths 128 256 512] [--quantize none nf4] [--json FILE]
 """
 
 import argparse
@@ -23,7 +23,7 @@ from lora_kernels import LoRAConfig
 from lora_kernels.commands import model_step, pretrained
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.measure import held_bytes, peak_bytes, saved_bytes
-from lora_kernels.commands.peers import OURS, PEFT
+from lora_kernels.commands.peers import BNB, OURS, OURS_NF4, PEFT
 
 SMALL = {
     "vocab_size": 1024,
@@ -43,12 +43,15 @@ def small_llama(dtype: torch.dtype, device: torch.device) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**SMALL)).to(device, dtype)
 
 
-def rows(model: nn.Module, lengths: list[int], config: LoRAConfig, device: torch.device) -> list[dict[str, Any]]:
-    """A row per way of training and length of one sequence."""
+def rows(
+    model: nn.Module, lengths: list[int], config: LoRAConfig, device: torch.device, quantize: str | None = None
+) -> list[dict[str, Any]]:
+    """A row per way of training and length of one sequence; quantize="nf4" for QLoRA."""
     result = []
-    for name, build in ((OURS, model_step.ours), (PEFT, model_step.peft_twin)):
+    mine, peer = (OURS_NF4, BNB) if quantize else (OURS, PEFT)
+    for name, build in ((mine, model_step.ours), (peer, model_step.peft_twin)):
         for checkpointing in (False, True):
-            candidate: Any = build(model, config).train()
+            candidate: Any = build(model, config, quantize).train()
             if checkpointing:
                 candidate.gradient_checkpointing_enable({"use_reentrant": False})
             for length in lengths:
@@ -76,9 +79,10 @@ def main() -> int:
     """Print the rows and write the JSON; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, help="local causal language model (default: a small Llama, random weights)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024], help="tokens of the one sequence")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512], help="tokens of the one sequence")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--quantize", choices=("none", "nf4"), nargs="+", default=["none"], help="nf4: QLoRA, none: LoRA")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", metavar="FILE", type=Path)
     options = parser.parse_args()
@@ -86,11 +90,15 @@ def main() -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = pretrained.load_model(options.model, dtype, device) if options.model else small_llama(dtype, device)
     config = LoRAConfig(r=options.rank, lora_alpha=2 * options.rank, lora_dropout=options.dropout)
-    found = rows(model, options.lengths, config, device)
+    found = [
+        row
+        for quantize in options.quantize
+        for row in rows(model, options.lengths, config, device, None if quantize == "none" else quantize)
+    ]
     for row in found:
         checkpointed = "checkpointed" if row["checkpointing"] else ""
         mib = [f"{row[name] / 2**20:9.1f}" for name in ("held_bytes", "peak_bytes")]
-        sys.stdout.write(f"{row['variant']:14}{checkpointed:14}{row['tokens']:6} tokens, held and peak MiB {' '.join(mib)}\n")
+        sys.stdout.write(f"{row['variant']:26}{checkpointed:14}{row['tokens']:6} tokens, held and peak MiB {' '.join(mib)}\n")
     if options.json:
         header = {**environment(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         name = options.model.name if options.model else "Llama, 6 layers of 256"

@@ -100,6 +100,7 @@ def bench(
         typer.Option(help="Time a step of this local Hugging Face causal LM instead, LoRA on all its linear layers."),
     ] = None,
     sequence_length: Annotated[int, typer.Option(help="With --model: tokens of one sequence, at most.")] = 512,
+    quantize: Annotated[str | None, typer.Option(help="With --model: nf4, beside bitsandbytes under PEFT.")] = None,
     forward: Annotated[bool, typer.Option("--forward", help="Time the forward pass alone, without gradients.")] = False,
     device: Device = None,
     repeats: Annotated[int | None, typer.Option(help="Timed rounds; default: 10 on a CPU, 50 on a GPU.")] = None,
@@ -125,7 +126,7 @@ def bench(
     if model is not None:
         if shape or forward or len(axes["dtypes"]) > 1:
             raise CommandError("bench --model: got --shape, --forward or several --dtype, which are for single layers")
-        result = _bench_model(model, on, axes, sequence_length, repeats, out, peers.parse(compare))
+        result = _bench_model(model, on, axes, sequence_length, quantize, repeats, out, peers.parse(compare))
     else:
         shapes = tuple(Shape(layers.K, layers.N) for layers in parse_shapes(shape or (), rank=1))
         chosen = choose_suite(suite, on, FORWARD if forward else BOTH, shapes=shapes, **axes)
@@ -136,7 +137,14 @@ def bench(
 
 
 def _bench_model(
-    model: Path, device: Any, axes: dict[str, tuple[Any, ...]], length: int, repeats: int, out: Output, compare: tuple[str, ...]
+    model: Path,
+    device: Any,
+    axes: dict[str, tuple[Any, ...]],
+    length: int,
+    quantize: str | None,
+    repeats: int,
+    out: Output,
+    compare: tuple[str, ...],
 ) -> dict[str, Any]:
     from .commands import model_benchmark
 
@@ -148,6 +156,7 @@ def _bench_model(
         axes["dropouts"] or (0.1,),
         axes["dtypes"][0] if axes["dtypes"] else _dtype("bfloat16" if on_gpu else "float32"),
         length,
+        quantize,
     )
     return model_benchmark.run(settings, device, repeats, out, compare)
 

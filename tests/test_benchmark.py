@@ -1,6 +1,7 @@
 """The benchmark: its arithmetic, its table's raw rows, and that a wrong kernel gets no speed."""
 
 import importlib.util
+import json
 from dataclasses import replace
 
 import pytest
@@ -129,6 +130,21 @@ def test_without_peft_its_rows_are_missing_and_the_reason_is_given(monkeypatch):
     (refusal,) = result["peers_not_measured"]
     assert (refusal["peer"], refusal["case"]) == ("peft", "all")
     assert "not installed" in refusal["reason"]
+
+
+def test_what_was_measured_is_in_the_file_when_a_later_case_does_not_end(monkeypatch, tmp_path):
+    real = benchmark.measure_case
+
+    def interrupted(case, *args):
+        if case.M == 9:
+            raise KeyboardInterrupt
+        return real(case, *args)
+
+    monkeypatch.setattr(benchmark, "measure_case", interrupted)
+    suite = choose_suite("small", CPU, shapes=(Shape(32, 16),), tokens=(8, 9), ranks=(2,))
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.run(suite, CPU, 1, Output(str(tmp_path / "rows.json")), compare=())
+    assert {row["M"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]} == {8}
 
 
 def test_flops_count_six_low_rank_products():

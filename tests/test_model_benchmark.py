@@ -7,7 +7,7 @@ import torch
 from lora_kernels import cli
 from lora_kernels.commands import model_benchmark, model_step, pretrained
 from lora_kernels.commands.console import CommandError, Output
-from lora_kernels.commands.peers import BARE, OURS, PEFT
+from lora_kernels.commands.peers import BARE, BNB, OURS, OURS_NF4, PEFT
 from lora_kernels.config import LoRAConfig
 
 pytest.importorskip("transformers")
@@ -55,8 +55,18 @@ def test_the_twins_share_every_frozen_tensor_and_have_the_same_loss(directory):
     model_step.step(twins[0], ids)()  # there is a gradient to compute although nothing is trained
 
 
+def test_a_model_in_4_bits_beside_bitsandbytes_under_peft(directory):
+    pytest.importorskip("bitsandbytes")
+    result = model_benchmark.run(settings(directory, quantize="nf4"), CPU, 1, Output())
+    assert result["failures"] == result["peers_not_measured"] == []
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert list(rows) == [BARE, OURS_NF4, BNB]
+    assert rows[OURS_NF4]["saved_bytes"] < rows[BNB]["saved_bytes"]
+    assert set(rows[OURS_NF4]["faster_than"]) == {BNB}
+
+
 def test_a_wrong_layer_gets_no_times(directory, monkeypatch):
-    monkeypatch.setattr(model_benchmark, "gate", lambda problem, seed: ["y: norm error 1"])
+    monkeypatch.setattr(model_benchmark, "gate", lambda problem, seed, weight: ["y: norm error 1"])
     result = model_benchmark.run(settings(directory), CPU, 1, Output(), compare=())
     assert result["rows"] == []
     assert "y: norm error 1" in result["failures"][0]["reason"]
@@ -65,11 +75,13 @@ def test_a_wrong_layer_gets_no_times(directory, monkeypatch):
 def test_other_peers_are_listed_with_a_reason(directory):
     result = model_benchmark.run(settings(directory), CPU, 1, Output(), compare=("bnb",))
     assert {row["variant"] for row in result["rows"]} == {BARE, OURS}
-    assert result["peers_not_measured"] == [{"peer": "bnb", "case": "all", "reason": "not measured for a whole model"}]
+    assert result["peers_not_measured"] == [{"peer": "bnb", "case": "all", "reason": model_benchmark.OTHERS}]
 
 
 @pytest.mark.parametrize(("name", "value"), [("tokens", 1), ("ranks", 0), ("dropouts", 1.5)])
 def test_impossible_settings_are_refused(directory, name, value):
+    with pytest.raises(CommandError, match="--quantize: got 'int8'"):
+        settings(directory, quantize="int8").check()
     with pytest.raises(CommandError, match=f"--{name.rstrip('s')}"):
         settings(directory, **{name: (value,)}).check()
 

@@ -76,6 +76,19 @@ def test_bitsandbytes_is_measured_under_its_own_peft_layer():
     assert 0.01 < (y - exact).norm() / exact.norm() < 0.2  # four bits: wrong by more than rounding, and by no more than that
 
 
+def test_beside_bitsandbytes_stands_this_package_in_4_bits_behind_the_gate(monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    case = Case(32, Shape(128, 64), 4, 0.1, torch.float32)
+    rows, wrong, refusals = measure_case(case, CPU, 1, ("bnb",))
+    assert (wrong, refusals) == ([], [])
+    assert [row["variant"] for row in rows] == [peers.BARE, peers.OURS, peers.BNB, peers.OURS_NF4]
+    assert rows[3]["backend"] == "torch"
+    monkeypatch.setattr(peers, "nf4_problem", lambda layer: (layer, peers.quantize_nf4(layer.W)))  # truth in full precision
+    rows, wrong, _ = measure_case(case, CPU, 1, ("bnb",))
+    assert rows == []
+    assert all(reason.startswith("lora_kernels, NF4: ") for reason in wrong)
+
+
 def test_without_dropout_there_is_an_unsloth_row_and_with_it_a_reason():
     with_dropout = Case(16, Shape(24, 16), 4, 0.1, torch.float32)
     rows, _, refusals = measure_case(with_dropout, CPU, 1, ("unsloth-style",))

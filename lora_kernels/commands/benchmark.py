@@ -46,6 +46,7 @@ def run(
     present = tuple(peer for peer in compare if not reasons[peer])
     rows: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
+    result = {"header": header, "rows": rows, "failures": failures, "peers_not_measured": refusals}
     for case in suite.cases():
         case_rows, wrong, refused = measure_case(case, device, repeats, present, lorafusion, seed)
         rows += case_rows
@@ -57,8 +58,9 @@ def run(
         else:
             _print_case(case, case_rows, output)
         print_refusals(refused, output)
+        output.save_progress(result)
     output.print(CAPTION)
-    return {"header": header, "rows": rows, "failures": failures, "peers_not_measured": refusals}
+    return result
 
 
 def measure_case(
@@ -111,7 +113,7 @@ def _measure(problem: BlockProblem, variants: list[Variant], device: torch.devic
             replay = cuda_graph(step, device)
             if not isinstance(replay, str):
                 timed[name], graphed[name] = replay, True
-    timings = interleaved(timed, repeats=repeats, warmup=3, device=device)
+    timings = interleaved(timed, repeats=repeats, warmup=min(3, repeats), device=device)
     rows = []
     for variant in variants:
         step = steps[variant.name]

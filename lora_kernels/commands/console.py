@@ -69,6 +69,11 @@ class Output:
         if caption:
             self.print(f"[dim]{escape(caption)}[/]")
 
+    def save_progress(self, data: Any) -> None:
+        """Write `data` so far to the target if that is a file: a time limit then loses nothing that was measured."""
+        if self.json_target != STDOUT:
+            self.write_json(data)
+
     def write_json(self, data: Any) -> None:
         """Write `data` to the target, if there is one."""
         if self.json_target is None:

@@ -5,13 +5,10 @@ train; compare held-out loss and a sample before and after; write the adapter, l
 and require bit-equal logits.
 """
 
-import copy
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ..config import LoRAConfig
-from ..nf4 import quantize_nf4
-from ..nf4_state import to_params4bit
 from ..surgery import add_lora, load_lora_state_dict, lora_parameters, lora_state_dict
 from . import pretrained
 from .console import CommandError, Output, require
@@ -29,6 +24,8 @@ from .corpus import Corpus, read_text, split
 from .demo_report import OURS, PEFT, plot, print_summary
 from .measure import interleaved, saved_bytes
 from .memory import check_rank, group_layers
+from .model_step import loss as model_loss
+from .model_step import peft_twin, step
 
 CPU_TOKENS, GPU_TOKENS = 256, 4096  # of one step
 MIN_WINDOW, MAX_WINDOW = 16, 512  # tokens of one sequence; four a step where that fits: one alone is a noisy loss
@@ -107,7 +104,7 @@ def run(settings: Settings, output: Output) -> dict[str, Any]:
     _make_output_directory(settings.output)
 
     model = pretrained.load_model(directory, dtype, device)
-    peft_model = _peft_twin(model, settings)
+    peft_model = peft_twin(model, settings.lora_config, settings.quantize)
     torch.manual_seed(settings.seed)
     report = add_lora(model, settings.lora_config, quantize=settings.quantize)
     output.print(f"{settings.model or pretrained.DEFAULT_MODEL}: {report}", markup=False)
@@ -151,42 +148,6 @@ def _make_output_directory(directory: Path) -> None:
         raise CommandError(f"--output: cannot create {directory}: {error.strerror}") from error
 
 
-def _peft_twin(model: Any, settings: Settings) -> nn.Module:
-    """A PEFT model over the very same frozen tensors, without a second copy; its adapters are float32, as ours are.
-
-    With --quantize its linear layers are bitsandbytes', over a 4-bit weight of the same bytes as ours.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    twin = copy.deepcopy(model, shared)
-    if settings.quantize:
-        _use_linear4bit(twin)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
-        lora_dropout=settings.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(twin, config)
-
-
-def _use_linear4bit(model: Any) -> None:
-    """bitsandbytes' Linear4bit in the place of the linear layers, but for the output head."""
-    from bitsandbytes.nn import Linear4bit
-
-    head = model.get_output_embeddings()
-    for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not head:
-            weight, bias = module.weight, module.bias
-            layer = Linear4bit(1, 1, compute_dtype=weight.dtype, quant_type="nf4")
-            layer.in_features, layer.out_features, layer.bias = module.in_features, module.out_features, bias
-            layer.weight = to_params4bit(quantize_nf4(weight.detach()), torch.uint8, layer)
-            owner, _, attribute = path.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, layer)
-
-
 def _compare_steps(
     model: nn.Module, peft_model: nn.Module, corpus: Corpus, settings: Settings, output: Output
 ) -> dict[str, Any]:
@@ -195,8 +156,8 @@ def _compare_steps(
     ids = corpus.batch(settings.windows, torch.Generator().manual_seed(settings.seed)).to(device)
     models = {OURS: model.train(), PEFT: peft_model.train()}
     with output.console.status("Timing a training step beside PEFT"):
-        timings = interleaved({name: _step(model, ids) for name, model in models.items()}, TIMED_STEPS, warmup=1, device=device)
-        saved = {name: saved_bytes(partial(_loss, it, ids), exclude=[ids, *it.buffers()]) for name, it in models.items()}
+        timings = interleaved({name: step(model, ids) for name, model in models.items()}, TIMED_STEPS, warmup=1, device=device)
+        saved = {name: saved_bytes(partial(model_loss, it, ids), exclude=[ids, *it.buffers()]) for name, it in models.items()}
     for candidate in models.values():
         candidate.zero_grad(set_to_none=True)
     return {
@@ -208,20 +169,6 @@ def _compare_steps(
         }
         for name, candidate in models.items()
     }
-
-
-def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, labels=ids, use_cache=False).loss
-
-
-def _step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
-    """One forward + backward on `ids`, without the optimizer, which is the same for both."""
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        _loss(model, ids).backward()
-
-    return step
 
 
 def _fine_tune(model: nn.Module, tokenizer: Any, corpus: Corpus, settings: Settings, output: Output) -> dict[str, Any]:
@@ -257,7 +204,7 @@ def train(model: nn.Module, corpus: Corpus, settings: Settings, output: Output) 
         held_out = {0: held_out_loss(model, corpus)}
         for step in range(1, settings.steps + 1):
             model.train()
-            loss = _loss(model, corpus.batch(settings.windows, order).to(parameters[0].device))
+            loss = model_loss(model, corpus.batch(settings.windows, order).to(parameters[0].device))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -275,7 +222,7 @@ def held_out_loss(model: nn.Module, corpus: Corpus) -> float:
     model.eval()
     device = next(model.parameters()).device
     batches = corpus.held_out.split(HELD_OUT_BATCH)
-    total = sum(_loss(model, ids.to(device)).item() * len(ids) for ids in batches)
+    total = sum(model_loss(model, ids.to(device)).item() * len(ids) for ids in batches)
     return total / len(corpus.held_out)
 
 

@@ -20,9 +20,10 @@ from .benchmark import Refusals, new_header, print_refusals
 from .console import CommandError, Output, format_bytes
 from .measure import held_bytes, interleaved, kernel_launches, peak_bytes, saved_bytes
 from .memory import check_rank, group_layers
-from .peers import BARE, OURS, PEFT
+from .peers import BARE, BNB, HEADINGS, OURS, OURS_NF4, PEFT
 
 GATE_TOKENS = 256
+OTHERS = "not measured for a whole model; --quantize nf4 has bitsandbytes under PEFT"
 CAPTION = (
     "One forward + backward without the optimizer. Adapters: float32 over a 16-bit base. bare: no adapters, the gradient runs "
     "to the embeddings. x PEFT: how many times faster than PEFT. saved: kept by autograd for the backward pass beyond the "
@@ -40,6 +41,12 @@ class Settings:
     dropouts: tuple[float, ...]
     dtype: torch.dtype
     length: int
+    quantize: str | None = None  # "nf4": this package's 4-bit layers beside bitsandbytes' under PEFT
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The variants beside the bare model: this package's and the peer's."""
+        return (OURS_NF4, BNB) if self.quantize else (OURS, PEFT)
 
     def check(self) -> None:
         """Raise CommandError for values that need no model to be seen as wrong."""
@@ -52,6 +59,8 @@ class Settings:
             for value in values:
                 if not low <= value <= high:
                     raise CommandError(f"{option}: got {value}, expected {low} to {high}")
+        if self.quantize not in (None, "nf4"):
+            raise CommandError(f"--quantize: got {self.quantize!r}, expected nf4, or no --quantize")
         pretrained.check_directory(self.model)
 
 
@@ -64,7 +73,7 @@ def run(
     refusals: Refusals = [
         {"peer": peer, "case": "all", "reason": reason}
         for peer in compare
-        if (reason := peers.why_not(peer) if peer == "peft" else "not measured for a whole model")
+        if (reason := peers.why_not("bnb" if settings.quantize else peer) if peer == "peft" else OTHERS)
     ]
     print_refusals(refusals, output)
     with_peft = "peft" in compare and not any(refusal["peer"] == "peft" for refusal in refusals)
@@ -91,12 +100,13 @@ def measure(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """(rows, what is wrong): no rows where anything is wrong."""
     ids = model_step.random_ids(model, settings.tokens[0], settings.length, seed)
-    models = {BARE: model_step.frozen_twin(model), OURS: model_step.ours(model, config)}
+    mine, peer = settings.names
+    models = {BARE: model_step.frozen_twin(model), mine: model_step.ours(model, config, settings.quantize)}
     if with_peft:
-        models[PEFT] = model_step.peft_twin(model, config)
+        models[peer] = model_step.peft_twin(model, config, settings.quantize)
     for candidate in models.values():
         candidate.train()
-    wrong = _wrong(models, config, ids, settings.dtype, device, seed)
+    wrong = _wrong(models, config, ids, settings, device, seed)
     if wrong:
         return [], wrong
     steps = {name: model_step.step(candidate, ids) for name, candidate in models.items()}
@@ -119,8 +129,8 @@ def measure(
                 "p80_s": timing.p80,
                 "tokens_per_s": ids.numel() / timing.median,
                 "times_bare": timing.median / timings[BARE].median,
-                "faster_than": {PEFT: timings[PEFT].median / timing.median} if with_peft else {},
-                "saved_bytes": saved_bytes(forward, exclude=[ids]),
+                "faster_than": {peer: timings[peer].median / timing.median} if with_peft else {},
+                "saved_bytes": saved_bytes(forward, exclude=[ids, *candidate.buffers()]),
                 "held_bytes": held_bytes(forward, device),
                 "peak_bytes": peak_bytes(steps[name], device),
                 "launches": kernel_launches(steps[name], device),
@@ -131,17 +141,19 @@ def measure(
 
 
 def _wrong(
-    models: dict[str, nn.Module], config: LoRAConfig, ids: torch.Tensor, dtype: torch.dtype, device: torch.device, seed: int
+    models: dict[str, nn.Module], config: LoRAConfig, ids: torch.Tensor, settings: Settings, device: torch.device, seed: int
 ) -> list[str]:
     """The gate's reasons for each different layer, with its own dtypes, and losses that are not finite."""
-    groups = group_layers(models[OURS])
+    name, _ = settings.names
+    groups = group_layers(models[name])
     check_rank(groups)
-    adapter = next(parameter.dtype for parameter in models[OURS].parameters() if parameter.requires_grad)
+    adapter = next(parameter.dtype for parameter in models[name].parameters() if parameter.requires_grad)
     reasons = []
     for group in groups:
-        M = min(GATE_TOKENS, ids.numel())
-        problem = Problem.draw(M, group.K, group.N, group.R, config.lora_dropout, dtype, device, seed).with_adapters(adapter)
-        reasons += [f"{OURS} {group.K}→{group.N}: {reason}" for reason in gate(problem, seed)]
+        shape = min(GATE_TOKENS, ids.numel()), group.K, group.N, group.R
+        problem = Problem.draw(*shape, config.lora_dropout, settings.dtype, device, seed).with_adapters(adapter)
+        problem, weight = peers.nf4_problem(problem) if settings.quantize else (problem, None)
+        reasons += [f"{name} {group.K}→{group.N}: {reason}" for reason in gate(problem, seed, weight=weight)]
     with torch.no_grad():
         for name, model in models.items():
             value = model_step.loss(model, ids).item()
@@ -158,11 +170,12 @@ def _print_rows(case: str, rows: list[dict[str, Any]], output: Output) -> None:
             f"{row['p20_s'] * 1e3:,.1f}–{row['p80_s'] * 1e3:,.1f}",
             f"{row['tokens_per_s']:,.0f}",
             f"{row['times_bare']:.3f}",
-            f"{row['faster_than'][PEFT]:.3f}" if row["faster_than"] else "",
+            *(f"{faster:.3f}" for faster in row["faster_than"].values()),
             *(format_bytes(row[name]) for name in ("saved_bytes", "held_bytes", "peak_bytes")),
             "" if row["launches"] is None else row["launches"],
         )
         for row in rows
     ]
-    columns = ("variant", "median ms", "p20–p80", "tokens/s", "x bare", "x PEFT", "saved", "held", "peak", "launches")
+    others = (HEADINGS[name] for name in rows[0]["faster_than"])
+    columns = ("variant", "median ms", "p20–p80", "tokens/s", "x bare", *others, "saved", "held", "peak", "launches")
     output.table(case, columns, cells)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoRAConfig
+from ..nf4 import quantize_nf4
+from ..nf4_state import to_params4bit
 from ..surgery import add_lora
 
 
@@ -25,17 +27,23 @@ def frozen_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
-def ours(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """The model with this package's layers."""
+def ours(model: nn.Module, config: LoRAConfig, quantize: str | None = None) -> nn.Module:
+    """The model with this package's layers; quantize="nf4": over 4-bit copies of their weights."""
     twin = shared_copy(model)
-    add_lora(twin, config)
+    add_lora(twin, config, quantize=quantize)
     return twin
 
 
-def peft_twin(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """The model under PEFT with the settings of `config`; its adapters are float32 over a 16-bit base, as ours are."""
+def peft_twin(model: nn.Module, config: LoRAConfig, quantize: str | None = None) -> nn.Module:
+    """The model under PEFT with the settings of `config`; its adapters are float32 over a 16-bit base, as ours are.
+
+    quantize="nf4": its linear layers are bitsandbytes', over 4-bit weights of the same bytes as ours.
+    """
     from peft import LoraConfig, get_peft_model
 
+    twin = shared_copy(model)
+    if quantize:
+        _use_linear4bit(twin)
     peft_config = LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
@@ -43,7 +51,22 @@ def peft_twin(model: nn.Module, config: LoRAConfig) -> nn.Module:
         target_modules=config.target_modules,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(shared_copy(model), peft_config)
+    return get_peft_model(twin, peft_config)
+
+
+def _use_linear4bit(model: Any) -> None:
+    """bitsandbytes' Linear4bit in the place of the linear layers, but for the output head."""
+    from bitsandbytes.nn import Linear4bit
+
+    head = model.get_output_embeddings()
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not head:
+            weight, bias = module.weight, module.bias
+            layer = Linear4bit(1, 1, compute_dtype=weight.dtype, quant_type="nf4")
+            layer.in_features, layer.out_features, layer.bias = module.in_features, module.out_features, bias
+            layer.weight = to_params4bit(quantize_nf4(weight.detach()), torch.uint8, layer)
+            owner, _, attribute = path.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, layer)
 
 
 def loss(model: nn.Module, ids: Tensor) -> Tensor:

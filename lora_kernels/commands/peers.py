@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import LoRALinear
+from ..nf4 import NF4Weight, quantize_nf4
 from . import unsloth_order
 from .accuracy_gate import Problem
 from .blocks import Block, BlockProblem
@@ -101,8 +102,7 @@ def variants(name: str, problem: BlockProblem, lorafusion: Path | None = None) -
     if name == "unsloth-style":
         return [Variant(UNSLOTH, UnslothBlock(problem).train())]
     if name == "bnb":
-        rows = [_variant(BNB, problem, bnb)]
-        return rows + ([replace(_variant(OURS_NF4, problem, ours_nf4, problem), nf4=True)] if nf4_there() else [])
+        return [_variant(BNB, problem, bnb), replace(_variant(OURS_NF4, problem, ours_nf4, problem), nf4=True)]
     kernels = _lorafusion(lorafusion)
     return [_variant(LORAFUSION, problem, lambda layer: LoRAFusionLinear(layer, kernels))]
 
@@ -116,11 +116,6 @@ def _variant(
 
 def _missing(package: str) -> str | None:
     return None if importlib.util.find_spec(package) else f"not installed; run `pip install {package}`"
-
-
-def nf4_there() -> bool:
-    """Whether this version of the package has 4-bit weights."""
-    return importlib.util.find_spec("lora_kernels.nf4") is not None
 
 
 # ---- one layer of each kind ----
@@ -146,10 +141,9 @@ def ours_nf4(problem: Problem) -> nn.Module:
     return ours(problem, quantize="nf4")
 
 
-def nf4_problem(problem: Problem) -> tuple[Problem, Any]:
+def nf4_problem(problem: Problem) -> tuple[Problem, NF4Weight]:
     """(the problem with the values that W has in 4 bits, the NF4Weight): truth for `ours_nf4`, and what it is given."""
-    nf4: Any = importlib.import_module("lora_kernels")
-    weight = nf4.quantize_nf4(problem.W, blocksize=64, double_quant=True)
+    weight = quantize_nf4(problem.W, blocksize=64, double_quant=True)
     return replace(problem, W=weight.dequantize(problem.W.dtype)), weight
 
 

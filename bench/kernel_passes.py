@@ -5,7 +5,7 @@ bare vendor's (the floor), prefill and the vendor's accumulating product, and th
 No time is reported for what fails the correctness gate, which runs with both dataflows. L2 is cold, variants are
 interleaved; medians with p20 and p80. After each case the JSON file is complete, so that a time limit loses nothing.
 
-    PYTHONPATH=. python bench/kernels.py [--quick | --full] [--json FILE] [--device cpu|cuda] [--repeats N]
+    PYTHONPATH=. python bench/kernel_passes.py [--quick | --full] [--json FILE] [--device cpu|cuda] [--repeats N]
 
 On a CPU it runs tiny shapes in Triton's interpreter (TRITON_INTERPRET=1), only to show that it runs.
 """
