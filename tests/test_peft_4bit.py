@@ -192,3 +192,14 @@ def test_a_prepared_model_trains_as_with_peft():
         curves.append(torch.tensor(losses))
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
     assert report.calls().keys() == {FAST}
+
+
+def test_torch_compile_in_one_graph():
+    model = adapted()
+    accelerate(model)
+    x = torch.randn(4, 64).bfloat16()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    y.sum().backward()
+    assert torch.equal(y, model(x))
+    assert layer(model).lora_B["default"].weight.grad.abs().sum() > 0
