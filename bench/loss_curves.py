@@ -75,7 +75,7 @@ def smollm(steps: int) -> Case:
     model = pretrained.load_model(directory, torch.float32, torch.device("cpu"))
     text = corpus.split(corpus.read_text(None), pretrained.load_tokenizer(directory), 64, model.config.vocab_size)
     generator = torch.Generator().manual_seed(0)
-    windows = [text.batch(2, generator) for _ in range(steps)]
+    windows = [text.batch(1, generator) for _ in range(steps)]
     batches = [{"input_ids": ids, "labels": ids} for ids in windows]
     return Case("SmolLM2-135M-Instruct", model, ["q_proj", "v_proj", "down_proj"], batches, {"task_type": "CAUSAL_LM"}, 1e-3)
 
@@ -91,7 +91,7 @@ def minilm(steps: int) -> Case:
     torch.manual_seed(0)  # the classifier is new
     model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=len(MODULES))
     samples = docstrings()
-    order = torch.randint(len(samples), (steps, 16), generator=torch.Generator().manual_seed(0))
+    order = torch.randint(len(samples), (steps, 8), generator=torch.Generator().manual_seed(0))
     batches = []
     for row in order.tolist():
         texts, labels = zip(*(samples[i] for i in row), strict=True)
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    makers: list[Callable[[int], Case]] = [minilm, smollm]
+    makers: list[Callable[[int], Case]] = [smollm, minilm]
     rows = []
     for make in makers:
         try:

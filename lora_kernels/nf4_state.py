@@ -29,7 +29,10 @@ def as_bytes(codes: Tensor) -> Tensor:
         raise TypeError(f"codes: got dtype {codes.dtype}, expected one of {', '.join(map(str, STORAGES))}")
     if not codes.is_contiguous() and not codes.T.is_contiguous():
         raise ValueError(f"codes: got strides {codes.stride()}, expected contiguous memory; use codes.contiguous()")
-    return codes.detach().as_subclass(Tensor).reshape(-1).view(torch.uint8)
+    plain = codes.detach()
+    if type(plain) is not Tensor:  # torch.compile cannot trace as_subclass
+        plain = plain.as_subclass(Tensor)
+    return plain.reshape(-1).view(torch.uint8)
 
 
 def as_storage(codes: Tensor, storage: torch.dtype) -> Tensor:

@@ -32,7 +32,7 @@ def llama(**options: Any) -> nn.Module:
 
     size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     tokens = {"vocab_size": 60, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    return LlamaForCausalLM(LlamaConfig(**size, **tokens, num_hidden_layers=2, **options))
+    return LlamaForCausalLM(LlamaConfig(**{**size, **tokens, "num_hidden_layers": 2, **options}))
 
 
 def gpt2() -> nn.Module:

@@ -35,6 +35,13 @@ class Parts(NamedTuple):
     scaling: float | Tensor
 
 
+class ShownAsPeft(type(lora.Linear)):  # type: ignore[misc]
+    """Prints the class as PEFT's own, so that PEFT's messages about a layer read as they did."""
+
+    def __repr__(cls) -> str:
+        return repr(cls.__bases__[-1])
+
+
 class Accelerated:
     """The forward of both classes; it stands before PEFT's class in the order of methods."""
 
@@ -52,7 +59,7 @@ class Accelerated:
         return "accelerated by lora_kernels"
 
 
-class AcceleratedLinear(Accelerated, lora.Linear):
+class AcceleratedLinear(Accelerated, lora.Linear, metaclass=ShownAsPeft):
     """peft.tuners.lora.Linear over nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit, computed by lora_linear."""
 
 
@@ -171,9 +178,12 @@ def _why_not_4bit(base: Any, x: Tensor) -> str | None:
     if not base.compute_type_is_set:  # bitsandbytes does so at the first call
         base.set_compute_type(x)
         base.compute_type_is_set = True
-    if not torch.is_autocast_enabled(x.device.type) and base.compute_dtype not in (None, x.dtype):
-        return "the 4-bit layer's compute_dtype differs from x's dtype"
-    return None
+    if torch.is_autocast_enabled(x.device.type) or base.compute_dtype in (None, x.dtype):
+        return None
+    # PEFT computes its adapter from x as it is. A CPU does the whole layer in float32 as fast as in 16 bits; a GPU would not.
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        return None
+    return "the 4-bit layer's compute_dtype is not x's dtype"
 
 
 def _why_not_dtypes(x: Tensor, W: Tensor, c: Tensor | None) -> str | None:

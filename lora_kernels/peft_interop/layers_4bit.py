@@ -2,8 +2,8 @@
 
 from peft.tuners.lora.bnb import Linear4bit
 
-from .layers import Accelerated
+from .layers import Accelerated, ShownAsPeft
 
 
-class AcceleratedLinear4bit(Accelerated, Linear4bit):
+class AcceleratedLinear4bit(Accelerated, Linear4bit, metaclass=ShownAsPeft):
     """peft.tuners.lora.bnb.Linear4bit, computed by lora_linear on the same 4-bit bytes."""
