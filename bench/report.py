@@ -99,12 +99,30 @@ def beta_table(run: dict[str, Any]) -> str:
     return table(["product", "beta=0 µs", "beta=1 µs", "mm, then add_ µs", "beta=1 / beta=0"], rows)
 
 
+def curves_table(run: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['model']}, p={row['dropout']:g}",
+            f"{row['peft'][0]:.3f}, {row['peft'][-1]:.3f}",
+            f"{row['accelerated'][-1]:.3f}",
+            f"{row['distance_of_accelerated']:.1e}",
+            f"{row['distance_of_seeds']:.1e}",
+            ", ".join(f"{calls} {reason}" for reason, calls in row["calls"].items()),
+        ]
+        for row in run["rows"]
+    ]
+    about = f"Mean distance from PEFT's loss curve over {run['steps']} steps, beside that of PEFT with another seed.\n\n"
+    columns = ["model", "PEFT's first and last loss", "accelerated last", "accelerated", "PEFT, another seed", "calls"]
+    return about + table(columns, rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "layer": layer_table,
     "model": model_table,
     "memory": memory_table,
     "kernels": kernels_table,
     "beta": beta_table,
+    "curves": curves_table,
 }
 
 

@@ -42,7 +42,14 @@ def runs(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def kind(run: dict[str, Any]) -> str:
     """Which table a run's rows make."""
     first = run["rows"][0]
-    marks = {"checkpointing": "memory", "median_s": "model", "beta0": "beta", "over": "kernels", "variant": "layer"}
+    marks = {
+        "checkpointing": "memory",
+        "median_s": "model",
+        "beta0": "beta",
+        "over": "kernels",
+        "distance_of_seeds": "curves",
+        "variant": "layer",
+    }
     return next((name for mark, name in marks.items() if mark in first), "other")
 
 
