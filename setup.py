@@ -1,7 +1,9 @@
-"""Only the CUDA extension, lora_kernels._C; everything else about the package is in pyproject.toml.
+"""The two extensions; everything else about the package is in pyproject.toml.
 
-It is built where nvcc is (in CUDA_HOME, or on the PATH), and the decision is printed. LORA_KERNELS_BUILD_CUDA changes it:
-"0" skips the extension, "1" makes a missing nvcc an error, and GPU families, as in "80;90a", force it for those alone.
+lora_kernels._cpu, dropout masks on a CPU, is built where a C++ compiler is, and left out where that fails.
+lora_kernels._C, the CUDA kernels, is built where nvcc is (in CUDA_HOME, or on the PATH), and the decision is printed.
+LORA_KERNELS_BUILD_CUDA changes it: "0" skips them, "1" makes a missing nvcc an error, and GPU families, as in "80;90a", force
+them for those alone.
 """
 
 import os
@@ -18,6 +20,8 @@ from setuptools.command.build_ext import build_ext
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_BUILD_CUDA"
 FAMILIES = ("80", "86", "89", "90a", "100", "120")  # the first also as PTX, for all GPUs between and after them
 CSRC = Path("csrc")
+CPU_SOURCE = CSRC / "dropout.cpp"  # of _cpu; the other files are _C's
+CUDA, CPU = "lora_kernels._C", "lora_kernels._cpu"
 FLAGS = ["-O3", "-std=c++17", "--compiler-options", "-fPIC,-fvisibility=hidden"]
 
 
@@ -88,17 +92,19 @@ def ninja_file(families: tuple[str, ...], target: Path) -> str:
         "  command = $nvcc -shared --no-device-link --cudart static --compiler-options -s $in -o $out",
     ]
     objects = []
-    for source in sorted(root.glob("*.cu")) + sorted(root.glob("*.cpp")):
+    for source in [*sorted(root.glob("*.cu")), root / "bindings.cpp"]:
         objects.append(f"{source.name}.o")
         lines.append(f"build {objects[-1]}: {'cuda' if source.suffix == '.cu' else 'cpp'} {source}")
     lines.append(f"build {target.resolve()}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
-class BuildWithNvcc(build_ext):
-    """Runs ninja over csrc: setuptools knows no CUDA, and its own compiler no dependencies."""
+class Build(build_ext):
+    """For _C runs ninja over csrc: setuptools knows no CUDA, and its own compiler no dependencies."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name != CUDA:
+            return super().build_extension(ext)
         folder = Path(self.build_temp).resolve() / "csrc"
         target = Path(self.get_ext_fullpath(ext.name))
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,9 +113,19 @@ class BuildWithNvcc(build_ext):
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
 
 
+def extensions() -> list[Extension]:
+    found = []
+    try:
+        from pybind11.setup_helpers import Pybind11Extension
+    except ImportError:
+        print(f"lora_kernels: {CPU} is skipped: the Python package 'pybind11' is not installed", flush=True)
+    else:
+        flags = ["-O3", "-fopenmp"] if sys.platform.startswith("linux") else []
+        found.append(Pybind11Extension(CPU, [str(CPU_SOURCE)], cxx_std=17, extra_compile_args=flags, optional=True))
+    if FAMILIES_TO_BUILD:
+        found.append(Extension(CUDA, [str(path) for path in sorted(CSRC.iterdir()) if path != CPU_SOURCE]))
+    return found
+
+
 FAMILIES_TO_BUILD = decide()
-sources = [str(path) for path in sorted(CSRC.iterdir())] if FAMILIES_TO_BUILD else []
-setup(
-    ext_modules=[Extension("lora_kernels._C", sources)] if FAMILIES_TO_BUILD else [],
-    cmdclass={"build_ext": BuildWithNvcc},
-)
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

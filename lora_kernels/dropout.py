@@ -8,7 +8,13 @@ Philox4x32-7 block (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"
 The four 32-bit words of the block are eight 16-bit lanes, the low half of a word before its high half. Column `k` is kept
 where lane `k % 8` >= threshold(p) = round(65536 p). Kept values are scaled by 1 / (1 - p̂) with p̂ = threshold / 65536,
 so that the expectation is exact.
+
+Here the mask is PyTorch operations on any device. On a CPU csrc/dropout.cpp makes the same bits in a seventh of the time, where
+the package was built with it.
 """
+
+import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +27,13 @@ PHILOX_ROUNDS = 7
 LANES = 8  # columns per Philox block
 LANE_RANGE = 1 << 16
 _LOW = 0xFFFFFFFF
+
+cpu_extension: Any = None
+why_no_cpu_extension = ""
+try:
+    cpu_extension = importlib.import_module("lora_kernels._cpu")
+except ImportError as error:
+    why_no_cpu_extension = f"csrc/dropout.cpp was not built, or cannot be loaded ({error})"
 
 
 def threshold(p: float) -> int:
@@ -98,21 +111,32 @@ class KeepRows:
     """keep(seed, row, column) for slices of rows: [rows, K] ones and zeros, valid until the thread's next mask."""
 
     def __init__(self, K: int, p: float, seed: Tensor, *, offset: int = 0, dtype: torch.dtype = torch.bool):
-        self.K, self.threshold, self.seed, self.dtype = K, threshold(p), seed, dtype
-        self.column = torch.arange(-(-K // LANES), device=seed.device)
-        self.offset_low = torch.full((), offset & _LOW, device=seed.device)
-        self.offset_high = torch.full((), offset >> 32, device=seed.device)
+        self.K, self.threshold, self.seed, self.offset, self.dtype = K, threshold(p), seed, offset, dtype
 
     def __call__(self, rows: slice) -> Tensor:
-        M, blocks = rows.stop - rows.start, len(self.column)
+        M, device = rows.stop - rows.start, self.seed.device
         keep = scratch("keep", M * self.K, self.dtype, self.seed).view(M, self.K)
+        if cpu_extension is not None and device.type == "cpu" and type(self.seed) is Tensor:
+            cpu_extension.keep_rows(
+                keep.data_ptr(),
+                keep.element_size(),
+                rows.start,
+                M,
+                self.K,
+                self.threshold,
+                self.seed.item(),
+                self.offset,
+                torch.get_num_threads(),
+            )
+            return keep
         if self.threshold == LANE_RANGE:  # the one threshold that int16 cannot hold
             return keep.zero_()
-        row = torch.arange(rows.start, rows.stop, device=self.seed.device)[:, None]
-        work = scratch("philox", 6 * M * blocks, torch.int64, self.seed).view(6, M, blocks)
-        words = scratch("words", 4 * M * blocks, torch.int32, self.seed).view(M, blocks, 4)
-        counter = (self.column, row, self.offset_low, self.offset_high)
-        for i, word in enumerate(philox(counter, self.seed, work)):
+        column = torch.arange(-(-self.K // LANES), device=device)
+        row = torch.arange(rows.start, rows.stop, device=device)[:, None]
+        offset_low, offset_high = (torch.full((), half, device=device) for half in (self.offset & _LOW, self.offset >> 32))
+        work = scratch("philox", 6 * M * len(column), torch.int64, self.seed).view(6, M, len(column))
+        words = scratch("words", 4 * M * len(column), torch.int32, self.seed).view(M, len(column), 4)
+        for i, word in enumerate(philox((column, row, offset_low, offset_high), self.seed, work)):
             words[..., i] = word  # its low half
         words.bitwise_xor_(-0x7FFF8000)  # flips bits 15 and 31: signed 16-bit lanes then compare as unsigned ones
         lanes = words.view(torch.int16).flatten(1)[:, : self.K]

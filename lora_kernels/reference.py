@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import dropout
 from .dropout import KeepRows, keep_scale, row_chunks
 from .nf4 import NF4Weight, column_tiles, tiles
 from .scratch import slices
@@ -52,7 +53,7 @@ def lora_forward(
     keep = KeepRows(K, p, seed, dtype=work) if p > 0 else None
     for rows in row_chunks(M, max(K, N), x.device):
         xw = x[rows].to(work)
-        h[rows] = ((xw if keep is None else keep(rows).mul_(xw)) @ Aw.T).mul_(scale)  # 1
+        h[rows] = xw @ Aw.T if keep is None else (keep(rows).mul_(xw) @ Aw.T).mul_(scale)  # 1
         set_product(y[rows], h[rows].to(work) * s, Bw.T, cw)
     del xw  # the product needs that memory
     return add_forward_product(y, x, W).to(x.dtype), h  # 2
@@ -80,6 +81,7 @@ def lora_backward(
     Bw = None if B is None else B.to(work).T.contiguous().T  # dy·B is twice as fast with B's columns contiguous
     K = W.shape[1] if needs.dx else x.shape[1] if needs.dA else 0
     keep = KeepRows(K, p, seed, dtype=work) if p > 0 and (needs.dx or needs.dA) else None
+    factor = s * keep_scale(p)  # the factors that 4 and 5 share, by way of 3
     dx = dy.new_empty(M, K, dtype=sum_dtype(dy, W)) if needs.dx else None
     dA = dB = dc = None
     for rows in row_chunks(M, max(K, N), dy.device):
@@ -90,7 +92,7 @@ def lora_backward(
             dc = total(dc, dyw.sum(0))  # 6
         if not (needs.dA or needs.dx):
             continue
-        g = (dyw @ Bw) * s * keep_scale(p)  # 3, with the factor that 4 and 5 share
+        g = (dyw @ Bw) * factor  # 3
         mask = None if keep is None else keep(rows)
         if needs.dx:
             dx_rows = set_product(dx[rows], g, Aw)
@@ -107,6 +109,12 @@ def lora_backward(
 
 def why_not(x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None) -> None:
     """None: PyTorch computes with any tensors that pass the checks."""
+
+
+def notes(x: Tensor) -> list[str]:
+    """What is missing here that would make it faster on x's device."""
+    slow = x.device.type == "cpu" and dropout.cpu_extension is None
+    return [f"dropout masks are PyTorch operations: {dropout.why_no_cpu_extension}"] if slow else []
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:

@@ -84,6 +84,15 @@ def test_where_nvcc_is_it_is_built(tmp_path: Path) -> None:
     assert "is CUDA 12.4, and it needs 12.8 or newer" in result.stdout
 
 
+def test_without_a_cpp_compiler_the_rest_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    build = ("build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
+    result = setup_py(*build, LORA_KERNELS_BUILD_CUDA="0", CC="false", CXX="false")
+    assert result.returncode == 0, result.stderr
+    assert 'building extension "lora_kernels._cpu" failed' in result.stdout + result.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
 def test_the_source_distribution_holds_csrc(tmp_path: Path) -> None:
     result = setup_py("-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path), LORA_KERNELS_BUILD_CUDA="0")
     assert result.returncode == 0, result.stderr

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_kernels import dropout_mask
+from lora_kernels import dropout, dropout_mask
 from lora_kernels.dropout import KeepRows, keep_scale, philox, row_chunks, threshold
 
 # Random123's known-answer tests (kat_vectors) of philox4x32: (rounds, counter, key, result)
@@ -17,6 +17,15 @@ KNOWN_ANSWERS = [
     (10, PI, (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
 ]
 SEED = 0x0123456789ABCDEF
+
+
+@pytest.fixture(autouse=True, params=["extension", "operations"])
+def masks(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test with csrc/dropout.cpp's masks, and with PyTorch's operations."""
+    if request.param == "operations":
+        monkeypatch.setattr(dropout, "cpu_extension", None)
+    elif dropout.cpu_extension is None:
+        pytest.skip(dropout.why_no_cpu_extension)
 
 
 def signed(value: int) -> int:

@@ -1,6 +1,7 @@
 """What a measurement depends on: versions, devices, CPU capabilities, threads and the commit of this package."""
 
 import importlib.metadata
+import importlib.util
 import platform
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from .. import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "bitsandbytes")
+EXTENSIONS = ("_cpu", "_C")  # those of setup.py that were built
 CHECKOUT = Path(__file__).resolve().parents[2]  # the folder that holds lora_kernels/
 CPU_CAPABILITIES = ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_fp16")
 
@@ -23,6 +25,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: package_version(name) for name in PACKAGES},
+        "extensions": [name for name in EXTENSIONS if importlib.util.find_spec(f"lora_kernels.{name}")],
         "cpu": cpu(),
         "gpus": gpus(),
     }

@@ -1,0 +1,104 @@
+// lora_kernels._cpu: the rows of a dropout mask on a CPU, bit for bit those of lora_kernels/dropout.py, whose docstring is the
+// specification. PyTorch operations need sixty passes over memory for a mask; here a tile of it stays in registers and cache.
+//
+// Compiled for OpenMP but not linked with it: at import the functions are found in the library that PyTorch has loaded, so
+// that both share one pool of threads.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace {
+
+constexpr std::uint32_t M0 = 0xD2511F53, M1 = 0xCD9E8D57;  // multipliers
+constexpr std::uint32_t W0 = 0x9E3779B9, W1 = 0xBB67AE85;  // key increments
+constexpr int ROUNDS = 7;
+constexpr int WORDS = 4, LANES = 8;    // of a Philox block: 32-bit words, 16-bit lanes
+constexpr int TILE = 64;               // blocks that are computed side by side
+constexpr std::int64_t FEW = 1 << 14;  // elements that one thread computes before others have begun
+
+struct Mask {
+  std::uint32_t key[2], offset[2];
+  std::int32_t threshold;
+};
+
+// The words of TILE neighbouring blocks of a row, block after block.
+inline __attribute__((always_inline)) void philox(std::uint32_t column, std::uint32_t row, const Mask& mask,
+                                                  std::uint32_t (&words)[TILE * WORDS]) {
+  std::uint32_t c[WORDS][TILE];
+  for (int i = 0; i < TILE; ++i) {
+    std::uint32_t c0 = column + i, c1 = row, c2 = mask.offset[0], c3 = mask.offset[1];
+    std::uint32_t k0 = mask.key[0], k1 = mask.key[1];
+    for (int round = 0; round < ROUNDS; ++round, k0 += W0, k1 += W1) {
+      const std::uint64_t p0 = std::uint64_t{c0} * M0, p1 = std::uint64_t{c2} * M1;
+      c0 = static_cast<std::uint32_t>(p1 >> 32) ^ c1 ^ k0;
+      c1 = static_cast<std::uint32_t>(p1);
+      c2 = static_cast<std::uint32_t>(p0 >> 32) ^ c3 ^ k1;
+      c3 = static_cast<std::uint32_t>(p0);
+    }
+    c[0][i] = c0, c[1][i] = c1, c[2][i] = c2, c[3][i] = c3;
+  }
+  for (int i = 0; i < TILE; ++i)
+    for (int word = 0; word < WORDS; ++word) words[i * WORDS + word] = c[word][i];
+}
+
+// out[K] = one where keep(seed, row, column), else zero.
+template <typename T>
+inline __attribute__((always_inline)) void keep_row(T* out, std::int64_t K, std::uint32_t row, const Mask& mask) {
+  for (std::int64_t k = 0; k < K; k += TILE * LANES) {
+    std::uint32_t words[TILE * WORDS];
+    philox(static_cast<std::uint32_t>(k / LANES), row, mask, words);
+    T kept[TILE * LANES];
+    for (int i = 0; i < TILE * WORDS; ++i) {
+      kept[2 * i] = static_cast<std::int32_t>(words[i] & 0xFFFF) >= mask.threshold;
+      kept[2 * i + 1] = static_cast<std::int32_t>(words[i] >> 16) >= mask.threshold;
+    }
+    std::memcpy(out + k, kept, sizeof(T) * std::min<std::int64_t>(TILE * LANES, K - k));
+  }
+}
+
+// The compiler makes a version for each of these, and the one for this CPU is taken when the library is loaded.
+#if !defined(__x86_64__) || !defined(__linux__)
+#define FOR_EACH_CPU
+#elif __GNUC__ >= 12
+#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#else
+#define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+
+FOR_EACH_CPU void keep_row_1(std::uint8_t* out, std::int64_t K, std::uint32_t row, const Mask& mask) { keep_row(out, K, row, mask); }
+FOR_EACH_CPU void keep_row_4(float* out, std::int64_t K, std::uint32_t row, const Mask& mask) { keep_row(out, K, row, mask); }
+FOR_EACH_CPU void keep_row_8(double* out, std::int64_t K, std::uint32_t row, const Mask& mask) { keep_row(out, K, row, mask); }
+
+template <typename T>
+void for_rows(void (*keep)(T*, std::int64_t, std::uint32_t, const Mask&), std::uintptr_t out, std::int64_t first, std::int64_t M,
+              std::int64_t K, const Mask& mask, int threads) {
+#pragma omp parallel for num_threads(threads) if (M * K > FEW)
+  for (std::int64_t i = 0; i < M; ++i) keep(reinterpret_cast<T*>(out) + i * K, K, static_cast<std::uint32_t>(first + i), mask);
+}
+
+void keep_rows(std::uintptr_t out, int itemsize, std::int64_t first, std::int64_t M, std::int64_t K, std::int32_t threshold,
+               std::int64_t seed, std::uint64_t offset, int threads) {
+  const auto low = [](std::uint64_t v) { return static_cast<std::uint32_t>(v); };
+  const auto high = [](std::uint64_t v) { return static_cast<std::uint32_t>(v >> 32); };
+  const Mask mask{{low(seed), high(seed)}, {low(offset), high(offset)}, threshold};
+  switch (itemsize) {
+    case 1: return for_rows(keep_row_1, out, first, M, K, mask, threads);
+    case 4: return for_rows(keep_row_4, out, first, M, K, mask, threads);
+    case 8: return for_rows(keep_row_8, out, first, M, K, mask, threads);
+  }
+  throw std::invalid_argument("keep_rows: got an itemsize of " + std::to_string(itemsize) + ", expected 1 (bool), 4 (float) or 8");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  using pybind11::arg;
+  m.doc() = "Dropout masks on addresses in a CPU's memory.";
+  m.def("keep_rows", &keep_rows, "out[M, K] = keep(seed, first + i, k) as bool, float or double.",
+        pybind11::call_guard<pybind11::gil_scoped_release>(), arg("out"), arg("itemsize"), arg("first"), arg("M"), arg("K"),
+        arg("threshold"), arg("seed"), arg("offset"), arg("threads"));
+}
