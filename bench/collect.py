@@ -29,6 +29,13 @@ def collect(folder: Path) -> dict[str, Any]:
     return {"environment": environment(), "stages": stages, **results}
 
 
+def merged(earlier: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """An earlier run of the same day and commit with the stages of this one in place of its own."""
+    names = {stage["stage"] for stage in data["stages"]}
+    kept = [stage for stage in earlier["stages"] if stage["stage"] not in names]
+    return {**{key: value for key, value in earlier.items() if key not in names}, **data, "stages": kept + data["stages"]}
+
+
 def target(found: dict[str, Any], date: str) -> Path:
     """bench/results/<device>/<date>-<commit>.json with a device name that every file system takes."""
     gpus, cpu = found["gpus"], found["cpu"]
@@ -44,6 +51,8 @@ def main() -> None:
     data["date"], data["time"] = now.date().isoformat(), now.strftime("%Y-%m-%dT%H:%M:%SZ")
     path = target(data["environment"], data["date"])
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        data = merged(json.loads(path.read_text()), data)
     path.write_text(json.dumps(data, indent=1) + "\n")
     print(path.relative_to(ROOT))
     if os.environ.get("OUT"):

@@ -5,14 +5,15 @@
 #
 # Stages that run if none is named: layer (2048x2048, fp32, over tokens and dropout), small (SmolLM2's layers and decoder
 # blocks), bf16, avx2 (bf16 without bf16 instructions, as on older CPUs), nf4 (against bitsandbytes + PEFT), model (a step of
-# SmolLM2-135M beside PEFT) and memory (over the sequence length). Together at most 8 minutes. A stage that runs only if named:
-# curves (loss curves of accelerated PEFT models beside PEFT's, at most 15 minutes). Results are written to
-# bench/results/<device>/<date>-<commit>.json, and the folder's README.md and plots are made anew.
+# SmolLM2-135M beside PEFT) and memory (over the sequence length). Together at most 8 minutes. Stages that run only if named:
+# nf4_parts (quantise, dequantise and products apart, at most 5 minutes) and curves (loss curves of accelerated PEFT models beside
+# PEFT's, at most 15). Results are written to bench/results/<device>/<date>-<commit>.json, and the folder's README.md and plots are
+# made anew.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 default="layer small bf16 avx2 nf4 model memory"
-known="$default curves"
+known="$default nf4_parts curves"
 for argument in "$@"; do
     if [[ " $known " != *" $argument "* ]]; then
         echo "bench/cpu.sh: got '$argument', expected stages among: $known" >&2
@@ -38,6 +39,7 @@ stage nf4 50 $(bench nf4) --shape 2048x2048 --tokens 512 --tokens 2048 --dropout
 model=$("$python" -c 'from lora_kernels.commands.pretrained import default_model_directory; print(default_model_directory())')
 stage model 85 $(bench model) --model "$model" --tokens 256 --rank 8 --dropout 0.1 --repeats 5
 stage memory 45 "$python" bench/model_memory.py --device cpu --quantize none nf4 --json "$work/memory.json"
+stage nf4_parts 300 "$python" bench/nf4.py --json "$work/nf4_parts.json"
 stage curves 900 "$python" bench/loss_curves.py --json "$work/curves.json"
 stage collect 10 "$python" bench/collect.py "$work"
 "$python" bench/report.py || failed=1

@@ -87,6 +87,16 @@ def kernels_table(run: dict[str, Any]) -> str:
     return table(["kernel", "µs", "p20", "p80", "TFLOP/s", "GB/s", "× copy or bare"], rows)
 
 
+def parts_table(run: dict[str, Any]) -> str:
+    rows = []
+    for row in run["rows"]:
+        case = f"{row['op']} {row['K']}→{row['N']}" + "".join(f" {name}={row[name]:g}" for name in ("M", "p") if name in row)
+        for variant, t in row["variants"].items():
+            times = [f"{1e3 * t['median']:,.2f}", f"{1e3 * t['p20']:,.2f}–{1e3 * t['p80']:,.2f}"]
+            rows.append([f"{case} {row['dtype']}", variant, *times, f"{t['times_ours']:.2f}"])
+    return table(["case", "variant", "ms", "p20–p80", "time over ours"], rows)
+
+
 def beta_table(run: dict[str, Any]) -> str:
     rows = [
         [
@@ -121,6 +131,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "model": model_table,
     "memory": memory_table,
     "kernels": kernels_table,
+    "parts": parts_table,
     "beta": beta_table,
     "curves": curves_table,
 }
@@ -163,19 +174,36 @@ def refusal_line(refusal: dict[str, Any]) -> str:
 
 
 def readme_block(folder: Path) -> str:
-    """README's table of the CPU: the float32 layers and model steps of the newest file that has them."""
+    """README's table of the CPU, from the newest file with float32 layers: stage "layer", every other one where PEFT is faster,
+    and the model steps.
+    """
     for name, data in newest_first(folder):
-        layers = [row for _, run in runs(data) if kind(run) == "layer" for row in run["rows"]]
-        layers = [row for row in layers if row["dtype"] == "float32" and row.get("block", "linear") == "linear"]
+        layers = [(stage, row) for stage, run in runs(data) if kind(run) == "layer" for row in run["rows"]]
+        layers = [(stage, row) for stage, row in layers if row["dtype"] == "float32" and row.get("block", "linear") == "linear"]
         if not layers:
             continue
-        rows = [row for _, case in cases(layers) if (row := _readme_row(case))]
+        shown = [row for _, case in cases([row for stage, row in layers if stage == "layer"]) if (row := _readme_row(case))]
+        others = [row for _, case in cases([row for stage, row in layers if stage != "layer"]) if (row := _readme_row(case))]
+        rows = shown + [row for row in others if row[3].startswith("**")]
         columns = ["layer", "× bare linear", "PEFT × bare", "faster than PEFT", "saved beyond x (PEFT)"]
         steps = [row for _, run in runs(data) if kind(run) == "model" for row in run["rows"]]
         rows += [row for _, case in cases(steps) if (row := _readme_row(case))]
         source = f"From [{name}](bench/results/{folder.name}/{name}); all rows, spreads and plots: "
-        return table(columns, rows) + f"\n{source}[bench/results/{folder.name}](bench/results/{folder.name}/README.md).\n"
+        source += f"[bench/results/{folder.name}](bench/results/{folder.name}/README.md). "
+        return table(columns, rows) + "\n" + source + _without_bf16(data.get("avx2")) + "\n"
     return ""
+
+
+def _without_bf16(run: dict[str, Any] | None) -> str:
+    """A sentence on a CPU without bf16 instructions."""
+    if run is None:
+        return ""
+    name, case = next(cases(run["rows"]))
+    ms = {row["variant"]: f"{row['median_us'] / 1e3:,.0f} ms" for row in case}
+    return (
+        f"In bf16, held to AVX2 as on a CPU without bf16 instructions, {name.removesuffix(' bfloat16')} takes {ms[OURS]} "
+        f"against {ms[PEFT]}: there PyTorch's own backward products run in a scalar loop, and ours through float32 in tiles."
+    )
 
 
 def _readme_row(case: Rows) -> list[str] | None:

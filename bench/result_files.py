@@ -48,6 +48,7 @@ def kind(run: dict[str, Any]) -> str:
         "beta0": "beta",
         "over": "kernels",
         "distance_of_seeds": "curves",
+        "variants": "parts",
         "variant": "layer",
     }
     return next((name for mark, name in marks.items() if mark in first), "other")

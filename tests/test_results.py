@@ -122,6 +122,24 @@ def test_memory_of_a_model_over_the_sequence_length(bench):
     assert peak["lora_kernels", True] < peak["PEFT eager", True]
 
 
+def test_a_second_run_of_a_commit_keeps_the_other_stages(bench):
+    earlier = {"stages": [{"stage": "a"}, {"stage": "b"}], "a": 1, "b": 2, "time": 1}
+    data = {"stages": [{"stage": "b"}], "time": 2}  # b failed this time, and left no result
+    assert bench("collect").merged(earlier, data) == {"stages": [{"stage": "a"}, {"stage": "b"}], "a": 1, "time": 2}
+
+
+def test_tables_of_loss_curves_and_of_parts(bench):
+    files, report = bench("result_files"), bench("report")
+    curve = {"model": "m", "dropout": 0.1, "peft": [3.0, 2.0], "accelerated": [3.0, 2.5], "calls": {"fast": 7}}
+    run = {"steps": 2, "rows": [{**curve, "distance_of_accelerated": 0.25, "distance_of_seeds": 0.5}]}
+    assert files.kind(run) == "curves"
+    assert "| m, p=0.1 | 3.000, 2.000 | 2.500 | 2.5e-01 | 5.0e-01 | 7 fast |" in report.curves_table(run)
+    times = {"median": 0.002, "p20": 0.001, "p80": 0.003, "times_ours": 2.0}
+    run = {"rows": [{"op": "forward", "K": 8, "N": 4, "M": 1, "dtype": "float32", "variants": {"bitsandbytes": times}}]}
+    assert files.kind(run) == "parts"
+    assert "| forward 8→4 M=1 float32 | bitsandbytes | 2.00 | 1.00–3.00 | 2.00 |" in report.parts_table(run)
+
+
 def test_collect_names_a_cpu_by_its_cores(bench):
     path = bench("collect").target({"gpus": [], "cpu": {"name": "AMD EPYC", "threads": 2}, "commit": "abc"}, "2026-01-01")
     assert path == ROOT / "bench/results/amd-epyc-2-cores/2026-01-01-abc.json"
