@@ -166,7 +166,9 @@ def dequantize_nf4(w: NF4Weight, dtype: torch.dtype | None = None, out: Tensor |
     if wanted not in (*DTYPES, torch.float64):
         raise TypeError(f"dtype: got {wanted}, expected bfloat16, float16, float32 or float64")
     if out is None:
-        out = w.codes.new_empty(w.shape, dtype=wanted)
+        # On a CPU all threads fault fresh pages in by filling them: 4096 x 4096 in float32 takes 24 ms instead of 35.
+        fresh = w.codes.new_zeros if w.device.type == "cpu" else w.codes.new_empty
+        out = fresh(w.shape, dtype=wanted)
     elif out.shape != w.shape or out.device != w.device or out.dtype != wanted:
         raise ValueError(
             f"out: got {out.dtype}{list(out.shape)} on {out.device}, expected {wanted}{list(w.shape)} on {w.device}"
