@@ -1,6 +1,6 @@
 """The two extensions; everything else about the package is in pyproject.toml.
 
-lora_kernels._cpu, dropout masks on a CPU, is built where a C++ compiler is, and left out where that fails.
+lora_kernels._cpu, loops on a CPU (csrc/cpu), is built where a C++ compiler is, and left out where that fails.
 lora_kernels._C, the CUDA kernels, is built where nvcc is (in CUDA_HOME, or on the PATH), and the decision is printed.
 LORA_KERNELS_BUILD_CUDA changes it: "0" skips them, "1" makes a missing nvcc an error, and GPU families, as in "80;90a", force
 them for those alone.
@@ -20,9 +20,10 @@ from setuptools.command.build_ext import build_ext
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_BUILD_CUDA"
 FAMILIES = ("80", "86", "89", "90a", "100", "120")  # the first also as PTX, for all GPUs between and after them
 CSRC = Path("csrc")
-CPU_SOURCE = CSRC / "dropout.cpp"  # of _cpu; the other files are _C's
 CUDA, CPU = "lora_kernels._C", "lora_kernels._cpu"
 FLAGS = ["-O3", "-std=c++17", "--compiler-options", "-fPIC,-fvisibility=hidden"]
+CPU_FLAGS = [] if sys.platform == "win32" else ["-O3", "-ffp-contract=off"]
+CPU_FLAGS += ["-fopenmp"] if sys.platform.startswith("linux") else []
 
 
 def find_nvcc() -> str | None:
@@ -92,7 +93,7 @@ def ninja_file(families: tuple[str, ...], target: Path) -> str:
         "  command = $nvcc -shared --no-device-link --cudart static --compiler-options -s $in -o $out",
     ]
     objects = []
-    for source in [*sorted(root.glob("*.cu")), root / "bindings.cpp"]:
+    for source in sorted(root.glob("*.cu")) + sorted(root.glob("*.cpp")):
         objects.append(f"{source.name}.o")
         lines.append(f"build {objects[-1]}: {'cuda' if source.suffix == '.cu' else 'cpp'} {source}")
     lines.append(f"build {target.resolve()}: link {' '.join(objects)}")
@@ -120,10 +121,18 @@ def extensions() -> list[Extension]:
     except ImportError:
         print(f"lora_kernels: {CPU} is skipped: the Python package 'pybind11' is not installed", flush=True)
     else:
-        flags = ["-O3", "-fopenmp"] if sys.platform.startswith("linux") else []
-        found.append(Pybind11Extension(CPU, [str(CPU_SOURCE)], cxx_std=17, extra_compile_args=flags, optional=True))
+        found.append(
+            Pybind11Extension(
+                CPU,
+                [str(path) for path in sorted((CSRC / "cpu").glob("*.cpp"))],
+                depends=[str(CSRC / "cpu" / "cpu.h")],
+                cxx_std=17,
+                extra_compile_args=CPU_FLAGS,
+                optional=True,
+            )
+        )
     if FAMILIES_TO_BUILD:
-        found.append(Extension(CUDA, [str(path) for path in sorted(CSRC.iterdir()) if path != CPU_SOURCE]))
+        found.append(Extension(CUDA, [str(path) for path in sorted(CSRC.iterdir()) if path.is_file()]))
     return found
 
 

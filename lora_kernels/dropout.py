@@ -9,16 +9,13 @@ The four 32-bit words of the block are eight 16-bit lanes, the low half of a wor
 where lane `k % 8` >= threshold(p) = round(65536 p). Kept values are scaled by 1 / (1 - p̂) with p̂ = threshold / 65536,
 so that the expectation is exact.
 
-Here the mask is PyTorch operations on any device. On a CPU csrc/dropout.cpp makes the same bits in a seventh of the time, where
-the package was built with it.
+Here the mask is PyTorch operations, on any device; on a CPU csrc/cpu/dropout.cpp makes the same bits in a seventh of the time.
 """
-
-import importlib
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import cpu_extension
 from .scratch import scratch, slices
 
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57  # multipliers
@@ -27,13 +24,6 @@ PHILOX_ROUNDS = 7
 LANES = 8  # columns per Philox block
 LANE_RANGE = 1 << 16
 _LOW = 0xFFFFFFFF
-
-cpu_extension: Any = None
-why_no_cpu_extension = ""
-try:
-    cpu_extension = importlib.import_module("lora_kernels._cpu")
-except ImportError as error:
-    why_no_cpu_extension = f"csrc/dropout.cpp was not built, or cannot be loaded ({error})"
 
 
 def threshold(p: float) -> int:
@@ -116,8 +106,8 @@ class KeepRows:
     def __call__(self, rows: slice) -> Tensor:
         M, device = rows.stop - rows.start, self.seed.device
         keep = scratch("keep", M * self.K, self.dtype, self.seed).view(M, self.K)
-        if cpu_extension is not None and device.type == "cpu" and type(self.seed) is Tensor:
-            cpu_extension.keep_rows(
+        if cpu_extension.takes(self.seed):
+            cpu_extension.extension.keep_rows(
                 keep.data_ptr(),
                 keep.element_size(),
                 rows.start,

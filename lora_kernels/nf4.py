@@ -20,8 +20,8 @@ from .nf4_codec import (
     absmax_of,
     chunk_size,
     chunks,
-    decode,
     decode_into,
+    decoded_by_extension,
     encode,
     nest,
     packed_values,
@@ -183,6 +183,8 @@ def dequantize_nf4(w: NF4Weight, dtype: torch.dtype | None = None, out: Tensor |
             decode_into(flat[start:stop], w, start, stop)
         return out
     rows = out.view(-1, w.shape[-1]) if out.ndim != 2 else out
+    if decoded_by_extension(rows, w, 0, w.shape[-1]):
+        return out
     for where, tile in tiles(w, out.dtype, torch.float32):
         rows[where] = tile
     return out
@@ -198,7 +200,9 @@ def tiles(w: NF4Weight, dtype: torch.dtype, work: torch.dtype) -> Iterator[tuple
             if work == dtype:
                 decode_into(part, w, start, stop)
             else:
-                part.copy_(decode(w, start, stop).to(dtype))
+                rounded = scratch("nf4 rounded", stop - start, dtype, w.codes)
+                decode_into(rounded, w, start, stop)
+                part.copy_(rounded)
         yield rows, tile.view(-1, K)
 
 
@@ -214,6 +218,9 @@ def column_tiles(w: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
     for columns in slices(K, width):
         count = columns.stop - columns.start
         tile = scratch("nf4 tile", N * count, dtype, w.codes).view(N, count)
+        if decoded_by_extension(tile, w, columns.start, K):
+            yield columns, tile
+            continue
         for rows in slices(N, row_step):
             part = packed[rows, columns.start // 2 : columns.stop // 2]
             values = packed_values(w, part, scratch("nf4 values", part.numel(), torch.int64, w.codes))

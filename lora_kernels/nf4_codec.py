@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .nf4_tables import CELLS, dynamic_map, nested_bins, nf4_cells, pair_table, thresholds
+from . import cpu_extension
+from .nf4_tables import CELLS, code_values, dynamic_map, nested_bins, nf4_cells, pair_table, thresholds
 from .scratch import scratch
 
 if TYPE_CHECKING:
@@ -37,8 +38,24 @@ def chunks(w: NF4Weight, start: int = 0, stop: int | None = None) -> Iterator[tu
         start = end
 
 
+def decoded_by_extension(out: Tensor, w: NF4Weight, start: int, step: int = 0) -> bool:
+    """out[i, j] = element start + i·step + j, rounded to out's dtype, by csrc/cpu; False, and nothing, where it cannot."""
+    tensors = w.codes, w.absmax, w.nested_absmax, w.nested_map, w.nested_offset
+    if not cpu_extension.takes(out, *tensors) or out.stride(1) != 1 or not all(t is None or t.is_contiguous() for t in tensors):
+        return False
+    addresses = (0 if t is None else t.data_ptr() for t in (*tensors, code_values(w.quant_type)))
+    weight = cpu_extension.extension.Weight(*addresses, w.blocksize)
+    dtype, (rows, columns) = str(out.dtype).removeprefix("torch."), out.shape
+    cpu_extension.extension.nf4_decode(
+        weight, out.data_ptr(), dtype, out.stride(0), rows, columns, start, step, torch.get_num_threads()
+    )
+    return True
+
+
 def decode_into(out: Tensor, w: NF4Weight, start: int, stop: int) -> None:
     """The elements start:stop, rounded to out's dtype; whole blocks of float32 are written where they belong at once."""
+    if decoded_by_extension(out[None], w, start):
+        return
     blocks = start % w.blocksize == 0 and stop % w.blocksize == 0
     if blocks and out.dtype == torch.float32 and out.storage_offset() % 2 == 0:
         values = packed_values(w, w.codes[start // 2 : stop // 2], out.view(torch.int64))

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dropout
+from . import cpu_extension
 from .dropout import KeepRows, keep_scale, row_chunks
 from .nf4 import NF4Weight, column_tiles, tiles
 from .scratch import slices
@@ -113,8 +113,8 @@ def why_not(x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Ten
 
 def notes(x: Tensor) -> list[str]:
     """What is missing here that would make it faster on x's device."""
-    slow = x.device.type == "cpu" and dropout.cpu_extension is None
-    return [f"dropout masks are PyTorch operations: {dropout.why_no_cpu_extension}"] if slow else []
+    slow = x.device.type == "cpu" and cpu_extension.extension is None
+    return [f"dropout masks and 4-bit weights by PyTorch operations: {cpu_extension.why_not}"] if slow else []
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 import triton_interpreter
 from csrc_emulator import cuda  # noqa: F401
 
-from lora_kernels import use_backend
+from lora_kernels import cpu_extension, use_backend
 from lora_kernels.backends import load
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # more only fight over a busy machine
@@ -34,6 +34,15 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
         monkeypatch.setattr(triton, "why_not", why_not_if_asked_for)
     return request.param
+
+
+@pytest.fixture(params=["extension", "operations"])
+def cpu_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calling test with csrc/cpu's loops, and with PyTorch's operations in their place."""
+    if request.param == "operations":
+        monkeypatch.setattr(cpu_extension, "extension", None)
+    elif cpu_extension.extension is None:
+        pytest.skip(cpu_extension.why_not)
 
 
 @pytest.fixture(autouse=True)

@@ -98,7 +98,8 @@ def test_the_source_distribution_holds_csrc(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir()} | {"setup.py", "pyproject.toml"} <= names
+    sources = {str(file.relative_to(ROOT)) for file in (ROOT / "csrc").rglob("*") if file.is_file()}
+    assert sources | {"setup.py", "pyproject.toml"} <= names
 
 
 # ---- the machine code ----

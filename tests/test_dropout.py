@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_kernels import dropout, dropout_mask
+from lora_kernels import dropout_mask
 from lora_kernels.dropout import KeepRows, keep_scale, philox, row_chunks, threshold
 
 # Random123's known-answer tests (kat_vectors) of philox4x32: (rounds, counter, key, result)
@@ -19,13 +19,7 @@ KNOWN_ANSWERS = [
 SEED = 0x0123456789ABCDEF
 
 
-@pytest.fixture(autouse=True, params=["extension", "operations"])
-def masks(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test with csrc/dropout.cpp's masks, and with PyTorch's operations."""
-    if request.param == "operations":
-        monkeypatch.setattr(dropout, "cpu_extension", None)
-    elif dropout.cpu_extension is None:
-        pytest.skip(dropout.why_no_cpu_extension)
+pytestmark = pytest.mark.usefixtures("cpu_loops")
 
 
 def signed(value: int) -> int:

@@ -18,6 +18,7 @@ from lora_kernels.nf4_tables import NF4_WORDS, code_values, dynamic_map
 bnb = pytest.importorskip("bitsandbytes")
 from bitsandbytes.backends.default import ops as plain  # noqa: E402  # the oracle where its native code is wrong
 
+pytestmark = pytest.mark.usefixtures("cpu_loops")
 F = bnb.functional
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(128, 256), (67, 100), (33, 130), (1, 1), (5, 7), (1001,), (3, 64, 7), (2, 4096)]

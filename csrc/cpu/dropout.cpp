@@ -1,16 +1,14 @@
-// lora_kernels._cpu: the rows of a dropout mask on a CPU, bit for bit those of lora_kernels/dropout.py, whose docstring is the
-// specification. PyTorch operations need sixty passes over memory for a mask; here a tile of it stays in registers and cache.
-//
-// Compiled for OpenMP but not linked with it: at import the functions are found in the library that PyTorch has loaded, so
-// that both share one pool of threads.
-#include <pybind11/pybind11.h>
-
+// The rows of a dropout mask, bit for bit those of lora_kernels/dropout.py, whose docstring is the specification. PyTorch operations
+// need sixty passes over memory for a mask; here a tile of it stays in registers and cache.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "cpu.h"
+
+namespace lora_kernels::cpu {
 namespace {
 
 constexpr std::uint32_t M0 = 0xD2511F53, M1 = 0xCD9E8D57;  // multipliers
@@ -74,13 +72,15 @@ FOR_EACH_CPU void keep_row_4(float* out, std::int64_t K, std::uint32_t row, cons
 FOR_EACH_CPU void keep_row_8(double* out, std::int64_t K, std::uint32_t row, const Mask& mask) { keep_row(out, K, row, mask); }
 
 template <typename T>
-void for_rows(void (*keep)(T*, std::int64_t, std::uint32_t, const Mask&), std::uintptr_t out, std::int64_t first, std::int64_t M,
+void for_rows(void (*keep)(T*, std::int64_t, std::uint32_t, const Mask&), Address out, std::int64_t first, std::int64_t M,
               std::int64_t K, const Mask& mask, int threads) {
 #pragma omp parallel for num_threads(threads) if (M * K > FEW)
   for (std::int64_t i = 0; i < M; ++i) keep(reinterpret_cast<T*>(out) + i * K, K, static_cast<std::uint32_t>(first + i), mask);
 }
 
-void keep_rows(std::uintptr_t out, int itemsize, std::int64_t first, std::int64_t M, std::int64_t K, std::int32_t threshold,
+}  // namespace
+
+void keep_rows(Address out, int itemsize, std::int64_t first, std::int64_t M, std::int64_t K, std::int32_t threshold,
                std::int64_t seed, std::uint64_t offset, int threads) {
   const auto low = [](std::uint64_t v) { return static_cast<std::uint32_t>(v); };
   const auto high = [](std::uint64_t v) { return static_cast<std::uint32_t>(v >> 32); };
@@ -93,12 +93,4 @@ void keep_rows(std::uintptr_t out, int itemsize, std::int64_t first, std::int64_
   throw std::invalid_argument("keep_rows: got an itemsize of " + std::to_string(itemsize) + ", expected 1 (bool), 4 (float) or 8");
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_cpu, m) {
-  using pybind11::arg;
-  m.doc() = "Dropout masks on addresses in a CPU's memory.";
-  m.def("keep_rows", &keep_rows, "out[M, K] = keep(seed, first + i, k) as bool, float or double.",
-        pybind11::call_guard<pybind11::gil_scoped_release>(), arg("out"), arg("itemsize"), arg("first"), arg("M"), arg("K"),
-        arg("threshold"), arg("seed"), arg("offset"), arg("threads"));
-}
+}  // namespace lora_kernels::cpu

@@ -1,0 +1,111 @@
+// A part of a 4-bit weight, bit for bit that of lora_kernels/nf4.py: equations 7 and 8, each product and sum rounded to float by
+// itself, which needs -ffp-contract=off, then W once to its dtype. A block has 16 different values: only they are computed.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu.h"
+
+namespace lora_kernels::cpu {
+namespace {
+
+constexpr int CODES = 16;
+constexpr int NESTED_BLOCK = 256;          // blocks that share one nested absmax
+constexpr std::int64_t SEGMENT = 1 << 14;  // elements of a row that a thread takes at a time
+
+template <typename T>
+const T* pointer(Address address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+template <typename To, typename From>
+To bits_of(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To bits;
+  std::memcpy(&bits, &value, sizeof(To));
+  return bits;
+}
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Half {
+  std::uint16_t bits;
+};
+
+void round_to(double& out, float value) { out = value; }
+void round_to(float& out, float value) { out = value; }
+
+void round_to(BFloat16& out, float value) {
+  const auto bits = bits_of<std::uint32_t>(value);
+  out.bits = std::isnan(value) ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;  // ties to even
+}
+
+void round_to(Half& out, float value) {
+  const auto bits = bits_of<std::uint32_t>(value), magnitude = bits & 0x7FFFFFFF, sign = bits >> 16 & 0x8000;
+  std::uint32_t half;
+  if (magnitude > 0x7F800000) {
+    half = 0x7E00;  // NaN
+  } else if (magnitude >= 0x477FF000) {
+    half = 0x7C00;  // 65520, halfway between the largest half and the next power of two
+  } else if (magnitude < 0x38800000) {
+    // Below 2^-14 halves are 2^-24 apart, as floats are from 0.5 on: the sum rounds, and its low bits count those steps.
+    half = bits_of<std::uint32_t>(std::fabs(value) + 0.5f) - 0x3F000000;
+  } else {
+    half = (magnitude + 0xFFF + (magnitude >> 13 & 1) - ((127 - 15) << 23)) >> 13;  // ties to even
+  }
+  out.bits = static_cast<std::uint16_t>(sign | half);
+}
+
+float absmax_of(const Weight& w, std::int64_t block) {
+  if (w.nested_absmax == 0) return pointer<float>(w.absmax)[block];
+  const float entry = pointer<float>(w.nested_map)[pointer<std::uint8_t>(w.absmax)[block]];
+  return entry * pointer<float>(w.nested_absmax)[block / NESTED_BLOCK] + *pointer<float>(w.nested_offset);
+}
+
+// out[0 : stop - start] = elements start : stop.
+template <typename T>
+void decode(T* out, const Weight& w, std::int64_t start, std::int64_t stop) {
+  const auto* codes = pointer<std::uint8_t>(w.codes);
+  while (start < stop) {
+    const std::int64_t block = start / w.blocksize, end = std::min(stop, (block + 1) * w.blocksize);
+    const float absmax = absmax_of(w, block);
+    T value[CODES];
+    for (int code = 0; code < CODES; ++code) round_to(value[code], pointer<float>(w.values)[code] * absmax);
+    if (start % 2 == 1) *out++ = value[codes[start++ / 2] & 15];
+    for (; start + 1 < end; start += 2, out += 2) {
+      const std::uint8_t byte = codes[start / 2];
+      out[0] = value[byte >> 4];
+      out[1] = value[byte & 15];
+    }
+    if (start < end) *out++ = value[codes[start++ / 2] >> 4];
+  }
+}
+
+template <typename T>
+void decode_rows(const Weight& w, Address out, std::int64_t out_stride, std::int64_t rows, std::int64_t columns,
+                 std::int64_t start, std::int64_t step, int threads) {
+  const std::int64_t per_row = (columns + SEGMENT - 1) / SEGMENT;
+#pragma omp parallel for num_threads(threads) if (rows * columns > SEGMENT)
+  for (std::int64_t i = 0; i < rows * per_row; ++i) {
+    const std::int64_t row = i / per_row, first = i % per_row * SEGMENT, last = std::min(columns, first + SEGMENT);
+    decode(reinterpret_cast<T*>(out) + row * out_stride + first, w, start + row * step + first, start + row * step + last);
+  }
+}
+
+}  // namespace
+
+void nf4_decode(const Weight& weight, Address out, const std::string& dtype, std::int64_t out_stride, std::int64_t rows,
+                std::int64_t columns, std::int64_t start, std::int64_t step, int threads) {
+  const auto run = [&](auto* decode_to) { decode_to(weight, out, out_stride, rows, columns, start, step, threads); };
+  if (dtype == "bfloat16") return run(&decode_rows<BFloat16>);
+  if (dtype == "float16") return run(&decode_rows<Half>);
+  if (dtype == "float32") return run(&decode_rows<float>);
+  if (dtype == "float64") return run(&decode_rows<double>);
+  throw std::invalid_argument("nf4_decode: got dtype " + dtype + ", expected bfloat16, float16, float32 or float64");
+}
+
+}  // namespace lora_kernels::cpu

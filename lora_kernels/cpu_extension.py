@@ -1,0 +1,24 @@
+"""lora_kernels._cpu (csrc/cpu/), where the package was built with it: loops that PyTorch operations do in many passes.
+
+dropout.py and nf4_codec.py compute the same bits without it, in several times the time.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+extension: Any = None
+why_not = ""
+try:
+    extension = importlib.import_module("lora_kernels._cpu")
+except ImportError as error:
+    why_not = f"csrc/cpu was not built, or cannot be loaded ({error})"
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether the extension is there and these tensors have addresses in a CPU's memory."""
+    return extension is not None and all(
+        t is None or (t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)) for t in tensors
+    )
