@@ -17,6 +17,11 @@ except ImportError as error:
     why_not = f"csrc/cpu was not built, or cannot be loaded ({error})"
 
 
+def name(dtype: torch.dtype) -> str:
+    """What the extension calls it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def takes(*tensors: Tensor | None) -> bool:
     """Whether the extension is there and these tensors have addresses in a CPU's memory."""
     return extension is not None and all(

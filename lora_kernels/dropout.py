@@ -109,7 +109,7 @@ class KeepRows:
         if cpu_extension.takes(self.seed):
             cpu_extension.extension.keep_rows(
                 keep.data_ptr(),
-                keep.element_size(),
+                cpu_extension.name(self.dtype),
                 rows.start,
                 M,
                 self.K,

@@ -45,9 +45,9 @@ def decoded_by_extension(out: Tensor, w: NF4Weight, start: int, step: int = 0) -
         return False
     addresses = (0 if t is None else t.data_ptr() for t in (*tensors, code_values(w.quant_type)))
     weight = cpu_extension.extension.Weight(*addresses, w.blocksize)
-    dtype, (rows, columns) = str(out.dtype).removeprefix("torch."), out.shape
+    size = out.stride(0), *out.shape
     cpu_extension.extension.nf4_decode(
-        weight, out.data_ptr(), dtype, out.stride(0), rows, columns, start, step, torch.get_num_threads()
+        weight, out.data_ptr(), cpu_extension.name(out.dtype), *size, start, step, torch.get_num_threads()
     )
     return True
 

@@ -89,7 +89,7 @@ def lora_backward(
         if needs.dB:
             dB = total(dB, ((h[rows].to(work) * s).T @ dyw).T)  # 6
         if needs.dc:
-            dc = total(dc, dyw.sum(0))  # 6
+            dc = total(dc, dyw.sum(0, dtype=torch.promote_types(work, torch.float32)))  # 6
         if not (needs.dA or needs.dx):
             continue
         g = (dyw @ Bw) * factor  # 3
@@ -119,7 +119,8 @@ def notes(x: Tensor) -> list[str]:
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """dW = dyᵀ·x, for a base weight that is trained as well."""
-    return add_product(dy.new_zeros(dy.shape[1], x.shape[1], dtype=product_dtype(x)), dy.T, x).to(x.dtype)
+    dtype = product_dtype(x.dtype, x.device)
+    return add_product(dy.new_zeros(dy.shape[1], x.shape[1], dtype=dtype), dy.T, x).to(x.dtype)
 
 
 def total(sum_so_far: Tensor | None, part: Tensor) -> Tensor:
@@ -129,9 +130,9 @@ def total(sum_so_far: Tensor | None, part: Tensor) -> Tensor:
 
 
 def work_dtype(*tensors: Tensor) -> torch.dtype:
-    """The widest dtype among the tensors; float32 where that would be a 16-bit type on a CPU."""
+    """The widest dtype among the tensors; float32 where that would be a 16-bit type that the device does not multiply."""
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
-    return torch.promote_types(dtype, torch.float32) if tensors[0].device.type == "cpu" else dtype
+    return product_dtype(dtype, tensors[0].device)
 
 
 def set_product(out: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
@@ -169,7 +170,7 @@ def add_forward_product(y: Tensor, x: Tensor, W: Tensor | NF4Weight) -> Tensor:
     """y += x·Wᵀ in place."""
     if not isinstance(W, NF4Weight):
         return add_product(y, x, W.T)
-    work = product_dtype(x)
+    work = product_dtype(x.dtype, x.device)
     for rows in _rows(x, work):
         _add_forward_rows(y[rows], x[rows].to(work), x.dtype, W)
     return y
@@ -187,7 +188,7 @@ def add_backward_product(dx: Tensor, dy: Tensor, W: Tensor | NF4Weight) -> Tenso
     """dx += dy·W in place, each element rounded once to dx's dtype."""
     if not isinstance(W, NF4Weight):
         return add_product(dx, dy, W)
-    if dx.dtype == product_dtype(dy) and dx.dtype.itemsize == 2 and W.shape[1] % W.blocksize == 0:
+    if dx.dtype == product_dtype(dy.dtype, dy.device) and dx.dtype.itemsize == 2 and W.shape[1] % W.blocksize == 0:
         for k, tile in column_tiles(W, dx.dtype):
             accumulate(dx[:, k], dy, tile)
         return dx
@@ -213,15 +214,15 @@ def _rows(t: Tensor, work: torch.dtype) -> list[slice]:
 
 def sum_dtype(t: Tensor, W: Tensor | NF4Weight) -> torch.dtype:
     """The dtype of y and dx before the base product is added: of a 4-bit weight's, a tile at a time is widened."""
-    return t.dtype if isinstance(W, NF4Weight) else product_dtype(t)
+    return t.dtype if isinstance(W, NF4Weight) else product_dtype(t.dtype, t.device)
 
 
-def product_dtype(t: Tensor) -> torch.dtype:
-    """The dtype in which base products are summed up: t's own where its device multiplies it, else float32.
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which products of `dtype` are computed and summed up: itself where the device multiplies it, else float32.
 
     A CPU without instructions for a 16-bit dtype falls to a scalar loop in PyTorch (seconds to minutes per layer).
     """
-    return torch.float32 if t.device.type == "cpu" and not cpu_multiplies(t.dtype) else t.dtype
+    return torch.float32 if device.type == "cpu" and not cpu_multiplies(dtype) else dtype
 
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:

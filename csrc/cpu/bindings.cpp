@@ -17,8 +17,8 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init<Address, Address, Address, Address, Address, Address, std::int64_t>(), arg("codes"), arg("absmax"),
            arg("nested_absmax"), arg("nested_map"), arg("nested_offset"), arg("values"), arg("blocksize"));
 
-  m.def("keep_rows", &keep_rows, Unlocked(), "out[M, K] = keep(seed, first + i, k) as bool, float or double.", arg("out"),
-        arg("itemsize"), arg("first"), arg("M"), arg("K"), arg("threshold"), arg("seed"), arg("offset"), arg("threads"));
+  m.def("keep_rows", &keep_rows, Unlocked(), "out[M, K] = keep(seed, first + i, k) as ones and zeros.", arg("out"),
+        arg("dtype"), arg("first"), arg("M"), arg("K"), arg("threshold"), arg("seed"), arg("offset"), arg("threads"));
   m.def("nf4_decode", &nf4_decode, Unlocked(), "out[i, j] = element start + i * step + j of the weight.", arg("weight"),
         arg("out"), arg("dtype"), arg("out_stride"), arg("rows"), arg("columns"), arg("start"), arg("step"), arg("threads"));
 }

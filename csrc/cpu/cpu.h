@@ -7,8 +7,8 @@ namespace lora_kernels::cpu {
 
 using Address = std::uintptr_t;
 
-// out[M, K] = keep(seed, first + i, k) of lora_kernels/dropout.py as ones and zeros: bool, float or double by `itemsize`.
-void keep_rows(Address out, int itemsize, std::int64_t first, std::int64_t M, std::int64_t K, std::int32_t threshold,
+// out[M, K] = keep(seed, first + i, k) of lora_kernels/dropout.py as ones and zeros of `dtype`.
+void keep_rows(Address out, const std::string& dtype, std::int64_t first, std::int64_t M, std::int64_t K, std::int32_t threshold,
                std::int64_t seed, std::uint64_t offset, int threads);
 
 // W of lora_kernels/nf4.py, flattened, in blocks of `blocksize`.

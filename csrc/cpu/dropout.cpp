@@ -43,16 +43,16 @@ inline __attribute__((always_inline)) void philox(std::uint32_t column, std::uin
     for (int word = 0; word < WORDS; ++word) words[i * WORDS + word] = c[word][i];
 }
 
-// out[K] = one where keep(seed, row, column), else zero.
+// out[K] = `one` where keep(seed, row, column), else zero.
 template <typename T>
-inline __attribute__((always_inline)) void keep_row(T* out, std::int64_t K, std::uint32_t row, const Mask& mask) {
+inline __attribute__((always_inline)) void keep_row(T* out, T one, std::int64_t K, std::uint32_t row, const Mask& mask) {
   for (std::int64_t k = 0; k < K; k += TILE * LANES) {
     std::uint32_t words[TILE * WORDS];
     philox(static_cast<std::uint32_t>(k / LANES), row, mask, words);
     T kept[TILE * LANES];
     for (int i = 0; i < TILE * WORDS; ++i) {
-      kept[2 * i] = static_cast<std::int32_t>(words[i] & 0xFFFF) >= mask.threshold;
-      kept[2 * i + 1] = static_cast<std::int32_t>(words[i] >> 16) >= mask.threshold;
+      kept[2 * i] = static_cast<std::int32_t>(words[i] & 0xFFFF) >= mask.threshold ? one : T{0};
+      kept[2 * i + 1] = static_cast<std::int32_t>(words[i] >> 16) >= mask.threshold ? one : T{0};
     }
     std::memcpy(out + k, kept, sizeof(T) * std::min<std::int64_t>(TILE * LANES, K - k));
   }
@@ -67,30 +67,31 @@ inline __attribute__((always_inline)) void keep_row(T* out, std::int64_t K, std:
 #define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 
-FOR_EACH_CPU void keep_row_1(std::uint8_t* out, std::int64_t K, std::uint32_t row, const Mask& mask) { keep_row(out, K, row, mask); }
-FOR_EACH_CPU void keep_row_4(float* out, std::int64_t K, std::uint32_t row, const Mask& mask) { keep_row(out, K, row, mask); }
-FOR_EACH_CPU void keep_row_8(double* out, std::int64_t K, std::uint32_t row, const Mask& mask) { keep_row(out, K, row, mask); }
-
-template <typename T>
-void for_rows(void (*keep)(T*, std::int64_t, std::uint32_t, const Mask&), Address out, std::int64_t first, std::int64_t M,
-              std::int64_t K, const Mask& mask, int threads) {
-#pragma omp parallel for num_threads(threads) if (M * K > FEW)
-  for (std::int64_t i = 0; i < M; ++i) keep(reinterpret_cast<T*>(out) + i * K, K, static_cast<std::uint32_t>(first + i), mask);
-}
+#define KEEP_ROW(name, T) \
+  FOR_EACH_CPU void name(T* out, T one, std::int64_t K, std::uint32_t row, const Mask& mask) { keep_row(out, one, K, row, mask); }
+KEEP_ROW(keep_row_bytes, std::uint8_t)
+KEEP_ROW(keep_row_halves, std::uint16_t)
+KEEP_ROW(keep_row_floats, float)
+KEEP_ROW(keep_row_doubles, double)
 
 }  // namespace
 
-void keep_rows(Address out, int itemsize, std::int64_t first, std::int64_t M, std::int64_t K, std::int32_t threshold,
+void keep_rows(Address out, const std::string& dtype, std::int64_t first, std::int64_t M, std::int64_t K, std::int32_t threshold,
                std::int64_t seed, std::uint64_t offset, int threads) {
   const auto low = [](std::uint64_t v) { return static_cast<std::uint32_t>(v); };
   const auto high = [](std::uint64_t v) { return static_cast<std::uint32_t>(v >> 32); };
   const Mask mask{{low(seed), high(seed)}, {low(offset), high(offset)}, threshold};
-  switch (itemsize) {
-    case 1: return for_rows(keep_row_1, out, first, M, K, mask, threads);
-    case 4: return for_rows(keep_row_4, out, first, M, K, mask, threads);
-    case 8: return for_rows(keep_row_8, out, first, M, K, mask, threads);
-  }
-  throw std::invalid_argument("keep_rows: got an itemsize of " + std::to_string(itemsize) + ", expected 1 (bool), 4 (float) or 8");
+  const auto run = [&](auto* keep, auto one) {
+    auto* to = reinterpret_cast<decltype(one)*>(out);
+#pragma omp parallel for num_threads(threads) if (M * K > FEW)
+    for (std::int64_t i = 0; i < M; ++i) keep(to + i * K, one, K, static_cast<std::uint32_t>(first + i), mask);
+  };
+  if (dtype == "bool") return run(&keep_row_bytes, std::uint8_t{1});
+  if (dtype == "bfloat16") return run(&keep_row_halves, std::uint16_t{0x3F80});
+  if (dtype == "float16") return run(&keep_row_halves, std::uint16_t{0x3C00});
+  if (dtype == "float32") return run(&keep_row_floats, 1.0f);
+  if (dtype == "float64") return run(&keep_row_doubles, 1.0);
+  throw std::invalid_argument("keep_rows: got dtype " + dtype + ", expected bool, bfloat16, float16, float32 or float64");
 }
 
 }  // namespace lora_kernels::cpu
