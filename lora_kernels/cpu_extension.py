@@ -9,12 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-extension: Any = None
-why_not = ""
-try:
-    extension = importlib.import_module("lora_kernels._cpu")
-except ImportError as error:
-    why_not = f"csrc/cpu was not built, or cannot be loaded ({error})"
+INTERFACE = 1  # that of csrc/cpu/cpu.h
+
+
+def load() -> tuple[Any, str]:
+    """(the extension or None, why it is not there)."""
+    try:
+        found = importlib.import_module("lora_kernels._cpu")
+    except ImportError as error:
+        return None, f"csrc/cpu was not built, or cannot be loaded ({error})"
+    if getattr(found, "interface", 0) != INTERFACE:
+        return None, "csrc/cpu was built from other sources; build it again: python setup.py build_ext --inplace"
+    return found, ""
+
+
+extension, why_not = load()
 
 
 def name(dtype: torch.dtype) -> str:

@@ -188,7 +188,7 @@ def add_backward_product(dx: Tensor, dy: Tensor, W: Tensor | NF4Weight) -> Tenso
     """dx += dy·W in place, each element rounded once to dx's dtype."""
     if not isinstance(W, NF4Weight):
         return add_product(dx, dy, W)
-    if dx.dtype == product_dtype(dy.dtype, dy.device) and dx.dtype.itemsize == 2 and W.shape[1] % W.blocksize == 0:
+    if dx.dtype == product_dtype(dy.dtype, dy.device) and W.shape[1] % W.blocksize == 0:
         for k, tile in column_tiles(W, dx.dtype):
             accumulate(dx[:, k], dy, tile)
         return dx

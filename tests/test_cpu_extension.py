@@ -5,6 +5,7 @@ import itertools
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from lora_kernels.dropout import KeepRows
 from lora_kernels.nf4 import NF4Weight, column_tiles, tiles
 
 SOURCES = Path(__file__).parents[1] / "csrc/cpu"
+CPUINFO = Path("/proc/cpuinfo")
 SEED = -0x0123456789ABCDEF
 
 
@@ -45,9 +47,13 @@ def compiled(folder: Path, file: str = "", old: str = "", new: str = "") -> Modu
     return module
 
 
-@pytest.fixture(scope="module")
-def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return compiled(tmp_path_factory.mktemp("right"))
+AVX512 = "avx512bw" in CPUINFO.read_text() if CPUINFO.exists() else False
+
+
+@pytest.fixture(scope="module", params=["for this CPU", "without AVX-512"])
+def extension(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    change = () if request.param == "for this CPU" else ("nf4_decode.cpp", "#define HAVE_AVX512", "//")
+    return compiled(tmp_path_factory.mktemp("right"), *change)
 
 
 @pytest.fixture(params=[1, 2])
@@ -190,6 +196,7 @@ DECODE_MISTAKES = {
         "return std::fma(entry, pointer<float>(w.nested_absmax)[block / NESTED_BLOCK], *pointer<float>(w.nested_offset));",
     ),
     "bfloat16 is cut off": ("(bits + 0x7FFF + (bits >> 16 & 1)) >> 16", "bits >> 16"),
+    "codes swapped in a vector": ("pairs >> 4 | (pairs & 15) << half", "(pairs & 15) | pairs >> 4 << half"),
     "a gap between segments": ("i % per_row * SEGMENT", "i % per_row * (SEGMENT + 1)"),
 }
 
@@ -203,6 +210,9 @@ def test_a_mistake_in_masks_is_seen(mistake, tmp_path, both):
 
 @pytest.mark.parametrize("mistake", DECODE_MISTAKES)
 def test_a_mistake_in_decoding_is_seen(mistake, tmp_path, both):
+    if "vector" in mistake and not AVX512:
+        pytest.skip("this CPU has no AVX-512")
+
     def decoded() -> list[Tensor]:
         parts = itertools.product((dequantize_nf4, part_of_longer_rows), weights(), (torch.bfloat16, torch.float32))
         return [dequantise(w, dtype) for dequantise, w, dtype in parts]
@@ -232,6 +242,15 @@ def test_a_layer_computes_with_it(extension, monkeypatch):
         monkeypatch.setattr(extension, name, lambda *args, f=function, n=name: (calls.append(n), f(*args)))
     assert all(map(torch.equal, results(), want))
     assert sorted(calls) == ["keep_rows"] * 2 + ["nf4_decode"] * 2
+
+
+def test_one_of_other_sources_is_not_used(extension, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lora_kernels._cpu", extension)
+    assert cpu_extension.load() == (extension, "")
+    monkeypatch.setattr(extension, "interface", 0)
+    found, why = cpu_extension.load()
+    assert found is None
+    assert "built from other sources; build it again: python setup.py build_ext" in why
 
 
 def test_where_it_is_not_built_the_reason_is_given(monkeypatch):

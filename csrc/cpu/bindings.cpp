@@ -12,6 +12,7 @@ PYBIND11_MODULE(_cpu, m) {
   using py::arg;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.doc() = "Loops over addresses in a CPU's memory, for lora_kernels/dropout.py and nf4_codec.py.";
+  m.attr("interface") = INTERFACE;
 
   py::class_<Weight>(m, "Weight", py::module_local(), "A weight in 4 bits; `values` of the 16 codes.")
       .def(py::init<Address, Address, Address, Address, Address, Address, std::int64_t>(), arg("codes"), arg("absmax"),

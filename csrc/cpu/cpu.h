@@ -5,6 +5,8 @@
 
 namespace lora_kernels::cpu {
 
+constexpr int INTERFACE = 1;  // of lora_kernels/cpu_extension.py: one more when a signature or a meaning here changes
+
 using Address = std::uintptr_t;
 
 // out[M, K] = keep(seed, first + i, k) of lora_kernels/dropout.py as ones and zeros of `dtype`.
