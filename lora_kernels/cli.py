@@ -293,6 +293,7 @@ def _environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         *((name, version or "not installed") for name, version in found["packages"].items()),
         ("CPU", f"{cpu['name']}, {cpu['threads']} threads, {cpu['vector_level']}"),
         ("CPU instructions", capabilities),
+        ("extensions", ", ".join(found["extensions"]) or "none was built"),
         ("bf16 products on the CPU", f"native: {_yes_no(cpu['native_bf16_matmul'])}"),
     ]
     if not found["gpus"]:

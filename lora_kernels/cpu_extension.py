@@ -32,7 +32,7 @@ def name(dtype: torch.dtype) -> str:
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether the extension is there and these tensors have addresses in a CPU's memory."""
-    return extension is not None and all(
-        t is None or (t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)) for t in tensors
-    )
+    """Whether the extension is there and these tensors have addresses in a CPU's memory, which a compiler's do not."""
+    if extension is None or torch.compiler.is_compiling():
+        return False
+    return all(t is None or (t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)) for t in tensors)

@@ -116,6 +116,12 @@ def test_seed_as_tensor_and_int_agree():
     assert not torch.equal(dropout_mask(9, 9, 0.5, 1), dropout_mask(9, 9, 0.5, 2))
 
 
+def test_in_a_compiled_graph(device):
+    compiled = torch.compile(lambda seed: dropout_mask(5, 21, 0.3, seed), fullgraph=True)
+    seed = torch.tensor(SEED, device=device)
+    assert torch.equal(compiled(seed), dropout_mask(5, 21, 0.3, seed))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
