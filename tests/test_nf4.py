@@ -96,7 +96,7 @@ def test_fp4(dtype):
 )
 def test_random_shapes_and_magnitudes(rows, columns, exponent, blocksize, double_quant, dtype, seed):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    limit = {torch.float16: 12}.get(dtype, 120)
+    limit = 12 if dtype == torch.float16 else 110 if double_quant else 120  # the mean of absmax sums them up in float32
     check((weight.double() * 2.0 ** min(exponent, limit)).to(dtype), blocksize, double_quant)
 
 
