@@ -16,9 +16,10 @@ matplotlib.rcParams.update({"svg.hashsalt": "lora_kernels", "svg.fonttype": "non
 
 def draw(kind: str, run: dict[str, Any], path: Path) -> None:
     """Write the plot of a run of one of the kinds below."""
-    draw_axes, height = {"layer": (_ratios, 0.28), "model": (_ratios, 0.4), "memory": (_memory, 0.0)}[kind]
+    draw_axes, height = {"layer": (_ratios, 0.28), "model": (_ratios, 0.4), "memory": (_memory, 0.16)}[kind]
     figure, axes = pyplot.subplots(figsize=(7.5, max(3.0, height * len(run["rows"]))), constrained_layout=True)
     draw_axes(axes, run)
+    figure.legend(loc="outside upper center", ncols=2 if kind == "memory" else 4, fontsize=8)
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
 
@@ -45,7 +46,6 @@ def _ratios(axes: Axes, run: dict[str, Any]) -> None:
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
     axes.invert_yaxis()
     axes.set_xlabel("time over the bare frozen linear's (1 = LoRA for nothing)")
-    axes.legend(fontsize=8)
 
 
 def _memory(axes: Axes, run: dict[str, Any]) -> None:
@@ -53,10 +53,10 @@ def _memory(axes: Axes, run: dict[str, Any]) -> None:
     lines: dict[tuple[str, bool], list[tuple[int, float]]] = {}
     for row in run["rows"]:
         lines.setdefault((row["variant"], row["checkpointing"]), []).append((row["tokens"], row["peak_bytes"] / 2**20))
-    for (variant, checkpointing), points in lines.items():
+    for number, ((variant, checkpointing), points) in enumerate(lines.items()):
+        width = 1 + 0.6 * (len(lines) - 1 - number)  # a line over an equal one leaves its edges to be seen
         style = "--" if checkpointing else "-"
         label = f"{variant}{', checkpointed' if checkpointing else ''}"
-        axes.plot(*zip(*points, strict=True), f"o{style}", label=label, markersize=4)
+        axes.plot(*zip(*points, strict=True), f"o{style}", label=label, linewidth=width, markersize=width + 2)
     axes.set(xlabel="tokens", ylabel="peak of a training step, MiB", title=f"{run['model']}, r={run['R']}, p={run['p']:g}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)

@@ -20,6 +20,7 @@ from lora_kernels.commands.peers import BARE, HEADINGS, OURS, PEFT
 
 MARKS = ("<!-- measured, by bench/report.py -->\n", "<!-- end of measured -->\n")
 README_DEVICE = "amd-epyc-2-cores"
+README_PLOTS = {"layer": "Time over the bare linear layer's", "memory": "Peak memory over the sequence length"}
 
 
 # ---- a table of each kind ----
@@ -182,15 +183,16 @@ def readme_block(folder: Path) -> str:
         layers = [(stage, row) for stage, row in layers if row["dtype"] == "float32" and row.get("block", "linear") == "linear"]
         if not layers:
             continue
-        shown = [row for _, case in cases([row for stage, row in layers if stage == "layer"]) if (row := _readme_row(case))]
-        others = [row for _, case in cases([row for stage, row in layers if stage != "layer"]) if (row := _readme_row(case))]
-        rows = shown + [row for row in others if row[3].startswith("**")]
+        rows = _readme_rows([row for stage, row in layers if stage == "layer"])
+        rows += [row for row in _readme_rows([row for stage, row in layers if stage != "layer"]) if row[3].startswith("**")]
         columns = ["layer", "× bare linear", "PEFT × bare", "faster than PEFT", "saved beyond x (PEFT)"]
         steps = [row for _, run in runs(data) if kind(run) == "model" for row in run["rows"]]
-        rows += [row for _, case in cases(steps) if (row := _readme_row(case))]
+        rows += _readme_rows(steps)
         source = f"From [{name}](bench/results/{folder.name}/{name}); all rows, spreads and plots: "
         source += f"[bench/results/{folder.name}](bench/results/{folder.name}/README.md). "
-        return table(columns, rows) + "\n" + source + _without_bf16(data.get("avx2")) + "\n"
+        plots = [(stage, plot) for stage, run in runs(data) if stage in README_PLOTS for plot in plot_names(name, stage, run)]
+        images = "".join(f"\n![{README_PLOTS[stage]}](bench/results/{folder.name}/{plot})\n" for stage, plot in plots)
+        return table(columns, rows) + "\n" + source + _without_bf16(data.get("avx2")) + "\n" + images
     return ""
 
 
@@ -204,6 +206,10 @@ def _without_bf16(run: dict[str, Any] | None) -> str:
         f"In bf16, held to AVX2 as on a CPU without bf16 instructions, {name.removesuffix(' bfloat16')} takes {ms[OURS]} "
         f"against {ms[PEFT]}: there PyTorch's own backward products run in a scalar loop, and ours through float32 in tiles."
     )
+
+
+def _readme_rows(rows: Rows) -> list[list[str]]:
+    return [row for _, case in cases(rows) if (row := _readme_row(case))]
 
 
 def _readme_row(case: Rows) -> list[str] | None:
