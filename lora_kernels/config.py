@@ -65,6 +65,15 @@ class LoRAConfig:
         """r and lora_alpha for the module at `path`: the first pattern that matches, or the general value."""
         return _first_match(self.rank_pattern, path, self.r), _first_match(self.alpha_pattern, path, self.lora_alpha)
 
+    def scaling(self, path: str) -> float:
+        """s of the module at `path`."""
+        return scaling(*self.rank_and_alpha(path), self.use_rslora)
+
+
+def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """s = lora_alpha / r, or lora_alpha / √r (Kalajdzievski 2023)."""
+    return lora_alpha / (r**0.5 if use_rslora else r)
+
 
 def _first_match(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)

@@ -35,9 +35,7 @@ def merged_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> Iterat
     dtype: of all floating-point tensors; by default their own, and for a 4-bit weight that of the one that was quantised. The
     sum is rounded once to it, and the model is not changed. A tensor under several names is given once.
     """
-    layers = _layers(model)
-    for name, value in _plain_state(model, layers):
-        layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+    for name, value, layer in _plain_state(model, _layers(model)):
         tensor = value if layer is None else _merged_weight(layer, dtype)
         yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
@@ -50,13 +48,12 @@ def save_merged(model: nn.Module, directory: str | Path, *, dtype: torch.dtype |
     """
     if not lora_layers(model):
         raise ValueError(f"model: {type(model).__name__} has no LoRA layers; call add_lora first")
-    layers = _layers(model)
     path = Path(directory) / "model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.part")
     try:
         with unfinished.open("wb") as file:
-            header = json.dumps(_header(model, layers, dtype)).encode()
+            header = json.dumps(_header(model, dtype)).encode()
             header += b" " * (-len(header) % 8)
             file.write(len(header).to_bytes(8, "little") + header)
             for _, tensor in merged_tensors(model, dtype):
@@ -77,8 +74,10 @@ def _layers(model: nn.Module) -> dict[str, FrozenWeight]:
     return layers
 
 
-def _plain_state(model: nn.Module, layers: dict[str, FrozenWeight]) -> Iterator[tuple[str, Tensor]]:
-    """The state dict without what adapters and 4-bit storage add to it; in the place of a layer's `weight`, that parameter."""
+def _plain_state(model: nn.Module, layers: dict[str, FrozenWeight]) -> Iterator[tuple[str, Tensor, FrozenWeight | None]]:
+    """(name, tensor, the layer whose weight it stands for, or None) of the plain model: the state dict without what adapters
+    and 4-bit storage add to it.
+    """
     seen = set()
     for name, value in model.state_dict().items():
         owner = next((path for path in layers if name.startswith(f"{path}.")), None)
@@ -88,7 +87,7 @@ def _plain_state(model: nn.Module, layers: dict[str, FrozenWeight]) -> Iterator[
         if value.numel() and not value.is_meta and place in seen:
             continue
         seen.add(place)
-        yield name, value
+        yield name, value, layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
 
 
 def _merged_weight(layer: FrozenWeight, dtype: torch.dtype | None) -> Tensor:
@@ -103,12 +102,11 @@ def _merged_weight(layer: FrozenWeight, dtype: torch.dtype | None) -> Tensor:
     return W.T.contiguous() if layer.fan_in_fan_out else W
 
 
-def _header(model: nn.Module, layers: dict[str, FrozenWeight], dtype: torch.dtype | None) -> dict:
+def _header(model: nn.Module, dtype: torch.dtype | None) -> dict:
     """The safetensors header: dtype, shape and byte range of every tensor, known without computing any."""
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, value in _plain_state(model, layers):
-        layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+    for name, value, layer in _plain_state(model, _layers(model)):
         shape, kind = list(value.shape), value.dtype
         if layer is not None:
             shape, kind = [layer.out_features, layer.in_features], layer.base_dtype

@@ -6,7 +6,7 @@ those that bitsandbytes and transformers write. Its other tensors are buffers, w
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ class FrozenWeight(nn.Module):
         form = self._format
         assert form is not None
         w = quantize(matrix, form.quant_type, form.blocksize, self._weight_nested_absmax is not None)
-        return NF4Weight.from_fields((*w.fields()[:6], form.dtype, *w.fields()[7:]))
+        return replace(w, dtype=form.dtype)
 
     @torch.no_grad()
     def plus(self, A: Tensor, B: Tensor, scaling: float | Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import scaling
 from .dropout import check_p
 from .frozen_weight import FrozenWeight, apply_to_bytes, is_linear4bit, without_weight
 from .functional import lora_linear
@@ -195,8 +196,8 @@ class LoRALinear(FrozenWeight):
                 f"init_lora_weights: an initialisation that rewrites the weight must be the layer's only adapter; "
                 f"adapters here: {list(self.adapters)}"
             )
-        scaling = lora_alpha / (r**0.5 if use_rslora else r)
-        adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, scaling)
+        s = scaling(r, lora_alpha, use_rslora)
+        adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, s)
         if self.quantized and rewrites_weight(init_lora_weights):
             raise ValueError(
                 f"init_lora_weights: got {init_lora_weights!r} for a 4-bit weight, which it cannot rewrite exactly; use True"
@@ -323,9 +324,9 @@ class LoRALinear(FrozenWeight):
         if self.active_adapter is None:
             raise RuntimeError("cannot merge: no adapter is active; call set_adapter(name) first")
         name, W = self.active_adapter, self.matrix
-        A, B, scaling = self.lora_A[name], self.lora_B[name], self.adapters[name].scaling
+        A, B, s = self.lora_A[name], self.lora_B[name], self.adapters[name].scaling
         if isinstance(W, NF4Weight):
-            wanted = self.plus(A, B, scaling)
+            wanted = self.plus(A, B, s)
             merged = self._requantize(wanted)
             self._hold(merged)
             self._unmerged = (W,)
@@ -333,7 +334,7 @@ class LoRALinear(FrozenWeight):
             size = torch.linalg.vector_norm(wanted).item()
             return torch.linalg.vector_norm(wanted.sub_(merged.dequantize(wanted.dtype))).item() / (size or 1.0)
         unmerged = self.weight
-        self.weight = self.as_weight(self.plus(A, B, scaling))
+        self.weight = self.as_weight(self.plus(A, B, s))
         self._unmerged = (unmerged,)
         self._merge_bias(name)
         return None

@@ -47,13 +47,13 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> tupl
     if not plan:
         raise ValueError(_nothing_matches(model, config, skipped))
     for path, module in plan.items():
-        in_features, out_features = _features(module)
+        in_features, out_features = features(module)
         check_init(config.init_lora_weights, config.rank_and_alpha(path)[0], in_features, out_features)
     return plan, skipped
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
-    """(in, out)."""
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a planned layer."""
     if isinstance(module, (nn.Linear, LoRALinear)):
         return module.in_features, module.out_features
     return tuple(module.weight.shape)  # type: ignore[union-attr, return-value, arg-type]  # Conv1D

@@ -16,7 +16,7 @@ from ..nf4 import NF4Weight
 from ..nf4_codec import NESTED_BLOCKSIZE, mean_absmax, refuse
 from ..nf4_tables import code_values, dynamic_map
 from ..reference import Needs
-from . import nf4_plan, triton, use_backend
+from . import triton, use_backend
 from .triton import forward, tuning
 from .triton.blocks import row_major
 from .triton.tuning import NothingCompilesError
@@ -98,11 +98,7 @@ def lora_backward(
 
 def plan(x: Tensor, W: NF4Weight, A: Tensor) -> tuple[str, str]:
     """(path, why) of the forward product, by nf4_plan's table."""
-
-    def refusal(path: str) -> str | None:
-        return skinny_refusal(x, W, A.shape[0]) if path == "skinny" else triton.nf4_refusal(path, x, W, A)
-
-    return nf4_plan.path(len(x), tuning.gpu(x.device).capability, refusal)
+    return triton.plan(x, W, A, lambda: skinny_refusal(x, W, A.shape[0]))
 
 
 def skinny_refusal(x: Tensor, W: NF4Weight, R: int) -> str | None:

@@ -66,8 +66,7 @@ def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str
         )
     layers = {path: layer for path, layer in lora_layers(model).items() if adapter_name in layer.adapters}
     for path, layer in layers.items():
-        adapter, (r, alpha) = layer.adapters[adapter_name], config.rank_and_alpha(path)
-        scaling = alpha / (r**0.5 if config.use_rslora else r)
+        adapter, r, scaling = layer.adapters[adapter_name], config.rank_and_alpha(path)[0], config.scaling(path)
         if adapter.r != r or abs(float(adapter.scaling) - scaling) > 1e-6 * abs(scaling):  # float32 where it is a tensor
             raise ValueError(
                 f"{path}: adapter {adapter_name!r} has r={adapter.r} and scaling {float(adapter.scaling):g}, but its config "

@@ -3,7 +3,6 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from ..config import LoRAConfig
 from ..modules import DEFAULT_ADAPTER
 from ..ops import FLOATS
 from ..surgery import LoRAState, add_lora, plan_exchanges
-from ..targets import lora_layers, plan_layers, plan_modules_to_save
+from ..targets import features, lora_layers, plan_layers, plan_modules_to_save
 from . import adapter_config, adapter_files
 
 PREFIX = "base_model.model."
@@ -110,7 +109,7 @@ def _planned_shapes(model: nn.Module, config: LoRAConfig, adapter_name: str) -> 
     plan, _ = plan_layers(model, config, adapter_name)
     shapes: dict[str, tuple[int, ...]] = {}
     for path, module in plan.items():
-        r, (in_features, out_features) = config.rank_and_alpha(path)[0], _features(module)
+        r, (in_features, out_features) = config.rank_and_alpha(path)[0], features(module)
         shapes[f"{PREFIX}{path}.lora_A.weight"] = (r, in_features)
         shapes[f"{PREFIX}{path}.lora_B.weight"] = (out_features, r)
         if config.lora_bias:
@@ -120,11 +119,6 @@ def _planned_shapes(model: nn.Module, config: LoRAConfig, adapter_name: str) -> 
         own = _exchanged(owner, attribute, original, set(plan))
         shapes.update({key: tuple(tensor.shape) for key, tensor in own.items()})
     return shapes
-
-
-def _features(module: Any) -> tuple[int, int]:
-    """(in, out) of an nn.Linear, a LoRALinear or transformers' Conv1D, whose weight is stored as [in, out]."""
-    return (module.in_features, module.out_features) if hasattr(module, "in_features") else tuple(module.weight.shape)
 
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -191,8 +185,7 @@ def _check_scaling(model: nn.Module, config: LoRAConfig, adapter_name: str, sour
     for path, layer in lora_layers(model).items():
         if adapter_name not in layer.adapters:
             continue
-        r, alpha = config.rank_and_alpha(path)
-        scaling, own = alpha / (r**0.5 if config.use_rslora else r), float(layer.adapters[adapter_name].scaling)
+        scaling, own = config.scaling(path), float(layer.adapters[adapter_name].scaling)
         if abs(own - scaling) > 1e-6 * abs(scaling):
             raise ValueError(
                 f"{source}: scales {path} by {scaling:g}, but this model's adapter {adapter_name!r} by {own:g}; "

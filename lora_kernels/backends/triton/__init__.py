@@ -8,6 +8,8 @@ wide_rank.py  ranks above 64
 blocks.py dropout.py tuning.py    what they share; the mask; tiles, dataflows and what did not compile
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 from torch import Tensor
@@ -107,22 +109,17 @@ def nf4_dequantize(w: NF4Weight, dtype: torch.dtype | None = None, out: Tensor |
         return format_nf4.dequantize_nf4(w, dtype, out)
 
 
-def plan(x: Tensor, W: NF4Weight, A: Tensor) -> tuple[str, str]:
+def plan(
+    x: Tensor, W: NF4Weight, A: Tensor, skinny_refusal: Callable[[], str | None] = lambda: "it is in the CUDA extension"
+) -> tuple[str, str]:
     """(path, why) of the product with a 4-bit weight, by nf4_plan's table."""
-
-    def refusal(path: str) -> str | None:
-        if path == "skinny":
-            return "it is in the CUDA extension"
-        return nf4_refusal(path, x, W, A)
-
-    return nf4_plan.path(len(x), tuning.gpu(x.device).capability, refusal)
-
-
-def nf4_refusal(path: str, x: Tensor, W: NF4Weight, A: Tensor) -> str | None:
-    """Why one of NF4_FORWARD cannot compute with these, or None."""
-    if path == "loop":
-        return nf4.refusal(x, W, A.shape[0])
-    return nf4.concat_refusal(x, A) if path == "concat" else None
+    refusals: dict[str, Callable[[], str | None]] = {
+        "skinny": skinny_refusal,
+        "loop": lambda: nf4.refusal(x, W, A.shape[0]),
+        "concat": lambda: nf4.concat_refusal(x, A),
+        "scratch": lambda: None,
+    }
+    return nf4_plan.path(len(x), tuning.gpu(x.device).capability, lambda path: refusals[path]())
 
 
 def _dense(W: Tensor | NF4Weight | None, like: Tensor) -> Tensor | None:
