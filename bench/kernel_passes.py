@@ -26,6 +26,7 @@ from lora_kernels.backends.triton import backward, forward, gemm, tuning
 from lora_kernels.commands.accuracy_gate import Problem, gate
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.measure import Timing, interleaved
+from lora_kernels.dtypes import dtype_name
 from lora_kernels.reference import Needs, add_product
 
 LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
@@ -137,7 +138,7 @@ def cases(shapes: tuple, tokens: tuple, ranks: tuple, device: torch.device) -> I
                 for p in (0.0, 0.1):
                     dtype = torch.float16 if device.type == "cpu" else torch.bfloat16  # the interpreter's bfloat16 is wrong
                     problem = Problem.draw(M, K, N, R, p, dtype, device, SEED)
-                    yield problem, str(dtype).removeprefix("torch.")
+                    yield problem, dtype_name(dtype)
                     yield problem.with_adapters(torch.float32), "float32"
 
 

@@ -24,6 +24,7 @@ from lora_kernels.commands import model_step, pretrained
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.measure import held_bytes, peak_bytes, saved_bytes
 from lora_kernels.commands.peers import BNB, OURS, OURS_NF4, PEFT
+from lora_kernels.dtypes import dtype_name
 
 SMALL = {
     "vocab_size": 1024,
@@ -102,7 +103,7 @@ def main() -> int:
     if options.json:
         header = {**environment(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         name = options.model.name if options.model else "Llama, 6 layers of 256"
-        about = {"model": name, "R": options.rank, "p": options.dropout, "dtype": str(dtype).removeprefix("torch.")}
+        about = {"model": name, "R": options.rank, "p": options.dropout, "dtype": dtype_name(dtype)}
         options.json.write_text(json.dumps({"header": header, **about, "rows": found}, indent=1) + "\n")
     return 0
 

@@ -200,13 +200,14 @@ def report(
 
     from .backends import backend_report
     from .commands.environment import environment
+    from .dtypes import dtype_name
 
     out = Output(json_file)
     found: dict[str, Any] = environment()
     cases = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
     cases += [(f"cuda:{i}", torch.bfloat16) for i in range(len(found["gpus"]))]
     found["backends"] = [
-        {"device": device, "dtype": _name(dtype), **vars(row)}
+        {"device": device, "dtype": dtype_name(dtype), **vars(row)}
         for device, dtype in cases
         for row in backend_report(torch.empty(16, 64, device=device, dtype=dtype))
     ]
@@ -274,10 +275,6 @@ def _dtype(name: str) -> Any:
     if name not in DTYPES:
         raise CommandError(f"--dtype: got {name!r}, expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _yes_no(value: Any) -> str:

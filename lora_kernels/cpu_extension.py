@@ -26,11 +26,6 @@ def load() -> tuple[Any, str]:
 extension, why_not = load()
 
 
-def name(dtype: torch.dtype) -> str:
-    """What the extension calls it."""
-    return str(dtype).removeprefix("torch.")
-
-
 def takes(*tensors: Tensor | None) -> bool:
     """Whether the extension is there and these tensors have addresses in a CPU's memory, which a compiler's do not."""
     if extension is None or torch.compiler.is_compiling():

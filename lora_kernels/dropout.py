@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_extension
+from .dtypes import dtype_name
 from .scratch import scratch, slices
 
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57  # multipliers
@@ -109,7 +110,7 @@ class KeepRows:
         if cpu_extension.takes(self.seed):
             cpu_extension.extension.keep_rows(
                 keep.data_ptr(),
-                cpu_extension.name(self.dtype),
+                dtype_name(self.dtype),
                 rows.start,
                 M,
                 self.K,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_extension
+from .dtypes import dtype_name
 from .nf4_tables import CELLS, code_values, dynamic_map, nested_bins, nf4_cells, pair_table, thresholds
 from .scratch import scratch
 
@@ -47,7 +48,7 @@ def decoded_by_extension(out: Tensor, w: NF4Weight, start: int, step: int = 0) -
     weight = cpu_extension.extension.Weight(*addresses, w.blocksize)
     size = out.stride(0), *out.shape
     cpu_extension.extension.nf4_decode(
-        weight, out.data_ptr(), cpu_extension.name(out.dtype), *size, start, step, torch.get_num_threads()
+        weight, out.data_ptr(), dtype_name(out.dtype), *size, start, step, torch.get_num_threads()
     )
     return True
 

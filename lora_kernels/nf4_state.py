@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtypes import dtype_name
 from .nf4 import DTYPES, NESTED_BLOCKSIZE, NF4Weight
 from .nf4_tables import QUANT_TYPES, code_values
 
@@ -130,7 +131,7 @@ def to_params4bit(w: NF4Weight, storage: torch.dtype, module: Any) -> Any:
 def to_state(w: NF4Weight) -> dict[str, Tensor]:
     """What a state dict holds beside `weight`, by the end of its key."""
     offset = 0.0 if w.nested_offset is None or w.device.type == "meta" else w.nested_offset.item()
-    scalars: dict[str, Any] = {"quant_type": w.quant_type, "blocksize": w.blocksize, "dtype": _name(w.dtype)}
+    scalars: dict[str, Any] = {"quant_type": w.quant_type, "blocksize": w.blocksize, "dtype": dtype_name(w.dtype)}
     scalars["shape"] = list(w.shape)
     state = {"absmax": w.absmax, "quant_map": code_values(w.quant_type, w.device).clone()}
     if w.nested_absmax is not None and w.nested_map is not None:
@@ -191,7 +192,7 @@ def _check_scalars(scalars: dict[str, Any], quant_type: str, key: str) -> None:
     checks = (
         ("quant_type", scalars["quant_type"] == quant_type),
         ("blocksize", type(scalars["blocksize"]) is int),
-        ("dtype", scalars["dtype"] in map(_name, DTYPES)),
+        ("dtype", scalars["dtype"] in map(dtype_name, DTYPES)),
         ("shape", isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)),
         ("nested_blocksize", scalars.get("nested_blocksize", NESTED_BLOCKSIZE) == NESTED_BLOCKSIZE),
         ("nested_dtype", scalars.get("nested_dtype", "float32") == "float32"),
@@ -200,7 +201,3 @@ def _check_scalars(scalars: dict[str, Any], quant_type: str, key: str) -> None:
     for name, fits in checks:
         if not fits:
             raise ValueError(f"{key}: the 4-bit state's {name} is {scalars[name]!r}, which the format does not know")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -7,16 +7,18 @@ also the largest element error over the largest magnitude; truth is float64 on t
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import dropout_mask, lora_linear
 from lora_kernels.commands.accuracy_gate import errors, violations
 from lora_kernels.dropout import keep_scale
 
-__all__ = ["Case", "check", "errors", "ours", "pytorch", "run", "truth", "violations"]
+__all__ = ["Case", "check", "check_checkpoint", "check_compiled", "errors", "ours", "pytorch", "run", "truth", "violations"]
 NAMES = ("x", "W", "A", "B", "c")
 DRAWS, TINY_RESULT = 8, 32  # draws of a case that has a result, or h and g, of fewer elements
 
@@ -120,6 +122,41 @@ def check(case: Case) -> None:
     results = [{name: torch.cat([draw[name] for draw in draws]) for name in draws[0]} for draws in zip(*judged, strict=True)]
     broken = violations(*results, case.autocast or case.dtype)
     assert not broken, f"{case}: {broken}"
+
+
+def check_checkpoint(tensors: dict[str, Any], use_reentrant: bool) -> None:
+    """Assert that torch.utils.checkpoint changes no bit of the gradients, dropout's drawn mask included."""
+
+    def layer(x: Tensor) -> Tensor:
+        return lora_linear(x, *(tensors[name] for name in "WABc"), dropout_p=0.4)
+
+    gradients = []
+    for compute in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(3)
+        for name in "xABc":
+            tensors[name].grad = None
+        compute(tensors["x"]).backward(tensors["dy"])
+        gradients.append([tensors[name].grad.clone() for name in "xABc"])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def check_compiled(case: Case, draw: Callable[[Case], dict[str, Any]]) -> None:
+    """Assert that forward and backward as one graph each give eager's results, with dropout, for several batch sizes."""
+    torch._dynamo.reset()
+
+    def compute(x: Tensor, W: Any, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
+        return lora_linear(x, W, A, B, c, scaling=0.5, dropout_p=0.3, seed=case.seed)
+
+    compiled = torch.compile(compute, fullgraph=True)
+    for M in (17, 5, (2, 3)):
+        case.M = M
+        tensors = draw(case)
+        expected = ours(case, tensors)
+        y = compiled(*(tensors[name] for name in "xWABc"))
+        grads = torch.autograd.grad(y, [tensors[name] for name in "xABc"], tensors["dy"])
+        for name, value in zip(("y", "dx", "dA", "dB", "dc"), (y, *grads), strict=True):
+            assert value.dtype == expected[name].dtype
+            torch.testing.assert_close(value, expected[name])
 
 
 def _draw_and_run(case: Case) -> tuple[Outputs, Outputs, Outputs]:

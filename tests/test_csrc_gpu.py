@@ -5,7 +5,7 @@ from types import ModuleType
 import pytest
 import torch
 from test_triton_nf4 import NF4Case
-from triton_case import BF16, S
+from triton_case import BF16, S, refusing_synchronisation
 from triton_interpreter import DEVICE
 
 from lora_kernels import lora_linear, nf4, use_backend
@@ -48,12 +48,8 @@ def test_nothing_synchronises_and_a_graph_replays(M: int) -> None:
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         want = layer(case, p=0.0)  # compiles, and makes the tables
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with refusing_synchronisation():
         layer(case)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = layer(case, p=0.0)

@@ -4,11 +4,10 @@ import itertools
 
 import pytest
 import torch
-from accuracy import Case, ours, pytorch, truth, violations
+from accuracy import Case, check_checkpoint, check_compiled, ours, pytorch, truth, violations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
-from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import backend_report, lora_linear, quantize_nf4, use_backend
 from lora_kernels.commands.measure import peak_bytes
@@ -150,19 +149,7 @@ def test_forward_and_backward_read_the_same_weight(device):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint(use_reentrant, device):
-    tensors, _ = draw(Case(p=0.4, device=device))
-
-    def layer(x):
-        return lora_linear(x, *(tensors[name] for name in "WABc"), dropout_p=0.4)
-
-    gradients = []
-    for compute in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
-        torch.manual_seed(3)
-        for name in "xABc":
-            tensors[name].grad = None
-        compute(tensors["x"]).backward(tensors["dy"])
-        gradients.append([tensors[name].grad.clone() for name in "xABc"])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    check_checkpoint(draw(Case(p=0.4, device=device))[0], use_reentrant)
 
 
 # ---- what is saved and allocated ----
@@ -253,22 +240,8 @@ def test_opcheck_backward(needs, device):
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_compiled_equals_eager(double_quant, device):
-    torch._dynamo.reset()
     case = Case(p=0.3, dtype=torch.bfloat16, device=device, scaling=0.5)
-
-    @torch.compile(fullgraph=True)
-    def compiled(x, W, A, B, c):
-        return lora_linear(x, W, A, B, c, scaling=0.5, dropout_p=0.3, seed=case.seed)
-
-    for M in (17, 5, (2, 3)):
-        case.M = M
-        tensors, _ = draw(case, double_quant=double_quant)
-        expected = ours(case, tensors)
-        y = compiled(*(tensors[name] for name in "xWABc"))
-        grads = torch.autograd.grad(y, [tensors[name] for name in "xABc"], tensors["dy"])
-        for name, value in zip(("y", "dx", "dA", "dB", "dc"), (y, *grads), strict=True):
-            assert value.dtype == expected[name].dtype
-            torch.testing.assert_close(value, expected[name])
+    check_compiled(case, lambda case: draw(case, double_quant=double_quant)[0])
 
 
 def test_backends_say_whether_they_read_4_bits(device):

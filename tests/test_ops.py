@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import Case, ours
+from accuracy import Case, check_compiled
 from torch.library import opcheck
 
 from lora_kernels import lora_linear
@@ -35,23 +35,7 @@ def test_opcheck_backward(needs, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_equals_eager(dtype, device):
-    """Forward and backward as one graph each, with dropout, for several batch sizes."""
-    torch._dynamo.reset()
-    case = Case(p=0.3, dtype=dtype, device=device, scaling=0.5)
-
-    def compute(x, W, A, B, c):
-        return lora_linear(x, W, A, B, c, scaling=0.5, dropout_p=0.3, seed=case.seed)
-
-    compiled = torch.compile(compute, fullgraph=True)
-    for M in (17, 5, (2, 3)):
-        case.M = M
-        tensors = case.tensors()
-        expected = ours(case, tensors)
-        y = compiled(*(tensors[name] for name in "xWABc"))
-        grads = torch.autograd.grad(y, [tensors[name] for name in "xABc"], tensors["dy"])
-        for name, value in zip(("y", "dx", "dA", "dB", "dc"), (y, *grads), strict=True):
-            assert value.dtype == expected[name].dtype
-            torch.testing.assert_close(value, expected[name])
+    check_compiled(Case(p=0.3, dtype=dtype, device=device, scaling=0.5), Case.tensors)
 
 
 def test_compiled_with_drawn_seed_tensor_scaling_and_autocast(device):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from triton_case import BF16, FP32, Case, S
+from triton_case import BF16, FP32, Case, S, refusing_synchronisation
 from triton_interpreter import DEVICE
 
 from lora_kernels import lora_linear, use_backend
@@ -46,12 +46,8 @@ def test_nothing_synchronises_with_the_host() -> None:
     case = Case.draw(257, 600, 264, 16, BF16, BF16)
     with use_backend("triton"):
         layer(case)  # compiles
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with refusing_synchronisation():
             layer(case)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_captured_graph_draws_a_new_mask_at_each_replay() -> None:

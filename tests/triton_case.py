@@ -24,6 +24,17 @@ SEED = -0x123456789ABCDEF
 
 
 @contextmanager
+def refusing_synchronisation() -> Iterator[None]:
+    """Whatever waits for the GPU inside is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
 def nan_in_fresh_memory() -> Iterator[None]:
     """torch.empty holds NaN: an element that no kernel writes is seen, where stale memory may hold the right value."""
     with pytest.MonkeyPatch.context() as patch:

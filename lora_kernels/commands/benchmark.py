@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..backends import backend_report
+from ..dtypes import dtype_name
 from . import peers
 from .accuracy_gate import gate, truth
 from .blocks import BlockProblem
@@ -135,7 +136,7 @@ def _row(case: Case, variant: Variant, timings: dict[str, Timing]) -> dict[str, 
         "op": case.passes,
         "block": shape.block,
         **{"M": case.M, "K": shape.K, "N": shape.N, "kv": shape.kv or None, "R": case.R, "p": case.p},
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "dtype": dtype_name(case.dtype),
         "variant": variant.name,
         "backend": _backend(variant),
         "median_us": timing.median * 1e6,

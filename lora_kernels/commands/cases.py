@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..dtypes import dtype_name
 from .console import CommandError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,7 +59,7 @@ class Case:
     passes: str = BOTH
 
     def __str__(self) -> str:
-        return f"{self.shape} M={self.M} r={self.R} p={self.p} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.shape} M={self.M} r={self.R} p={self.p} {dtype_name(self.dtype)}"
 
     def flops(self, adapted: bool) -> int:
         """Multiply-adds count two. x·Wᵀ and dy·W; with an adapter also h, h·Bᵀ, g, g·A, dA, dB."""

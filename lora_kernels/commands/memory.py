@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..config import LoRAConfig
+from ..dtypes import dtype_name
 from ..modules import LoRALinear
 from ..nf4 import quantize_nf4
 from ..surgery import add_lora
@@ -195,12 +196,12 @@ def run(
         values = [getattr(result[kind], name) for kind in ("qlora", "lora", "full")]
         readable = [f"{value:,}" if name == "trainable_parameters" else format_bytes(value) for value in values]
         rows.append((name.replace("_", " "), *readable))
-    title = f"QLoRA, LoRA and full fine-tuning, base {_name(dtype)}, adapters {_name(adapter_dtype)}"
+    title = f"QLoRA, LoRA and full fine-tuning, base {dtype_name(dtype)}, adapters {dtype_name(adapter_dtype)}"
     output.table(title, ("", "QLoRA", "LoRA", "full fine-tuning"), rows, caption=CAPTION)
     return {
         "tokens": M,
-        "dtype": _name(dtype),
-        "adapter_dtype": _name(adapter_dtype),
+        "dtype": dtype_name(dtype),
+        "adapter_dtype": dtype_name(adapter_dtype),
         "dropout": dropout,
         "layers": [asdict(group) for group in layers],
         **{kind: {**asdict(footprint), "total": footprint.total} for kind, footprint in result.items()},
@@ -211,7 +212,3 @@ def run(
 def _layer_row(group: Layers, M: int, dropout: bool, itemsize: int) -> tuple[str, ...]:
     saved = format_bytes(group.saved_bytes(M, itemsize, dropout))
     return f"{group.K} → {group.N}", f"{group.count}", f"{group.R}", f"{group.adapter_parameters:,}", saved
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..config import LoRAConfig
+from ..dtypes import dtype_name
 from . import model_step, peers, pretrained
 from .accuracy_gate import Problem, gate
 from .benchmark import Refusals, new_header, print_refusals
@@ -84,7 +85,7 @@ def run(
         config = LoRAConfig(r=rank, lora_alpha=2 * rank, lora_dropout=p, target_modules="all-linear")
         one = replace(settings, tokens=(tokens,), length=min(tokens, settings.length))
         new, wrong = measure(model, config, one, device, repeats, with_peft, seed)
-        case = f"{settings.model.name}, {tokens} tokens, r={rank}, p={p}, {str(settings.dtype).removeprefix('torch.')}"
+        case = f"{settings.model.name}, {tokens} tokens, r={rank}, p={p}, {dtype_name(settings.dtype)}"
         failures += [{"case": case, "reason": reason} for reason in wrong]
         rows += new
         if wrong:
@@ -122,7 +123,7 @@ def measure(
                 "sequence_length": ids.shape[1],
                 "R": config.r,
                 "p": config.lora_dropout,
-                "dtype": str(settings.dtype).removeprefix("torch."),
+                "dtype": dtype_name(settings.dtype),
                 "variant": name,
                 "median_s": timing.median,
                 "p20_s": timing.p20,
