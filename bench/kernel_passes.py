@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from lora_kernels import use_backend
+from lora_kernels.backends.torch.linear import Needs, add_product
 from lora_kernels.backends.triton import backward, forward, gemm, tuning
 from lora_kernels.commands.accuracy_gate import Problem, gate
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.measure import Timing, interleaved
 from lora_kernels.dtypes import dtype_name
-from lora_kernels.reference import Needs, add_product
 
 LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 LLAMA_70B = ((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192))

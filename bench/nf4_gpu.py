@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import backends, lora_linear, use_backend
-from lora_kernels.backends import nf4_plan
+from lora_kernels import lora_linear, use_backend
+from lora_kernels import plan as backends
+from lora_kernels.backends import nf4_paths as nf4_plan
 from lora_kernels.commands.accuracy_gate import Problem, truth, violations
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.measure import Timing, interleaved, peak_bytes
-from lora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from lora_kernels.nf4.weight import NF4Weight, dequantize_nf4, quantize_nf4
 
 LLAMA = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672))
 FEW, SOME, MANY = (1, 2, 4, 8, 16), (32, 64, 128, 256, 512, 1024, 1536), (2048, 8192)

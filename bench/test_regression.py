@@ -14,7 +14,7 @@ import torch
 from lora_kernels.commands import peers
 from lora_kernels.commands.blocks import BlockProblem
 from lora_kernels.commands.cases import FORWARD, Case, Shape
-from lora_kernels.dropout import dropout_mask
+from lora_kernels.mask import dropout_mask
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {"linear": Shape(576, 1536), "qkv": Shape(576, 1536, "qkv", 192), "mlp": Shape(576, 1536, "mlp")}

@@ -1,15 +1,14 @@
 """LoRA linear layers that cost almost nothing beyond their frozen base layer: y = x·Wᵀ + (α/r)·drop(x)·Aᵀ·Bᵀ + c."""
 
-from .backends import backend_report, use_backend
-from .config import LoRAConfig
-from .dropout import dropout_mask
-from .export import save_merged
-from .functional import lora_linear
-from .modules import LoRALinear
-from .nf4 import NF4Weight, dequantize_nf4, quantize_nf4
-from .param_groups import lora_plus_param_groups
-from .peft_interop import AccelerationReport, accelerate, accelerated, load_adapter, restore, save_adapter
-from .surgery import (
+from .functional.linear import lora_linear
+from .integrations.peft import AccelerationReport, accelerate, accelerated, restore
+from .layers.linear import LoRALinear
+from .mask import dropout_mask
+from .models.adapters import load_adapter, save_adapter
+from .models.config import LoRAConfig
+from .models.export import save_merged
+from .models.param_groups import lora_plus_param_groups
+from .models.surgery import (
     add_lora,
     load_lora_state_dict,
     lora_parameters,
@@ -19,6 +18,8 @@ from .surgery import (
     set_adapter,
     unmerge_lora,
 )
+from .nf4.weight import NF4Weight, dequantize_nf4, quantize_nf4
+from .plan import backend_report, use_backend
 
 __version__ = "0.1.0"
 

@@ -198,9 +198,9 @@ def report(
         return
     import torch
 
-    from .backends import backend_report
     from .commands.environment import environment
     from .dtypes import dtype_name
+    from .plan import backend_report
 
     out = Output(json_file)
     found: dict[str, Any] = environment()
@@ -235,7 +235,7 @@ def memory(
 ) -> None:
     """Count the bytes of QLoRA and LoRA training beside full fine-tuning, for a model, a well-known size or shapes."""
     from .commands import memory as count
-    from .config import LoRAConfig
+    from .models.config import LoRAConfig
 
     out = Output(json_file)
     base_dtype = _dtype(dtype)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import dropout_mask, lora_linear
 from lora_kernels.commands.accuracy_gate import errors, violations
-from lora_kernels.dropout import keep_scale
+from lora_kernels.mask import keep_scale
 
 __all__ = ["Case", "check", "check_checkpoint", "check_compiled", "errors", "ours", "pytorch", "run", "truth", "violations"]
 NAMES = ("x", "W", "A", "B", "c")

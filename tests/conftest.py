@@ -6,7 +6,7 @@ import triton_interpreter
 from csrc_emulator import cuda  # noqa: F401
 
 from lora_kernels import cpu_extension, use_backend
-from lora_kernels.backends import load
+from lora_kernels.plan import load
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # more only fight over a busy machine
 if triton_interpreter.DEVICE.type == "cpu":  # Triton's kernels then run in its interpreter, if they are asked for

@@ -19,8 +19,8 @@ from types import ModuleType
 import pytest
 import torch
 
-import lora_kernels
-from lora_kernels import backends
+import lora_kernels.backends.cuda
+from lora_kernels import plan as backends
 
 ROOT = Path(__file__).parents[1]
 HEADERS = ROOT / "tests/cuda_emulator"
@@ -40,19 +40,19 @@ def emulated(replace: tuple[str, str, str] | None = None) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def cuda(device: torch.device) -> Iterator[ModuleType]:
-    """lora_kernels.backends.cuda: over the built extension on a GPU, otherwise over the emulated one."""
+    """lora_kernels.backends.cuda.linear: over the built extension on a GPU, otherwise over the emulated one."""
     pytest.importorskip("triton")
     with pytest.MonkeyPatch.context() as patch:
         if device.type == "cpu":
             patch.setitem(sys.modules, "lora_kernels._C", emulated())
-            patch.delitem(sys.modules, "lora_kernels.backends.cuda", raising=False)
-            patch.delattr(lora_kernels.backends, "cuda", raising=False)
+            patch.delitem(sys.modules, "lora_kernels.backends.cuda.linear", raising=False)
+            patch.delattr(lora_kernels.backends.cuda, "linear", raising=False)
             backends.load.cache_clear()
         module = backends.load("cuda")
         assert isinstance(module, ModuleType), module
         yield module
         if device.type == "cpu":
-            del sys.modules["lora_kernels.backends.cuda"]
+            del sys.modules["lora_kernels.backends.cuda.linear"]
     backends.load.cache_clear()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import accelerate
-from lora_kernels.dropout import draw_seed, dropout_mask, keep_scale
+from lora_kernels.mask import draw_seed, dropout_mask, keep_scale
 
 FAST = "fast"
 

@@ -11,7 +11,9 @@ import torch
 from accuracy import Case
 
 import lora_kernels
-from lora_kernels import backend_report, backends, lora_linear, reference, use_backend
+from lora_kernels import backend_report, lora_linear, use_backend
+from lora_kernels import plan as backends
+from lora_kernels.backends.torch import linear as reference
 
 
 def compute():

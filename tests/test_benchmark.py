@@ -13,7 +13,7 @@ from lora_kernels.commands.benchmark import measure_case
 from lora_kernels.commands.cases import FORWARD, LLAMA_8B, SUITES, Case, Shape, choose_suite
 from lora_kernels.commands.console import CommandError, Output
 from lora_kernels.commands.peers import BARE, OURS, OURS_FP32, PEFT, PEFT_FP32
-from lora_kernels.dropout import dropout_mask
+from lora_kernels.mask import dropout_mask
 
 CPU = torch.device("cpu")
 

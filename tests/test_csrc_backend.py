@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from triton_case import BF16, FP16, FP32
 
-from lora_kernels import backend_report, backends, lora_linear, nf4, use_backend
-from lora_kernels.backends import nf4_plan
-from lora_kernels.reference import Needs
+from lora_kernels import backend_report, lora_linear, use_backend
+from lora_kernels import plan as backends
+from lora_kernels.backends import nf4_paths as nf4_plan
+from lora_kernels.backends.torch.linear import Needs
+from lora_kernels.nf4 import weight as nf4
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,9 @@ from test_triton_nf4 import NF4Case
 from triton_case import BF16, S, refusing_synchronisation
 from triton_interpreter import DEVICE
 
-from lora_kernels import lora_linear, nf4, use_backend
-from lora_kernels.nf4 import NF4Weight
+from lora_kernels import lora_linear, use_backend
+from lora_kernels.nf4 import weight as nf4
+from lora_kernels.nf4.weight import NF4Weight
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 TOKENS = (4, 16, 257)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels import nf4, nf4_tables
-from lora_kernels.nf4 import NF4Weight
+from lora_kernels.nf4 import tables as nf4_tables
+from lora_kernels.nf4 import weight as nf4
+from lora_kernels.nf4.weight import NF4Weight
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CANARY = 7.0

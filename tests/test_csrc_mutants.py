@@ -6,7 +6,8 @@ import pytest
 import torch
 from csrc_emulator import emulated
 
-from lora_kernels import nf4, nf4_tables
+from lora_kernels.nf4 import tables as nf4_tables
+from lora_kernels.nf4 import weight as nf4
 
 WRONG = {
     "nibbles swapped": (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_kernels import dropout_mask
-from lora_kernels.dropout import KeepRows, keep_scale, philox, row_chunks, threshold
+from lora_kernels.mask import KeepRows, keep_scale, philox, row_chunks, threshold
 
 # Random123's known-answer tests (kat_vectors) of philox4x32: (rounds, counter, key, result)
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_kernels import LoRAConfig, add_lora, lora_parameters, merge_lora, remove_lora, save_merged
 from lora_kernels.commands.measure import peak_bytes
-from lora_kernels.export import merged_tensors
+from lora_kernels.models.export import merged_tensors
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -67,7 +67,7 @@ def test_one_layer_at_a_time(tmp_path):
 
 def test_an_error_leaves_no_file(tmp_path, monkeypatch):
     model = tuned("nf4")
-    monkeypatch.setattr("lora_kernels.export._merged_weight", lambda *_: 1 / 0)
+    monkeypatch.setattr("lora_kernels.models.export._merged_weight", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_merged(model, tmp_path)
     assert list(tmp_path.iterdir()) == []

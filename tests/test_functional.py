@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_kernels import dropout_mask, lora_linear, use_backend
-from lora_kernels.backends import load
-from lora_kernels.reference import Needs
+from lora_kernels.backends.torch.linear import Needs
+from lora_kernels.plan import load
 
 pytestmark = pytest.mark.usefixtures("backend")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -137,14 +137,15 @@ def test_random_options(device, case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cpu_without_16_bit_instructions(dtype, monkeypatch):
     """There the base products run through float32, in several tiles."""
-    monkeypatch.setattr("lora_kernels.reference.cpu_multiplies", lambda _: False)
+    monkeypatch.setattr("lora_kernels.backends.torch.linear.cpu_multiplies", lambda _: False)
     check(Case(M=2100, K=20, N=600, R=4, p=0.1, dtype=dtype, needs=("x", "W", "A", "B", "c")))
     check(Case(M=70, K=600, N=20, R=4, p=0.1, dtype=dtype, adapter_dtype=torch.float32))
 
 
 def test_several_chunks_of_rows(monkeypatch, device):
     monkeypatch.setattr(
-        "lora_kernels.reference.row_chunks", lambda M, width, device: [slice(i, min(i + 7, M)) for i in range(0, M, 7)]
+        "lora_kernels.backends.torch.linear.row_chunks",
+        lambda M, width, device: [slice(i, min(i + 7, M)) for i in range(0, M, 7)],
     )
     check(Case(M=40, p=0.2, dtype=torch.bfloat16, device=device))
 

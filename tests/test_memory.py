@@ -7,9 +7,9 @@ from torch import nn
 from lora_kernels.commands.console import CommandError, Output
 from lora_kernels.commands.measure import saved_bytes
 from lora_kernels.commands.memory import SIZES, Layers, check_rank, footprints, group_layers, parse_shapes, run
-from lora_kernels.config import LoRAConfig
-from lora_kernels.modules import LoRALinear
-from lora_kernels.surgery import add_lora, lora_parameters
+from lora_kernels.layers.linear import LoRALinear
+from lora_kernels.models.config import LoRAConfig
+from lora_kernels.models.surgery import add_lora, lora_parameters
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

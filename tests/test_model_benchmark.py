@@ -8,7 +8,7 @@ from lora_kernels import cli
 from lora_kernels.commands import model_benchmark, model_step, pretrained
 from lora_kernels.commands.console import CommandError, Output
 from lora_kernels.commands.peers import BARE, BNB, OURS, OURS_NF4, PEFT
-from lora_kernels.config import LoRAConfig
+from lora_kernels.models.config import LoRAConfig
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")

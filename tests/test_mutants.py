@@ -4,7 +4,10 @@ import pytest
 import torch
 from accuracy import Case, ours, pytorch, truth, violations
 
-from lora_kernels import dropout, functional, ops, reference
+from lora_kernels import mask as dropout
+from lora_kernels import operation as ops
+from lora_kernels.backends.torch import linear as reference
+from lora_kernels.functional import linear as functional
 
 
 def scaled(index, factor):

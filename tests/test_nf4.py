@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
-from lora_kernels.nf4 import BLOCKSIZES, column_tiles, quantize, tiles
-from lora_kernels.nf4_codec import CHUNK, block_absmax
-from lora_kernels.nf4_state import STORAGES, as_storage, from_state, to_state
-from lora_kernels.nf4_tables import NF4_WORDS, code_values, dynamic_map
+from lora_kernels.nf4.codec import CHUNK, block_absmax
+from lora_kernels.nf4.state_dict import STORAGES, as_storage, from_state, to_state
+from lora_kernels.nf4.tables import NF4_WORDS, code_values, dynamic_map
+from lora_kernels.nf4.weight import BLOCKSIZES, column_tiles, quantize, tiles
 
 bnb = pytest.importorskip("bitsandbytes")
 from bitsandbytes.backends.default import ops as plain  # noqa: E402  # the oracle where its native code is wrong
@@ -188,7 +188,7 @@ def test_tables():
 
 
 def test_tables_are_real_when_first_made_under_a_mode():
-    from lora_kernels import nf4_tables
+    from lora_kernels.nf4 import tables as nf4_tables
 
     nf4_tables.code_values.__wrapped__  # noqa: B018  # the undecorated function is there
     for function in ("nf4_cells", "pair_table"):

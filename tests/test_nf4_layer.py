@@ -20,7 +20,7 @@ from lora_kernels import (
     set_adapter,
     unmerge_lora,
 )
-from lora_kernels.nf4 import NF4Weight
+from lora_kernels.nf4.weight import NF4Weight
 
 bnb = pytest.importorskip("bitsandbytes")
 K, N = 128, 96

@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 from lora_kernels import backend_report, lora_linear, quantize_nf4, use_backend
 from lora_kernels.commands.measure import peak_bytes
-from lora_kernels.nf4 import BLOCKSIZES, quantize
+from lora_kernels.nf4.weight import BLOCKSIZES, quantize
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 BASES = [torch.bfloat16, torch.float32]
@@ -104,8 +104,8 @@ def test_autocast(p, narrow, device):
 @pytest.mark.parametrize(("K", "N"), [(4096, 520), (520, 4100), (1000, 1100)])
 def test_cpus_with_and_without_16_bit_instructions(K, N, native, dtype, monkeypatch):
     """Several tiles of rows and columns, and several chunks of rows of x."""
-    monkeypatch.setattr("lora_kernels.reference.cpu_multiplies", lambda _: native)
-    monkeypatch.setattr("lora_kernels.reference.WIDE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr("lora_kernels.backends.torch.linear.cpu_multiplies", lambda _: native)
+    monkeypatch.setattr("lora_kernels.backends.torch.linear.WIDE_ELEMENTS", 1 << 10)
     check(Case(M=300, K=K, N=N, R=4, p=0.1, dtype=dtype, adapter_dtype=torch.float32))
 
 
@@ -183,7 +183,7 @@ def test_frozen_x_saves_nothing_of_the_weight(device):
 )
 def test_peak_memory(M, dtype, native, monkeypatch):
     """Forward and backward of 4096 -> 14336: at most 16 MiB beside their results; the dense weight would be 112 or 224."""
-    monkeypatch.setattr("lora_kernels.reference.cpu_multiplies", lambda d: native or d == torch.float32)
+    monkeypatch.setattr("lora_kernels.backends.torch.linear.cpu_multiplies", lambda d: native or d == torch.float32)
     K, N, R = 4096, 14336, 16
     w = quantize_nf4(torch.randn(N, K, dtype=torch.bfloat16))
     x = torch.randn(M, K, dtype=dtype, requires_grad=True)
@@ -277,7 +277,9 @@ def test_errors(device):
 
 @pytest.mark.parametrize("mutant", ["swapped nibbles", "neighbour's absmax", "backward by another weight"])
 def test_mutants_are_caught(mutant, monkeypatch):
-    from lora_kernels import cpu_extension, nf4_codec, reference
+    from lora_kernels import cpu_extension
+    from lora_kernels.backends.torch import linear as reference
+    from lora_kernels.nf4 import codec as nf4_codec
 
     if mutant == "swapped nibbles":
         monkeypatch.setattr(cpu_extension, "extension", None)  # which has mutants of its own

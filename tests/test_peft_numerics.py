@@ -7,7 +7,8 @@ import torch
 from peft_case import FAST, Layer
 from torch import nn
 
-from lora_kernels import accelerate, reference
+from lora_kernels import accelerate
+from lora_kernels.backends.torch import linear as reference
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

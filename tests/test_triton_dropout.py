@@ -5,7 +5,7 @@ import torch
 from triton_interpreter import DEVICE
 
 from lora_kernels.backends.triton import backward, dropout, forward
-from lora_kernels.dropout import KeepRows, dropout_mask
+from lora_kernels.mask import KeepRows, dropout_mask
 
 SEEDS = [0, 1, -1, 2**62 + 12345, -(2**63), 0x9E3779B97F4A7C15 - 2**64]
 

@@ -7,9 +7,10 @@ import torch
 from triton_case import ALL, BF16, DTYPES, FP16, FP32, SEED, Case, S, backend
 from triton_interpreter import DEVICE
 
-from lora_kernels import backend_report, lora_linear, reference, use_backend
+from lora_kernels import backend_report, lora_linear, use_backend
+from lora_kernels.backends.torch import linear as reference
+from lora_kernels.backends.torch.linear import Needs
 from lora_kernels.backends.triton import forward, tuning
-from lora_kernels.reference import Needs
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

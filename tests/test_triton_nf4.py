@@ -6,11 +6,11 @@ from torch import Tensor
 from triton_case import ALL, BF16, FP16, FP32, Case, S, backend
 from triton_interpreter import DEVICE
 
-from lora_kernels import nf4 as format_nf4
-from lora_kernels.backends import nf4_plan
+from lora_kernels.backends import nf4_paths as nf4_plan
+from lora_kernels.backends.torch.linear import Needs
 from lora_kernels.backends.triton import forward, nf4, tuning
-from lora_kernels.nf4 import NF4Weight
-from lora_kernels.reference import Needs
+from lora_kernels.nf4 import weight as format_nf4
+from lora_kernels.nf4.weight import NF4Weight
 
 EVERY_M = nf4_plan.Row("loop", 1, nf4_plan.MANY, None, "for a test")
 

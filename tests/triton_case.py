@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from triton_interpreter import DEVICE
 
 from lora_kernels.backends import triton as backend
-from lora_kernels.dropout import dropout_mask, keep_scale
-from lora_kernels.reference import Needs
+from lora_kernels.backends.torch.linear import Needs
+from lora_kernels.mask import dropout_mask, keep_scale
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = [(BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32), (FP16, FP32), (FP32, BF16), (BF16, FP16)]

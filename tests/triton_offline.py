@@ -117,9 +117,9 @@ def tuning_calls(pair: str, R: int) -> None:
     """Every kernel with its tile for this pair of dtypes, with dropout; at rank 16 without it, at rank 64 with safe tiles."""
     import torch
 
+    from lora_kernels.backends.torch.linear import Needs
     from lora_kernels.backends.triton import backward, dropout, forward, gemm, nf4, tuning
-    from lora_kernels.nf4 import NF4Weight
-    from lora_kernels.reference import Needs
+    from lora_kernels.nf4.weight import NF4Weight
 
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     dtype, adapter = (types[name] for name in pair.split()[:2])

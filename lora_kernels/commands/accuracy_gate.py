@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dropout import dropout_mask, keep_scale
-from ..functional import lora_linear
+from ..functional.linear import lora_linear
+from ..mask import dropout_mask, keep_scale
 
 MARGIN = 1.5
 # tiny, in epsilons of the output's dtype, by norm and for the largest element: the values of the test suite's rule.

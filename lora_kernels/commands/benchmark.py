@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..backends import backend_report
 from ..dtypes import dtype_name
+from ..plan import backend_report
 from . import peers
 from .accuracy_gate import gate, truth
 from .blocks import BlockProblem

@@ -16,8 +16,8 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from ..config import LoRAConfig
-from ..surgery import add_lora, load_lora_state_dict, lora_parameters, lora_state_dict
+from ..models.config import LoRAConfig
+from ..models.surgery import add_lora, load_lora_state_dict, lora_parameters, lora_state_dict
 from . import pretrained
 from .console import CommandError, Output, require
 from .corpus import Corpus, read_text, split

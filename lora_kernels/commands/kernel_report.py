@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends import nf4_plan
+from ..backends import nf4_paths as nf4_plan
 from .console import CommandError, Output
 
 TABLE = Path(__file__).parents[1] / "backends/triton/kernels.json"
@@ -83,7 +83,7 @@ def choices(target: str) -> list[tuple[str, ...]]:
 
     The evidence is this machine's GPU's, or that of the devices of `target` whose measurements are in the package.
     """
-    from ..backends import load
+    from ..plan import load
 
     if isinstance(load("triton"), str):
         return []
@@ -99,7 +99,7 @@ def choices(target: str) -> list[tuple[str, ...]]:
 
 def measured_tiles(target: str) -> list[tuple[str, ...]]:
     """(kernel, dtypes, rank class, tile, evidence) that differ from the table's because a measurement says so."""
-    from ..backends import load
+    from ..plan import load
 
     if isinstance(load("triton"), str):
         return []

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import LoRAConfig
 from ..dtypes import dtype_name
-from ..modules import LoRALinear
-from ..nf4 import quantize_nf4
-from ..surgery import add_lora
+from ..layers.linear import LoRALinear
+from ..models.config import LoRAConfig
+from ..models.surgery import add_lora
+from ..nf4.weight import quantize_nf4
 from .console import CommandError, Output, format_bytes
 from .pretrained import meta_model
 

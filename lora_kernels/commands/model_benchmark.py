@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import LoRAConfig
 from ..dtypes import dtype_name
+from ..models.config import LoRAConfig
 from . import model_step, peers, pretrained
 from .accuracy_gate import Problem, gate
 from .benchmark import Refusals, new_header, print_refusals

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules import LoRALinear
-from ..nf4 import NF4Weight, quantize_nf4
+from ..layers.linear import LoRALinear
+from ..nf4.weight import NF4Weight, quantize_nf4
 from . import unsloth_order
 from .accuracy_gate import Problem
 from .blocks import Block, BlockProblem

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..backends import load, use_backend
+from ..plan import load, use_backend
 from .accuracy_gate import Problem, gate
 from .console import CommandError, Output
 from .environment import environment
@@ -203,8 +203,8 @@ def choose_flow(direction: str, contraction: str, tokens: str, times: dict[str, 
 
 def kernel_call(kernel: str, problem: Problem) -> Callable[[], object]:
     """One call of a kernel over `problem`'s tensors; a fused product in both directions."""
+    from ..backends.torch.linear import Needs
     from ..backends.triton import backward, forward, gemm
-    from ..reference import Needs
 
     x, W, A, B, dy = problem.x.detach(), problem.W, problem.A, problem.B, problem.dy
     seed, h = _seed(x.device), x.new_ones(len(x), problem.r, dtype=A.dtype)
@@ -219,8 +219,8 @@ def kernel_call(kernel: str, problem: Problem) -> Callable[[], object]:
 
 def flow_calls(direction: str, problem: Problem) -> Iterator[tuple[str, Callable[[], object]]]:
     """The two ways to a product with its low-rank term. Backward, dA is in both: prefill shares its pass over x."""
+    from ..backends.torch.linear import Needs, add_product
     from ..backends.triton import backward, forward, gemm
-    from ..reference import Needs, add_product
 
     x, W, A, B, dy = problem.x.detach(), problem.W, problem.A, problem.B, problem.dy
     seed, h = _seed(x.device), x.new_ones(len(x), problem.r, dtype=A.dtype)

@@ -14,11 +14,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ... import nf4 as format_nf4
-from ... import reference
-from ...nf4 import NF4Weight
-from ...reference import Needs
-from .. import nf4_plan, use_backend
+from ...nf4 import weight as format_nf4
+from ...nf4.weight import NF4Weight
+from ...plan import use_backend
+from .. import nf4_paths as nf4_plan
+from ..torch import linear as reference
+from ..torch.linear import Needs
 from . import backward, forward, nf4, tuning, wide_rank
 from .blocks import sum_kernel
 

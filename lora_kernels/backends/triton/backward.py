@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...reference import Needs, add_product
+from ..torch.linear import Needs, add_product
 from . import gemm, tuning
 from .blocks import dot, load_tile, new_parts, row_major, scalar, store_tile, sum_parts
 from .dropout import drops, edge, keep_scale, keep_tile

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.random import philox_impl
 
-from ...dropout import LANES, PHILOX_ROUNDS, keep_scale, threshold
+from ...mask import LANES, PHILOX_ROUNDS, keep_scale, threshold
 from .blocks import load_tile, store_tile
 from .tuning import ELEMENTWISE
 

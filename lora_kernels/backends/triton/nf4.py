@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...nf4 import NF4Weight
-from ...nf4_tables import pair_table
+from ...nf4.tables import pair_table
+from ...nf4.weight import NF4Weight
 from . import forward, tuning
 from .blocks import load_tile, row_major, store_tile
 from .gemm import low_rank_tile, tile_of

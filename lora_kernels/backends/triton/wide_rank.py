@@ -6,8 +6,8 @@ Rows are taken in chunks, in which x is dropped (and widened, where the adapters
 import torch
 from torch import Tensor
 
-from ...dropout import row_chunks
-from ...reference import Needs, add_product, set_product, total, work_dtype
+from ...mask import row_chunks
+from ..torch.linear import Needs, add_product, set_product, total, work_dtype
 from .blocks import row_major
 from .dropout import drop, drops
 

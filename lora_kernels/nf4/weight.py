@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .nf4_codec import (
+from ..scratch import scratch, slices
+from .codec import (
     NESTED_BLOCKSIZE,
     absmax_of,
     chunk_size,
@@ -27,8 +28,7 @@ from .nf4_codec import (
     packed_values,
     tile_size,
 )
-from .nf4_tables import QUANT_TYPES
-from .scratch import scratch, slices
+from .tables import QUANT_TYPES
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -133,13 +133,13 @@ class NF4Weight:
         """The same weight from bitsandbytes' `Params4bit`, or packed codes of any storage dtype and a `QuantState`; bytes are
         shared, not copied. Raises ValueError or TypeError for a state that does not fit.
         """
-        from .nf4_state import from_bnb
+        from .state_dict import from_bnb
 
         return from_bnb(codes, quant_state)
 
     def to_bnb(self) -> tuple[Tensor, Any]:
         """(codes[(n+1)//2, 1], quant_state) for bitsandbytes' functions; bytes are shared."""
-        from .nf4_state import to_bnb
+        from .state_dict import to_bnb
 
         return to_bnb(self)
 
@@ -148,7 +148,7 @@ def _kernels(t: Tensor, function: str) -> ModuleType | None:
     """The backend with a kernel `function` for tensors like `t`, to the same bits; None for the PyTorch operations here."""
     if t.device.type != "cuda" or t.numel() == 0:
         return None
-    from .backends import nf4_kernels  # above this file: only a GPU's tensors come there
+    from ..plan import nf4_kernels  # above this file: only a GPU's tensors come there
 
     return nf4_kernels(t, function)
 

@@ -5,11 +5,11 @@ import difflib
 
 from torch import nn
 
+from ..layers.frozen_weight import is_linear4bit
+from ..layers.initialization import check_init
+from ..layers.linear import LoRALinear
+from ..operation import FLOATS
 from .config import ALL_LINEAR, LoRAConfig, names_match
-from .frozen_weight import is_linear4bit
-from .initialization import check_init
-from .modules import LoRALinear
-from .ops import FLOATS
 
 HEAD_NAMES = ("lm_head", "score", "classifier")  # output heads of models that do not name theirs
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..layers.linear import DEFAULT_ADAPTER, LoRALinear, check_quantize
 from .config import LoRAConfig
-from .modules import DEFAULT_ADAPTER, LoRALinear, check_quantize
 from .targets import lora_layers, parents, plan_layers, plan_modules_to_save
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .frozen_weight import FrozenWeight, is_linear4bit
-from .modules import LoRALinear
-from .nf4 import NF4Weight
+from ..layers.frozen_weight import FrozenWeight, is_linear4bit
+from ..layers.linear import LoRALinear
+from ..nf4.weight import NF4Weight
 from .targets import lora_layers
 
 SAFETENSORS_DTYPES = {

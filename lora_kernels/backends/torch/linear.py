@@ -24,10 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu_extension
-from .dropout import KeepRows, keep_scale, row_chunks
-from .nf4 import NF4Weight, column_tiles, tiles
-from .scratch import slices
+from ... import cpu_extension
+from ...mask import KeepRows, keep_scale, row_chunks
+from ...nf4.weight import NF4Weight, column_tiles, tiles
+from ...scratch import slices
 
 READS_NF4 = True
 WIDE_ELEMENTS = 5 << 18  # of x or dx that are held in float32 at a time: with tiles and the mask, below 16 MiB

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from ..config import LoRAConfig, names_match
-from ..initialization import rewrites_weight
-from ..targets import lora_layers, parents
+from ..layers.initialization import rewrites_weight
+from .config import LoRAConfig, names_match
+from .targets import lora_layers, parents
 
 SHARED = (  # fields of the same name and meaning
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"),

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import scaling
-from .dropout import check_p
+from ..functional.linear import lora_linear
+from ..mask import check_p
+from ..models.config import scaling
+from ..nf4.state_dict import from_bnb, to_params4bit
+from ..nf4.weight import NF4Weight, quantize_nf4
 from .frozen_weight import FrozenWeight, apply_to_bytes, is_linear4bit, without_weight
-from .functional import lora_linear
 from .initialization import check_init, initialize, rewrites_weight
-from .nf4 import NF4Weight, quantize_nf4
-from .nf4_state import from_bnb, to_params4bit
 
 DEFAULT_ADAPTER = "default"
 

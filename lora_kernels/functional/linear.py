@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from . import ops
-from .dropout import as_seed, draw_seed
-from .nf4 import NF4Weight
-from .reference import Needs, weight_gradient
+from .. import operation as ops
+from ..backends.torch.linear import Needs, weight_gradient
+from ..mask import as_seed, draw_seed
+from ..nf4.weight import NF4Weight
 
 NF4_FIELDS, NF4_TENSORS = 9, 5  # of NF4Weight, the tensors first
 

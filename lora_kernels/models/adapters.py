@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config import LoRAConfig
-from ..modules import DEFAULT_ADAPTER
-from ..ops import FLOATS
-from ..surgery import LoRAState, add_lora, plan_exchanges
-from ..targets import features, lora_layers, plan_layers, plan_modules_to_save
+from ..layers.linear import DEFAULT_ADAPTER
+from ..operation import FLOATS
 from . import adapter_config, adapter_files
+from .config import LoRAConfig
+from .surgery import LoRAState, add_lora, plan_exchanges
+from .targets import features, lora_layers, plan_layers, plan_modules_to_save
 
 PREFIX = "base_model.model."
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dtypes import dtype_name
-from .nf4 import DTYPES, NESTED_BLOCKSIZE, NF4Weight
-from .nf4_tables import QUANT_TYPES, code_values
+from ..dtypes import dtype_name
+from .tables import QUANT_TYPES, code_values
+from .weight import DTYPES, NESTED_BLOCKSIZE, NF4Weight
 
 STORAGES = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
 PACKED = "quant_state.bitsandbytes__"

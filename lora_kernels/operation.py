@@ -13,10 +13,10 @@ or take a float-or-tensor argument: there, a gradient that is not needed is an e
 import torch
 from torch import Tensor
 
-from . import backends
-from .dropout import as_seed, check_p
-from .nf4 import NF4Weight
-from .reference import Needs
+from . import plan as backends
+from .backends.torch.linear import Needs
+from .mask import as_seed, check_p
+from .nf4.weight import NF4Weight
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import cpu_extension
-from .dtypes import dtype_name
-from .nf4_tables import CELLS, code_values, dynamic_map, nested_bins, nf4_cells, pair_table, thresholds
-from .scratch import scratch
+from .. import cpu_extension
+from ..dtypes import dtype_name
+from ..scratch import scratch
+from .tables import CELLS, code_values, dynamic_map, nested_bins, nf4_cells, pair_table, thresholds
 
 if TYPE_CHECKING:
-    from .nf4 import NF4Weight
+    from .weight import NF4Weight
 
 NESTED_BLOCKSIZE = 256
 CHUNK = 1 << 18  # elements decoded or encoded at a time: their scratch stays in a CPU's cache

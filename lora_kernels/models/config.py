@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from .dropout import check_p
+from ..mask import check_p
 
 ALL_LINEAR = "all-linear"
 _Number = TypeVar("_Number", int, float)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
-from ..frozen_weight import is_linear4bit
-from ..functional import lora_linear
-from ..modules import bias_sum
-from ..nf4 import NF4Weight
-from ..ops import FLOATS
+from ...functional.linear import lora_linear
+from ...layers.frozen_weight import is_linear4bit
+from ...layers.linear import bias_sum
+from ...nf4.weight import NF4Weight
+from ...operation import FLOATS
 
 FAST = "fast"
 CALLS = "_lora_kernels_calls"  # the layer's counter: how many calls went fast, and why others did not

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nf4 import NF4Weight, quantize
-from .nf4_state import as_bytes, as_storage, from_state, to_state
+from ..nf4.state_dict import as_bytes, as_storage, from_state, to_state
+from ..nf4.weight import NF4Weight, quantize
 
 BUFFERS = ("absmax", "nested_absmax", "nested_map", "nested_offset")  # of NF4Weight, here with the prefix "_weight_"
 

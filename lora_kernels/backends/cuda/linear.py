@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import nf4, reference
-from ..nf4 import NF4Weight
-from ..nf4_codec import NESTED_BLOCKSIZE, mean_absmax, refuse
-from ..nf4_tables import code_values, dynamic_map
-from ..reference import Needs
-from . import triton, use_backend
-from .triton import forward, tuning
-from .triton.blocks import row_major
-from .triton.tuning import NothingCompilesError
+from ...nf4 import weight as nf4
+from ...nf4.codec import NESTED_BLOCKSIZE, mean_absmax, refuse
+from ...nf4.tables import code_values, dynamic_map
+from ...nf4.weight import NF4Weight
+from ...plan import use_backend
+from .. import triton
+from ..torch import linear as reference
+from ..torch.linear import Needs
+from ..triton import forward, tuning
+from ..triton.blocks import row_major
+from ..triton.tuning import NothingCompilesError
 
 try:
     extension: Any = importlib.import_module("lora_kernels._C")
