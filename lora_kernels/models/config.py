@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from ..layers.adapters import scaling
 from ..mask import check_p
 
 ALL_LINEAR = "all-linear"
@@ -68,11 +69,6 @@ class LoRAConfig:
     def scaling(self, path: str) -> float:
         """s of the module at `path`."""
         return scaling(*self.rank_and_alpha(path), self.use_rslora)
-
-
-def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """s = lora_alpha / r, or lora_alpha / √r (Kalajdzievski 2023)."""
-    return lora_alpha / (r**0.5 if use_rslora else r)
 
 
 def _first_match(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
