@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..layers.frozen_weight import FrozenWeight, is_linear4bit
 from ..layers.linear import LoRALinear
 from ..nf4.weight import NF4Weight
-from .targets import lora_layers
+from .state import lora_layers
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
