@@ -39,8 +39,8 @@ def save_merged(
     The files appear when all are complete, and replace a model saved there before. Raises ValueError if the model has no LoRA
     layers, or max_shard_size is below 1.
     """
-    if max_shard_size < 1:
-        raise ValueError(f"max_shard_size: got {max_shard_size}, expected a number of bytes of at least 1")
+    if not isinstance(max_shard_size, int) or max_shard_size < 1:
+        raise ValueError(f"max_shard_size: got {max_shard_size!r}, expected a number of bytes of at least 1")
     adapted_layers(model)
     with all_or_nothing(Path(directory)) as folder:
         names = write_shards(merged_tensors(model, dtype), folder, max_shard_size)
