@@ -4,20 +4,14 @@ from .functional.linear import lora_linear
 from .integrations.peft import AccelerationReport, accelerate, accelerated, restore
 from .layers.linear import LoRALinear
 from .mask import dropout_mask
-from .models.adapters import load_adapter, save_adapter
+from .models.adapter_files import load_adapter, save_adapter
 from .models.config import LoRAConfig
 from .models.export import save_merged
-from .models.param_groups import lora_plus_param_groups
-from .models.surgery import (
-    add_lora,
-    load_lora_state_dict,
-    lora_parameters,
-    lora_state_dict,
-    merge_lora,
-    remove_lora,
-    set_adapter,
-    unmerge_lora,
-)
+from .models.merging import merge_lora, unmerge_lora
+from .models.parameters import lora_parameters, lora_plus_param_groups
+from .models.state_dict import load_lora_state_dict, lora_state_dict
+from .models.surgery import add_lora, remove_lora
+from .models.switching import set_adapter
 from .nf4.weight import NF4Weight, dequantize_nf4, quantize_nf4
 from .plan import backend_report, use_backend
 

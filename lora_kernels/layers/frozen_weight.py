@@ -194,6 +194,11 @@ def is_linear4bit(module: nn.Module) -> bool:
     return kind.__name__ in ("Linear4bit", "LinearNF4", "LinearFP4") and kind.__module__.startswith("bitsandbytes.")
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is exactly transformers' Conv1D, a linear layer that stores its weight as [in, out]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
 def without_weight(linear: nn.Module) -> nn.Module:
     """The same layer without its tensors, which would otherwise stay alive."""
     shell = copy.copy(linear)

@@ -6,8 +6,9 @@ from typing import Any
 from torch import nn
 
 from ..layers.initialization import rewrites_weight
-from .config import LoRAConfig, names_match
-from .targets import lora_layers, parents
+from .config import LoRAConfig
+from .names import names_match, parents
+from .state import lora_layers
 
 SHARED = (  # fields of the same name and meaning
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"),

@@ -1,19 +1,86 @@
-"""An adapter's two files, adapter_config.json and adapter_model.safetensors: read with clear errors, written atomically."""
+"""Adapters of a model changed by add_lora in PEFT's own files, adapter_config.json and adapter_model.safetensors, both ways."""
 
-import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from ..layers.linear import DEFAULT_ADAPTER
+from . import adapter_config
+from .adapter_checks import check_scaling, check_tensors
+from .adapter_keys import adapter_tensors, base_tensors, planned_shapes
+from .atomic_files import all_or_nothing
+from .distributed import full, is_sharded, sharded_like
+from .state import lora_layers, lora_state, refuse_if_merged, unwrapped
+from .surgery import add_lora
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
-def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = DEFAULT_ADAPTER) -> None:
+    """Write adapter `adapter_name` of `model` so that PEFT, and load_adapter, read it: two files, complete or not at all.
+
+    As in PEFT, "default" goes into `directory` itself, another name into a subfolder of that name. Where parameters are sharded
+    (FSDP2), every process has to call it, and the first one writes.
+    Raises KeyError for an unknown adapter, and ValueError, before anything is written, for what PEFT's format cannot say.
+    """
+    model = unwrapped(model)
+    state = lora_state(model)
+    if adapter_name not in state.configs:
+        raise KeyError(f"adapter {adapter_name!r}: not found; adapters here: {list(state.configs)}, made by add_lora")
+    config = adapter_config.to_peft(model, state.configs[adapter_name], adapter_name)
+    own = adapter_tensors(model, adapter_name)
+    if any(tensor.is_meta for tensor in own.values()):
+        raise ValueError(f"adapter {adapter_name!r}: it is on the meta device and has no values; fill it first")
+    whole = {key: full(tensor).detach().to("cpu", copy=True).contiguous() for key, tensor in own.items()}
+    sharded = any(is_sharded(tensor) for tensor in own.values())
+    if not sharded or torch.distributed.get_rank() == 0:
+        target = Path(directory) if adapter_name == DEFAULT_ADAPTER else Path(directory) / adapter_name
+        _write(target, config, whole)
+    if sharded:
+        torch.distributed.barrier()
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    adapter_name: str = DEFAULT_ADAPTER,
+    *,
+    autocast_adapter_dtype: bool = True,
+    quantize: str | None = None,
+) -> None:
+    """Read an adapter that PEFT or save_adapter wrote, as `adapter_name` of `model`.
+
+    It is read from the subfolder `adapter_name` if there is one with an adapter, else from `directory` itself. A model that has
+    an adapter of that name gets its values; otherwise the adapter is added, as by add_lora with the file's configuration
+    and the same `autocast_adapter_dtype` and `quantize`.
+    Raises FileNotFoundError or ValueError, before anything changes, for files that are missing or damaged, a configuration
+    that has no counterpart here, and keys or shapes that are not exactly those of this model.
+    """
+    model, folder = unwrapped(model), Path(directory)
+    if (folder / adapter_name / CONFIG_FILE).is_file():
+        folder = folder / adapter_name
+    values, saved = _read(folder)
+    config = adapter_config.from_peft(values, model, str(folder / CONFIG_FILE))
+    refuse_if_merged(lora_layers(model), "load an adapter")
+    present = adapter_name in lora_state(model).configs
+    if present:
+        check_scaling(model, config, adapter_name, folder)
+        expected = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, adapter_name).items()}
+    else:
+        expected = planned_shapes(model, config, adapter_name)
+    weights = check_tensors(saved, expected, base_tensors(model), folder / WEIGHTS_FILE)
+    if not present:
+        add_lora(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
+    with torch.no_grad():
+        for key, tensor in adapter_tensors(model, adapter_name).items():
+            tensor.copy_(sharded_like(weights[key], tensor))
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors on the CPU) of the adapter in `directory`.
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged one.
@@ -40,35 +107,9 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{directory / WEIGHTS_FILE}: no safetensors file, or cut off: {error}") from error
 
 
-def write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Both files, complete or not at all: written under other names, flushed to disk, then renamed."""
-    from safetensors.torch import save
+def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
 
-    directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    contents = {WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}), CONFIG_FILE: text.encode()}
-    with contextlib.ExitStack() as stack:
-        written = {name: stack.enter_context(_temporary(directory, content)) for name, content in contents.items()}
-        for name, path in written.items():
-            path.replace(directory / name)
-
-
-@contextlib.contextmanager
-def _temporary(directory: Path, content: bytes) -> Iterator[Path]:
-    """A file in `directory` with `content` on disk, removed at the end unless it was renamed."""
-    handle, name = tempfile.mkstemp(prefix=".adapter-", dir=directory)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp's is for its owner alone
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with all_or_nothing(directory) as folder:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

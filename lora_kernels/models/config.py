@@ -1,14 +1,13 @@
-"""LoRAConfig, with PEFT's field names, and PEFT's rules for which module names it means."""
+"""LoRAConfig, with PEFT's field names."""
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
+from ..layers.adapters import scaling
 from ..mask import check_p
+from .names import first_match
 
 ALL_LINEAR = "all-linear"
-_Number = TypeVar("_Number", int, float)
 
 
 @dataclass
@@ -63,26 +62,8 @@ class LoRAConfig:
 
     def rank_and_alpha(self, path: str) -> tuple[int, float]:
         """r and lora_alpha for the module at `path`: the first pattern that matches, or the general value."""
-        return _first_match(self.rank_pattern, path, self.r), _first_match(self.alpha_pattern, path, self.lora_alpha)
+        return first_match(self.rank_pattern, path, self.r), first_match(self.alpha_pattern, path, self.lora_alpha)
 
     def scaling(self, path: str) -> float:
         """s of the module at `path`."""
         return scaling(*self.rank_and_alpha(path), self.use_rslora)
-
-
-def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """s = lora_alpha / r, or lora_alpha / √r (Kalajdzievski 2023)."""
-    return lora_alpha / (r**0.5 if use_rslora else r)
-
-
-def _first_match(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
-
-
-def names_match(path: str, names: Iterable[str] | str | None) -> bool:
-    """Whether a module's path is meant by a regex (the whole path) or a list of names (the path or its end)."""
-    if names is None:
-        return False
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)

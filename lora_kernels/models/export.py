@@ -1,8 +1,6 @@
-"""Write a fine-tuned model without LoRA layers, W + s·B·A in place of W, one layer in memory at a time."""
+"""Write a fine-tuned model without LoRA layers, W + s·B·A in place of W, one shard in memory at a time."""
 
 import copy
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,20 +11,9 @@ from torch import Tensor, nn
 from ..layers.frozen_weight import FrozenWeight, is_linear4bit
 from ..layers.linear import LoRALinear
 from ..nf4.weight import NF4Weight
-from .targets import lora_layers
-
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from .atomic_files import all_or_nothing
+from .shards import remove_shards, write_shards
+from .state import adapted_layers, lora_layers
 
 
 def merged_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -40,29 +27,26 @@ def merged_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> Iterat
         yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def save_merged(model: nn.Module, directory: str | Path, *, dtype: torch.dtype | None = None) -> Path:
-    """Write `merged_tensors(model, dtype)` to directory/model.safetensors, layer by layer, and a transformers model's
-    configuration beside it, without its quantisation; the file's path.
+def save_merged(
+    model: nn.Module, directory: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: int = 4 << 30
+) -> Path:
+    """Write `merged_tensors(model, dtype)` as safetensors into `directory`, and a transformers model's configuration beside it,
+    without its quantisation; the path of model.safetensors, or of model.safetensors.index.json if there are several shards.
 
-    The file appears when it is complete. Raises ValueError if the model has no LoRA layers.
+    max_shard_size: bytes of a file's tensors; a tensor that is larger has a file of its own. In memory are, beside the model,
+    a shard, of which tensors that are written as they are cost nothing, and one layer in up to three float32 copies. With
+    safetensors before 0.8 the shard is copied once more.
+    The files appear when all are complete, and replace a model saved there before. Raises ValueError if the model has no LoRA
+    layers, or max_shard_size is below 1.
     """
-    if not lora_layers(model):
-        raise ValueError(f"model: {type(model).__name__} has no LoRA layers; call add_lora first")
-    path = Path(directory) / "model.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        with unfinished.open("wb") as file:
-            header = json.dumps(_header(model, dtype)).encode()
-            header += b" " * (-len(header) % 8)
-            file.write(len(header).to_bytes(8, "little") + header)
-            for _, tensor in merged_tensors(model, dtype):
-                file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    _save_configuration(model, path.parent, dtype)
-    return path
+    if not isinstance(max_shard_size, int) or max_shard_size < 1:
+        raise ValueError(f"max_shard_size: got {max_shard_size!r}, expected a number of bytes of at least 1")
+    adapted_layers(model)
+    with all_or_nothing(Path(directory)) as folder:
+        names = write_shards(merged_tensors(model, dtype), folder, max_shard_size)
+        _save_configuration(model, folder, dtype)
+    remove_shards(Path(directory), names)
+    return Path(directory) / names[-1]
 
 
 def _layers(model: nn.Module) -> dict[str, FrozenWeight]:
@@ -100,21 +84,6 @@ def _merged_weight(layer: FrozenWeight, dtype: torch.dtype | None) -> Tensor:
         W = W.dequantize(dtype)
     W = W.to(dtype or layer.base_dtype)
     return W.T.contiguous() if layer.fan_in_fan_out else W
-
-
-def _header(model: nn.Module, dtype: torch.dtype | None) -> dict:
-    """The safetensors header: dtype, shape and byte range of every tensor, known without computing any."""
-    header: dict = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, value, layer in _plain_state(model, _layers(model)):
-        shape, kind = list(value.shape), value.dtype
-        if layer is not None:
-            shape, kind = [layer.out_features, layer.in_features], layer.base_dtype
-            shape = shape[::-1] if layer.fan_in_fan_out else shape
-        kind = dtype if dtype is not None and kind.is_floating_point else kind
-        start, end = end, end + torch.Size(shape).numel() * kind.itemsize
-        header[name] = {"dtype": SAFETENSORS_DTYPES[kind], "shape": shape, "data_offsets": [start, end]}
-    return header
 
 
 def _save_configuration(model: nn.Module, directory: Path, dtype: torch.dtype | None) -> None:

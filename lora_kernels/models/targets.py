@@ -5,11 +5,13 @@ import difflib
 
 from torch import nn
 
-from ..layers.frozen_weight import is_linear4bit
+from ..layers.frozen_weight import is_conv1d, is_linear4bit
 from ..layers.initialization import check_init
 from ..layers.linear import LoRALinear
 from ..operation import FLOATS
-from .config import ALL_LINEAR, LoRAConfig, names_match
+from .config import ALL_LINEAR, LoRAConfig
+from .names import names_match, parents
+from .state import lora_layers
 
 HEAD_NAMES = ("lm_head", "score", "classifier")  # output heads of models that do not name theirs
 
@@ -61,17 +63,13 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 def _is_linear(module: nn.Module) -> bool:
     """nn.Linear and its subclasses, transformers' Conv1D and LoRALinear."""
-    return isinstance(module, (nn.Linear, LoRALinear)) or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+    return isinstance(module, (nn.Linear, LoRALinear)) or is_conv1d(module)
 
 
 def _why_unsuitable(module: nn.Module) -> str | None:
     if isinstance(module, LoRALinear):
         return None
-    if type(module) is not nn.Linear and not _is_conv1d(module) and not is_linear4bit(module):
+    if type(module) is not nn.Linear and not is_conv1d(module) and not is_linear4bit(module):
         return f"a {type(module).__name__}, not an nn.Linear or Conv1D: its forward may differ"
     if "forward" in vars(module):
         return "its forward was replaced on the instance (as accelerate's offload hooks do), and would be lost"
@@ -104,20 +102,10 @@ def _nothing_matches(model: nn.Module, config: LoRAConfig, skipped: dict[str, st
 
 
 def plan_modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """The modules to train whole by path, outermost ones only. Raises ValueError for a name that is not there."""
     found = {path: module for path, module in model.named_modules() if path and names_match(path, config.modules_to_save)}
     for name in config.modules_to_save or []:
         if not any(names_match(path, [name]) for path in found):
             near = difflib.get_close_matches(name, [path for path, _ in model.named_modules()], cutoff=0.5)
             raise ValueError(f"modules_to_save: {name!r} is not in {type(model).__name__}; near names: {near}")
     return {path: module for path, module in found.items() if not any(parent in found for parent in parents(path)[1:])}
-
-
-def parents(path: str) -> list[str]:
-    """The path itself and the modules around it, innermost first."""
-    parts = path.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every LoRALinear of the model by its path, once each."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}

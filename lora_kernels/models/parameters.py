@@ -1,10 +1,25 @@
-"""Parameter groups of LoRA+: B learns faster than A (Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation")."""
+"""What an optimizer is given: the parameters that the active adapter trains, and groups of them for LoRA+."""
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from .state import adapted_layers, lora_state
 
 OUTPUT_SIDE = {"lora_B", "lora_embedding_B", "lora_bias"}  # parts of a parameter's name, here and in PEFT
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training the active adapter changes: its A and B, trained biases and modules_to_save."""
+    own: list[Tensor] = []
+    for layer in adapted_layers(model).values():
+        own += layer.adapter_parameters()
+    for exchange in lora_state(model).exchanges:
+        for adapter, choice in exchange.choices.items():
+            if adapter is not None:
+                own += choice.parameters() if isinstance(choice, nn.Module) else [choice]
+    ids = {id(parameter) for parameter in own}
+    return [parameter for parameter in model.parameters() if id(parameter) in ids and parameter.requires_grad]
 
 
 def lora_plus_param_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:

@@ -1,0 +1,179 @@
+"""AdaptedWeight: named adapters over one frozen weight, one of them active: add, switch, delete, reset."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..mask import check_p
+from ..nf4.weight import NF4Weight
+from .initialization import check_init, initialize, rewrites_weight
+from .merging import LowRankTerm, MergeableWeight
+
+DEFAULT_ADAPTER = "default"
+
+
+def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """s = lora_alpha / r, or lora_alpha / √r (Kalajdzievski 2023)."""
+    return lora_alpha / (r**0.5 if use_rslora else r)
+
+
+@dataclass
+class Adapter:
+    """The settings of one adapter of a layer; its A and B are parameters of the layer."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    lora_bias: bool = False
+    scaling: float | Tensor = 1.0  # a 0-d tensor may be put here: it is read on the device
+
+
+class AdaptedWeight(MergeableWeight):
+    """A frozen weight with adapters: `adapters[name]` are the settings, `lora_A[name]` [r, in], `lora_B[name]` [out, r] and
+    maybe `lora_bias[name]` [out] the parameters of adapter `name`. `active_adapter` is a name or None.
+    """
+
+    _initial_A: Tensor | None
+    _initial_B: Tensor | None
+
+    def __init__(self, weight: nn.Parameter | NF4Weight, bias: nn.Parameter | None, **options: Any):
+        super().__init__(weight, bias, **options)
+        self.lora_A, self.lora_B, self.lora_bias = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.adapters: dict[str, Adapter] = {}
+        self.active_adapter: str | None = None
+        # A and B of an initialisation that took s·B·A out of the weight: with them the original weight is known
+        self.register_buffer("_initial_A", None, persistent=False)
+        self.register_buffer("_initial_B", None, persistent=False)
+
+    @property
+    def active_term(self) -> LowRankTerm | None:
+        """s·B·A and s·b of the active adapter; None where no adapter is active."""
+        name = self.active_adapter
+        if name is None:
+            return None
+        return LowRankTerm(self.lora_A[name], self.lora_B[name], self.adapters[name].scaling, self.lora_bias.get(name, None))
+
+    def add_adapter(
+        self,
+        name: str,
+        r: int,
+        lora_alpha: float,
+        *,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        lora_bias: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Add and initialise adapter `name`; the first one becomes the active one. dtype: of A, B, b, by default the weight's.
+
+        Raises ValueError for a name in use or with a dot in it, r < 1, lora_dropout outside [0, 1], an unknown initialisation,
+        or a second adapter beside one that rewrote the weight.
+        """
+        self._check_new(name, r, lora_dropout, init_lora_weights)
+        s = scaling(r, lora_alpha, use_rslora)
+        adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, s)
+        dtype = dtype or self.base_dtype
+        A, B = self.weight.new_empty(r, self.in_features, dtype=dtype), self.weight.new_empty(self.out_features, r, dtype=dtype)
+        self._initialize(adapter, A, B)
+        self.adapters[name] = adapter
+        trainable = self.active_adapter is None and len(self.adapters) == 1
+        self.lora_A[name], self.lora_B[name] = (nn.Parameter(t, requires_grad=trainable) for t in (A, B))
+        if lora_bias:
+            self.lora_bias[name] = nn.Parameter(A.new_zeros(self.out_features), requires_grad=trainable)
+        if trainable:
+            self.active_adapter = name
+
+    def _check_new(self, name: str, r: int, lora_dropout: float, init_lora_weights: bool | str) -> None:
+        """Raise ValueError for options that add_adapter cannot follow, RuntimeError while merged."""
+        if not name or "." in name or name in self.adapters:
+            raise ValueError(f"name: got {name!r}, expected a new name without dots; adapters here: {list(self.adapters)}")
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise ValueError(f"r: got {r!r}, expected an integer of at least 1")
+        check_p(lora_dropout, "lora_dropout")
+        check_init(init_lora_weights, r, self.in_features, self.out_features)
+        self._refuse_if_merged("add an adapter")
+        if self.adapters and (rewrites_weight(init_lora_weights) or self._initial_A is not None):
+            raise ValueError(
+                f"init_lora_weights: an initialisation that rewrites the weight must be the layer's only adapter; "
+                f"adapters here: {list(self.adapters)}"
+            )
+        if self.quantized and rewrites_weight(init_lora_weights):
+            raise ValueError(
+                f"init_lora_weights: got {init_lora_weights!r} for a 4-bit weight, which it cannot rewrite exactly; use True"
+            )
+
+    def set_adapter(self, name: str | None) -> None:
+        """Make `name` the active adapter; None leaves the base layer alone.
+
+        The adapter becomes trainable if all of its tensors were frozen (one that was frozen on purpose stays so), the others
+        are frozen. None freezes nothing. Raises KeyError for an unknown name, RuntimeError while merged.
+        """
+        self._refuse_if_merged("change the active adapter")
+        if name is not None:
+            self._require(name)
+            for other in self.adapters:
+                parameters = self._parameters_of(other)
+                if other != name or not any(parameter.requires_grad for parameter in parameters):
+                    for parameter in parameters:
+                        parameter.requires_grad_(other == name)
+        self.active_adapter = name
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove adapter `name`. If it was active, none is. A weight it rewrote is restored, to the rounding of its dtype."""
+        self._refuse_if_merged("delete an adapter")
+        self._require(name)
+        self._restore_weight()
+        for named in (self.adapters, self.lora_A, self.lora_B, self.lora_bias):
+            if name in named:
+                del named[name]  # type: ignore[attr-defined]
+        if self.active_adapter == name:
+            self.active_adapter = None
+
+    def reset_lora_parameters(self, name: str) -> None:
+        """Initialise A and B of adapter `name` again, as when it was added."""
+        self._refuse_if_merged("reset an adapter")
+        self._require(name)
+        self._restore_weight()
+        self._initialize(self.adapters[name], self.lora_A[name].data, self.lora_B[name].data)
+        if name in self.lora_bias:
+            nn.init.zeros_(self.lora_bias[name])
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """A, B and b of every adapter."""
+        return [*self.lora_A.parameters(), *self.lora_B.parameters(), *self.lora_bias.parameters()]
+
+    def _parameters_of(self, name: str) -> list[nn.Parameter]:
+        return [named[name] for named in (self.lora_A, self.lora_B, self.lora_bias) if name in named]
+
+    def _require(self, name: str) -> None:
+        if name not in self.adapters:
+            raise KeyError(f"adapter {name!r}: not found; adapters here: {list(self.adapters)}")
+
+    # ---- an initialisation that rewrites the weight ----
+
+    def _initialize(self, adapter: Adapter, A: Tensor, B: Tensor) -> None:
+        W = self.matrix
+        dense = None if isinstance(W, NF4Weight) else W.detach()
+        residual = initialize(adapter.init_lora_weights, A, B, dense, float(adapter.scaling))
+        if residual is not None:
+            self.weight = self.as_weight(residual)
+            self._initial_A, self._initial_B, self._initial_scaling = A.clone(), B.clone(), float(adapter.scaling)
+
+    def _original_weight(self) -> nn.Parameter:
+        if self._initial_A is None or self._initial_B is None:
+            return self.weight
+        return self.as_weight(self.plus(self._initial_A, self._initial_B, self._initial_scaling))
+
+    def _restore_weight(self) -> None:
+        self.weight = self._original_weight()
+        self._initial_A = self._initial_B = None
+
+    def _check_loadable(self) -> None:
+        super()._check_loadable()
+        if self._initial_A is not None:
+            raise RuntimeError("cannot load a 4-bit weight: an adapter's initialisation took s·B·A out of this one")

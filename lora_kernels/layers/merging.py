@@ -1,0 +1,115 @@
+"""MergeableWeight: W becomes W + s·B·A and is put back bit-exactly."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..nf4.weight import NF4Weight
+from .frozen_weight import FrozenWeight, apply_to_bytes
+
+
+class LowRankTerm(NamedTuple):
+    """What an adapter adds: s·B·A to the weight and, unless b is None, s·b to the bias."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float | Tensor
+    bias: Tensor | None = None
+
+
+class MergeableWeight(FrozenWeight):
+    """A frozen weight and bias that a low-rank term can be merged into; the unmerged ones are put aside meanwhile."""
+
+    def __init__(self, weight: nn.Parameter | NF4Weight, bias: nn.Parameter | None, **options: Any):
+        super().__init__(weight, bias, **options)
+        # empty while nothing is merged; a tuple hides a parameter from nn.Module
+        self._unmerged: tuple[nn.Parameter | NF4Weight, ...] = ()
+        self._unmerged_bias: tuple[nn.Parameter | None, ...] = ()
+
+    @property
+    def active_term(self) -> LowRankTerm | None:
+        """The low-rank term to merge; None where there is none."""
+        raise NotImplementedError
+
+    @property
+    def merged(self) -> bool:
+        """Whether the active adapter is in the weight."""
+        return bool(self._unmerged)
+
+    def merge(self) -> float | None:
+        """W + s·B·A, rounded once to W's dtype, becomes the weight; the unmerged one is kept, so unmerge() is bit-exact.
+        c + s·b becomes the bias of an adapter with lora_bias.
+
+        A 4-bit W is dequantised, added to and quantised again; the relative error of that, ‖new − (W + s·B·A)‖ / ‖W + s·B·A‖,
+        is returned. The tensor that may be shared with other modules is not written to. Costs a second weight while merged.
+        Raises RuntimeError if already merged or if no adapter is active.
+        """
+        self._refuse_if_merged("merge again")
+        term = self.active_term
+        if term is None:
+            raise RuntimeError("cannot merge: no adapter is active; call set_adapter(name) first")
+        W, weight = self.matrix, self.weight
+        wanted = self.plus(term.A, term.B, term.scaling)
+        if isinstance(W, NF4Weight):
+            merged = self._requantize(wanted)
+            self._hold(merged)
+            self._unmerged = (W,)
+            self._merge_bias(term)
+            size = torch.linalg.vector_norm(wanted).item()
+            return torch.linalg.vector_norm(wanted.sub_(merged.dequantize(wanted.dtype))).item() / (size or 1.0)
+        self.weight = self.as_weight(wanted)
+        self._unmerged = (weight,)
+        self._merge_bias(term)
+        return None
+
+    def _merge_bias(self, term: LowRankTerm) -> None:
+        if term.bias is not None:
+            dtype = self.base_dtype if self.bias is None else self.bias.dtype
+            merged = bias_sum(self.bias, term.bias, term.scaling, self.base_dtype).detach().to(dtype)  # type: ignore[union-attr]
+            self._unmerged_bias, self.bias = (self.bias,), nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """The weight as it was before merge(), the same Parameter, or the same codes. Raises RuntimeError if not merged."""
+        if not self.merged:
+            raise RuntimeError("cannot unmerge: LoRALinear is not merged")
+        (weight,), self._unmerged = self._unmerged, ()
+        if isinstance(weight, NF4Weight):
+            self._hold(weight)
+        else:
+            self.weight = weight
+        if self._unmerged_bias:
+            (self.bias,), self._unmerged_bias = self._unmerged_bias, ()
+
+    def _refuse_if_merged(self, action: str) -> None:
+        if self.merged:
+            raise RuntimeError(f"cannot {action}: LoRALinear is merged; call unmerge() first")
+
+    def _check_loadable(self) -> None:
+        self._refuse_if_merged("load a 4-bit weight")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MergeableWeight":
+        super()._apply(fn, recurse)
+        moved: list[nn.Parameter | NF4Weight] = []
+        for weight in self._unmerged:
+            if isinstance(weight, NF4Weight):
+                weight = weight.with_tensors(**{name: apply_to_bytes(fn, t) for name, t in weight.tensors().items()})
+            else:
+                weight.data = fn(weight.data)
+            moved.append(weight)
+        self._unmerged = tuple(moved)
+        for bias in self._unmerged_bias:
+            if bias is not None:
+                bias.data = fn(bias.data)
+        return self
+
+
+def bias_sum(
+    bias: Tensor | None, lora_bias: Tensor | None, scaling: float | Tensor, weight_dtype: torch.dtype
+) -> Tensor | None:
+    """c + s·b, in a dtype at least as wide as b's: b's gradient is then not rounded to a 16-bit weight's. None for neither."""
+    if lora_bias is None:
+        return bias
+    scaled = (lora_bias * scaling).to(torch.promote_types(lora_bias.dtype, weight_dtype))
+    return scaled if bias is None else scaled + bias

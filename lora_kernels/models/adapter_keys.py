@@ -1,0 +1,62 @@
+"""PEFT's keys for the tensors of an adapter, of one that is there and of one that add_lora would make."""
+
+from torch import Tensor, nn
+
+from .config import LoRAConfig
+from .exchanges import plan_exchanges
+from .state import lora_layers, lora_state
+from .targets import features, plan_layers, plan_modules_to_save
+
+PREFIX = "base_model.model."
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter under PEFT's keys; a trained bias of an adapted layer is its base layer's."""
+    layers = lora_layers(model)
+    tensors: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        if adapter_name in layer.adapters:
+            tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[adapter_name]
+            tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[adapter_name]
+            if adapter_name in layer.lora_bias:
+                tensors[f"{PREFIX}{path}.lora_B.bias"] = layer.lora_bias[adapter_name]
+    for exchange in lora_state(model).exchanges:
+        if adapter_name in exchange.choices:
+            tensors.update(_exchanged(exchange.path, exchange.attribute, exchange.choices[adapter_name], set(layers)))
+    return tensors
+
+
+def _exchanged(owner: str, attribute: str, choice: nn.Module | nn.Parameter, adapted: set[str]) -> dict[str, Tensor]:
+    path = f"{owner}.{attribute}".removeprefix(".")
+    if isinstance(choice, nn.Module):
+        return {f"{PREFIX}{path}.{key}": tensor for key, tensor in choice.state_dict(keep_vars=True).items()}
+    return {f"{PREFIX}{owner}.base_layer.{attribute}" if owner in adapted else f"{PREFIX}{path}": choice}
+
+
+def planned_shapes(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the adapter that add_lora would make; changes nothing."""
+    plan, _ = plan_layers(model, config, adapter_name)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, module in plan.items():
+        r, (in_features, out_features) = config.rank_and_alpha(path)[0], features(module)
+        shapes[f"{PREFIX}{path}.lora_A.weight"] = (r, in_features)
+        shapes[f"{PREFIX}{path}.lora_B.weight"] = (out_features, r)
+        if config.lora_bias:
+            shapes[f"{PREFIX}{path}.lora_B.bias"] = (out_features,)
+    saved = plan_modules_to_save(model, config)
+    for (owner, attribute), original in plan_exchanges(model, config, saved, set(plan)).items():
+        own = _exchanged(owner, attribute, original, set(plan))
+        shapes.update({key: tuple(tensor.shape) for key, tensor in own.items()})
+    return shapes
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The base model's own parameters and buffers, under the keys that PEFT would give them."""
+    layers = lora_layers(model)
+    tensors = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        owner, _, attribute = name.rpartition(".")
+        tensors[f"{PREFIX}{name}"] = tensor
+        if owner in layers or attribute == "weight":
+            tensors[f"{PREFIX}{owner}.base_layer.{attribute}"] = tensor
+    return tensors

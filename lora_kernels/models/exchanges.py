@@ -1,0 +1,63 @@
+"""What an adapter trains beside LoRA layers, modules_to_save and biases: copies that are exchanged for the originals.
+
+A copy is in the original's place while its adapter is active, so that without one the model is the base model exactly, and
+names never change.
+"""
+
+import copy
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .config import LoRAConfig
+from .names import parents
+
+
+@dataclass
+class Exchange:
+    """A module or a parameter that adapters train in a copy: `choices[None]` is the original."""
+
+    path: str  # of the owner
+    attribute: str
+    choices: dict[str | None, nn.Module | nn.Parameter]
+
+    def activate(self, model: nn.Module, adapter: str | None) -> None:
+        """Put the copy of `adapter`, or else the original, in its place."""
+        owner = model.get_submodule(self.path)
+        present, chosen = getattr(owner, self.attribute), self.choices.get(adapter, self.choices[None])
+        for aside, here in zip(_tensors(chosen), _tensors(present), strict=True):
+            aside.data = aside.data.to(here)  # what was put aside has missed model.to(…)
+        setattr(owner, self.attribute, chosen)
+
+
+def plan_exchanges(
+    model: nn.Module, config: LoRAConfig, saved: dict[str, nn.Module], adapted: set[str]
+) -> dict[tuple[str, str], nn.Module | nn.Parameter]:
+    """What else the adapter trains, by (path of the owner, attribute): modules_to_save and biases."""
+    originals: dict[tuple[str, str], nn.Module | nn.Parameter] = {}
+    for path, module in saved.items():
+        owner, _, attribute = path.rpartition(".")
+        originals[owner, attribute] = module
+    if config.bias != "none":
+        for path, parameter in model.named_parameters():
+            owner, _, attribute = path.rpartition(".")
+            inside = any(parent in saved for parent in parents(owner))
+            if attribute.endswith("bias") and not inside and (config.bias == "all" or owner in adapted):
+                originals[owner, attribute] = parameter
+    return originals
+
+
+def add_exchanges(exchanges: list[Exchange], adapter: str, originals: dict[tuple[str, str], nn.Module | nn.Parameter]) -> None:
+    """Give `adapter` a trainable copy of each of plan_exchanges' originals."""
+    for (owner, attribute), original in originals.items():
+        exchange = next((e for e in exchanges if (e.path, e.attribute) == (owner, attribute)), None)
+        if exchange is None:
+            exchange = Exchange(owner, attribute, {None: original})
+            exchanges.append(exchange)
+        trained = copy.deepcopy(exchange.choices[None])
+        trained.requires_grad_(True)
+        exchange.choices[adapter] = trained
+
+
+def _tensors(value: nn.Module | nn.Parameter) -> list[Tensor]:
+    return [*value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else [value]

@@ -1,0 +1,27 @@
+"""PEFT's rules for which names and patterns mean which modules, and paths of modules."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+_Number = TypeVar("_Number", int, float)
+
+
+def names_match(path: str, names: Iterable[str] | str | None) -> bool:
+    """Whether a module's path is meant by a regex (the whole path) or a list of names (the path or its end)."""
+    if names is None:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def first_match(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
+    """The value of the first {name or regex: value} that matches the end of a module's path."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def parents(path: str) -> list[str]:
+    """The path itself and the modules around it, innermost first."""
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]

@@ -1,0 +1,57 @@
+"""Merging an adapter into a layer's weight and taking it out again."""
+
+import pytest
+import torch
+from accuracy import errors
+from layer_case import DTYPES, dense, layer
+from torch import nn
+
+from lora_kernels import LoRALinear
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("init", [True, "pissa"])
+def test_merge_and_unmerge(dtype, init):
+    made = layer(dtype, init_lora_weights=init, trained=False).eval()
+    nn.init.normal_(made.lora_B["default"], std=0.1)
+    before, parameter = made.weight.clone(), made.weight
+    exact = dense(made)
+    made.merge()
+    assert made.merged
+    assert torch.equal(made.weight, exact.to(dtype)) or errors(made.weight, exact)[1] <= torch.finfo(dtype).eps
+    x = torch.randn(5, 12, dtype=dtype)
+    assert torch.equal(made(x), nn.functional.linear(x, made.weight, made.bias))
+    made.unmerge()
+    assert made.weight is parameter
+    assert torch.equal(made.weight, before), "unmerging is bit-exact in every dtype"
+
+
+def test_errors_while_merged():
+    made = layer()
+    made.merge()
+    for action in (made.merge, lambda: made.set_adapter(None), lambda: made.delete_adapter("default"), made.reset_parameters):
+        with pytest.raises(RuntimeError, match=r"LoRALinear is merged; call unmerge\(\) first"):
+            action()
+    with pytest.raises(RuntimeError, match="merged, so its adapter gets no gradient"):
+        made(torch.ones(1, 12))
+    with torch.no_grad():
+        made(torch.ones(1, 12))
+    made.unmerge()
+    with pytest.raises(RuntimeError, match="cannot unmerge: LoRALinear is not merged"):
+        made.unmerge()
+    made.set_adapter(None)
+    with pytest.raises(RuntimeError, match="cannot merge: no adapter is active"):
+        made.merge()
+
+
+def test_merging_does_not_write_to_a_shared_weight():
+    embedding, head = nn.Embedding(10, 12), nn.Linear(12, 10, bias=False)
+    head.weight = embedding.weight
+    made = LoRALinear.from_linear(head, r=2, init_lora_weights=False)
+    before = embedding.weight.clone()
+    made.merge()
+    assert torch.equal(embedding.weight, before)
+    made.unmerge()
+    assert made.weight is embedding.weight

@@ -1,0 +1,128 @@
+"""Adapter files that do not fit: a clear error, and nothing has changed."""
+
+import json
+
+import pytest
+import torch
+from adapter_case import CONFIG, WEIGHTS, model, own_adapter
+from safetensors.torch import load_file, save_file
+
+from lora_kernels import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter
+
+
+def change_config(**values):
+    def change(directory):
+        config = json.loads((directory / CONFIG).read_text())
+        (directory / CONFIG).write_text(json.dumps({**config, **values}))
+
+    return change
+
+
+def change_weights(function):
+    def change(directory):
+        tensors = load_file(directory / WEIGHTS)
+        save_file({k: v.contiguous().clone() for k, v in function(tensors).items()}, directory / WEIGHTS, {"format": "pt"})
+
+    return change
+
+
+def cut_off(name):
+    def change(directory):
+        content = (directory / name).read_bytes()
+        (directory / name).write_bytes(content[: len(content) * 2 // 3])
+
+    return change
+
+
+def rename_to_bin(directory):
+    (directory / WEIGHTS).rename(directory / "adapter_model.bin")
+
+
+KEY = "base_model.model.layers.0.q_proj.lora_A.weight"
+DAMAGES = [
+    (
+        change_weights(lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}),
+        "begin with 'base_model.model.'",
+    ),
+    (change_weights(lambda t: {k: v for k, v in t.items() if k != KEY}), f"missing 1 of 8, such as '{KEY}'"),
+    (change_weights(lambda t: {**t, KEY.replace("lora_A", "lora_C"): t[KEY]}), "unknown .*lora_C.*near: .*lora_"),
+    (change_weights(lambda t: {**t, KEY: t[KEY].T}), r"has shape \(8, 4\), expected \(4, 8\)"),
+    (change_weights(lambda t: {**t, KEY: t[KEY].int()}), "has dtype torch.int32"),
+    (change_weights(lambda t: {**t, "base_model.model.lm_head.weight": torch.ones(11, 8)}), "another base weight"),
+    (change_weights(lambda t: {k.replace("layers", "blocks"): v for k, v in t.items()}), "missing 8 of 8"),
+    (change_weights(lambda t: {}), "expected keys that begin with"),
+    (change_config(r=8), r"has shape \(4, 8\), expected \(8, 8\)"),
+    (change_config(init_lora_weights="pissa"), "init_lora_weights is 'pissa', which rewrote the base weight"),
+    (change_config(init_lora_weights="olora"), "rewrote the base weight"),
+    (change_config(use_dora=True), "use_dora is True, which has no counterpart here"),
+    (change_config(peft_type="IA3"), "peft_type is 'IA3'"),
+    (change_config(target_modules=["nothing"]), "matches no linear layer"),
+    (change_config(target_modules=None), "target_modules is missing"),
+    (change_config(r=0), "r: got 0"),
+    (change_config(a_new_field={"x": 1}), "a_new_field"),
+    (cut_off(CONFIG), "not JSON, or cut off"),
+    (cut_off(WEIGHTS), "no safetensors file, or cut off"),
+    (rename_to_bin, "adapter_model.bin is a pickle"),
+]
+
+
+# An adapter that is there is compared by its tensors and scaling; where the file's names would go is not asked.
+ONLY_NEW = ("has shape \\(4, 8\\), expected \\(8, 8\\)", "matches no linear layer")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message", "existing"),
+    [(damage, message, existing) for damage, message in DAMAGES for existing in (False, True)[: 1 + (message not in ONLY_NEW)]],
+)
+def test_a_clear_error_and_nothing_has_changed(tmp_path, damage, message, existing):
+    save_adapter(own_adapter(), tmp_path)
+    target = own_adapter() if existing else model()
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    types, flags = [type(m) for m in target.modules()], [p.requires_grad for p in target.parameters()]
+    damage(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_adapter(target, tmp_path)
+    assert [type(m) for m in target.modules()] == types
+    assert [p.requires_grad for p in target.parameters()] == flags
+    assert target.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
+
+
+def test_a_missing_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        load_adapter(model(), tmp_path / "nowhere")
+
+
+def test_an_adapter_that_scales_otherwise_does_not_go_into_one_that_is_there(tmp_path):
+    save_adapter(own_adapter(lora_alpha=16), tmp_path)
+    with pytest.raises(ValueError, match=r"scales layers\.0\.q_proj by 4, but this model's adapter 'default' by 2"):
+        load_adapter(own_adapter(lora_alpha=8), tmp_path)
+
+
+def test_loading_into_a_merged_model_is_an_error(tmp_path):
+    ours = own_adapter()
+    save_adapter(ours, tmp_path)
+    merge_lora(ours)
+    with pytest.raises(RuntimeError, match="unmerge_lora"):
+        load_adapter(ours, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda m: add_lora(m, LoRAConfig(init_lora_weights="pissa", target_modules=["q_proj"], r=2)),
+            ValueError,
+            "rewrote the base",
+        ),
+        (lambda m: None, KeyError, "not found"),
+        (lambda m: setattr(own_adapter(base=m).layers[0].q_proj.adapters["default"], "scaling", 9.0), ValueError, "scaling 9"),
+    ],
+    ids=["pissa", "no adapter", "scaling"],
+)
+def test_what_the_format_cannot_say_is_not_written(tmp_path, change, error, message):
+    ours = model()
+    change(ours)
+    with pytest.raises(error, match=message):
+        save_adapter(ours, tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,169 @@
+"""save_merged: the values, the files, the memory, what transformers reads back."""
+
+import copy
+import itertools
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import LoRAConfig, add_lora, lora_parameters, merge_lora, remove_lora, save_merged
+from lora_kernels.commands.measure import peak_bytes
+from lora_kernels.models.export import merged_tensors
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+
+def tuned(quantize, dtype=torch.bfloat16, sizes=(64, 96, 64), **config):
+    layers = [nn.Linear(K, N) for K, N in itertools.pairwise(sizes)]
+    model = nn.Sequential(*layers, nn.LayerNorm(sizes[-1])).to(dtype)
+    model.register_buffer("steps", torch.tensor(3))
+    add_lora(model, LoRAConfig(r=4, target_modules=[str(i) for i in range(len(layers))], **config), quantize=quantize)
+    with torch.no_grad():
+        for parameter in lora_parameters(model):
+            parameter.normal_().mul_(0.1)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_values(quantize, dtype, tmp_path):
+    model = tuned(quantize, bias="lora_only")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    expected = copy.deepcopy(model)
+    for i in (0, 1):
+        layer = expected[i]
+        W = layer.matrix.dequantize(torch.float32) if quantize else layer.weight.float()
+        merged = W + layer.adapters["default"].scaling * (layer.lora_B["default"] @ layer.lora_A["default"])
+        expected[i] = nn.Linear(*W.T.shape)
+        expected[i].weight, expected[i].bias = nn.Parameter(merged.to(dtype or torch.bfloat16)), layer.bias
+    plain = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in expected.state_dict().items()}
+    found = safetensors.load_file(save_merged(model, tmp_path / "out", dtype=dtype))
+    assert found.keys() == plain.keys()
+    for name, value in plain.items():
+        assert found[name].dtype == value.dtype
+        torch.testing.assert_close(found[name], value, msg=name)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+
+
+def test_a_merged_model_and_one_without_an_active_adapter(tmp_path):
+    model = tuned(None)
+    merged = dict(merged_tensors(model))
+    merge_lora(model.eval())
+    assert all(torch.equal(t, merged[name]) for name, t in merged_tensors(model))
+    remove_lora(model)
+    with pytest.raises(ValueError, match="no LoRA layers"):
+        save_merged(model, tmp_path)
+
+
+@pytest.mark.parametrize(("quantize", "copies"), [("nf4", 2), (None, 3)])
+def test_memory_is_a_shard_and_one_layer_s(quantize, copies, tmp_path):
+    """Of twelve layers of 512 x 512, one is in up to three float32 copies while it is made; those made are kept for a shard."""
+    model = tuned(quantize, sizes=(512,) * 13)
+    dense, small = 512 * 512 * 4, 1 << 16
+    layer = peak_bytes(lambda: save_merged(model, tmp_path, max_shard_size=1))
+    assert layer < copies * dense + small
+    assert peak_bytes(lambda: save_merged(model, tmp_path, max_shard_size=2 * dense)) <= layer + 2 * dense
+    assert peak_bytes(lambda: save_merged(model, tmp_path)) > 6 * dense, "all twelve, in 16 bits"
+
+
+@pytest.mark.parametrize("max_shard_size", [1, 13_000, 25_000])
+def test_shards(max_shard_size, tmp_path):
+    """Files of at most max_shard_size bytes of tensors, or of one tensor, all in the index, and nothing else."""
+    model = tuned("nf4", sizes=(64, 96, 64, 32))
+    expected = dict(merged_tensors(model))
+    index = save_merged(model, tmp_path, max_shard_size=max_shard_size)
+    assert index == tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    assert content["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
+    files = sorted({*content["weight_map"].values()})
+    assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    assert sorted(os.listdir(tmp_path)) == [*files, index.name]
+    found = {}
+    for file in files:
+        shard = safetensors.load_file(tmp_path / file)
+        assert all(content["weight_map"][name] == file for name in shard)
+        assert sum(t.nbytes for t in shard.values()) <= max_shard_size or len(shard) == 1
+        found.update(shard)
+    assert found.keys() == content["weight_map"].keys() == expected.keys()
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+def test_a_model_of_just_one_shard_has_no_index(tmp_path):
+    model = tuned(None)
+    size = sum(t.nbytes for _, t in merged_tensors(model))
+    assert save_merged(model, tmp_path / "one", max_shard_size=size) == tmp_path / "one" / "model.safetensors"
+    assert save_merged(model, tmp_path / "two", max_shard_size=size - 1).suffix == ".json"
+
+
+def test_an_earlier_model_s_files_go(tmp_path):
+    """transformers would read model.safetensors beside an index, and the index's shards would stay beside a single file."""
+    model = tuned(None)
+    (tmp_path / "tokenizer.json").touch()
+    save_merged(model, tmp_path)
+    save_merged(model, tmp_path, max_shard_size=1)
+    assert not (tmp_path / "model.safetensors").exists()
+    save_merged(model, tmp_path, max_shard_size=20_000)
+    files = {*json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values()}
+    assert {*os.listdir(tmp_path)} == files | {"model.safetensors.index.json", "tokenizer.json"}
+    save_merged(model, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "tokenizer.json"]
+
+
+def test_tensors_that_overlap_are_written_whole(tmp_path):
+    model = tuned(None)
+    model.register_buffer("row", model[2].weight[None])
+    found = safetensors.load_file(save_merged(model, tmp_path))
+    assert torch.equal(found["row"][0], found["2.weight"])
+
+
+def test_bad_shard_sizes(tmp_path):
+    for size in (0, -1, "5GB"):
+        with pytest.raises(ValueError, match=f"max_shard_size: got {size!r}, expected a number of bytes of at least 1"):
+            save_merged(tuned(None), tmp_path / "out", max_shard_size=size)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("max_shard_size", [1, 4 << 30])
+def test_an_error_leaves_no_file(max_shard_size, tmp_path, monkeypatch):
+    weights = [torch.ones(96, 64)]  # of the first layer
+    monkeypatch.setattr("lora_kernels.models.export._merged_weight", lambda *_: weights.pop() if weights else 1 / 0)
+    model = tuned("nf4")
+    with pytest.raises(ZeroDivisionError):
+        save_merged(model, tmp_path, max_shard_size=max_shard_size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_have_the_umask_s_permissions(tmp_path):
+    save_merged(tuned(None), tmp_path)
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("max_shard_size", [4 << 30, 100_000])
+def test_transformers_reads_the_exported_model(max_shard_size, tmp_path):
+    import tiny_llama
+    from transformers import AutoModelForCausalLM
+
+    tiny_llama.write(tmp_path / "base", hidden=64)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    add_lora(model, LoRAConfig(r=4, init_lora_weights=False, target_modules="all-linear"), quantize="nf4")
+    ids = torch.randint(0, 200, (2, 12))
+    written = save_merged(model, tmp_path / "out", max_shard_size=max_shard_size)
+    assert (written.suffix == ".json") == (max_shard_size == 100_000)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert again.dtype == torch.float32
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_linear4bit_without_an_adapter_is_dequantised():
+    bnb = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(bnb.nn.Linear4bit(64, 96, bias=True), nn.Linear(96, 64)).to("cpu").train()
+    add_lora(model, LoRAConfig(r=2, target_modules=["1"]))
+    found = dict(merged_tensors(model))
+    assert found.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert torch.equal(found["0.weight"], bnb.functional.dequantize_4bit(model[0].weight, model[0].weight.quant_state))

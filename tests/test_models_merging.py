@@ -1,0 +1,53 @@
+"""merge_lora and unmerge_lora on whole models."""
+
+import pytest
+import torch
+from model_case import TOKENS, Model, snapshot, train
+
+from lora_kernels import LoRAConfig, LoRALinear, add_lora, merge_lora, remove_lora, set_adapter, unmerge_lora
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_unmerge(dtype):
+    model = Model().to(dtype).eval()
+    add_lora(model, LoRAConfig(r=2, init_lora_weights=False))
+    before, expected = snapshot(model), model(TOKENS)
+    merge_lora(model)
+    assert torch.allclose(model(TOKENS), expected, atol=1e-5 if dtype == torch.float32 else 0.2)
+    for action in (merge_lora, lambda m: set_adapter(m, None), lambda m: add_lora(m, LoRAConfig(), "x")):
+        with pytest.raises(RuntimeError, match=r"the model is merged; call unmerge_lora\(model\) first"):
+            action(model)
+    with pytest.raises(RuntimeError, match="gets no gradient"):
+        model.train()(TOKENS)
+    unmerge_lora(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="cannot unmerge: no layer is merged"):
+        unmerge_lora(model)
+
+
+def test_a_failed_merge_merges_nothing(monkeypatch):
+    model, calls = Model(), []
+    add_lora(model, LoRAConfig(r=2))
+    original = LoRALinear.merge
+
+    def failing(self):
+        calls.append(self)
+        if len(calls) == 3:
+            raise MemoryError
+        original(self)
+
+    monkeypatch.setattr(LoRALinear, "merge", failing)
+    with pytest.raises(MemoryError):
+        merge_lora(model)
+    assert not any(m.merged for m in model.modules() if isinstance(m, LoRALinear))
+
+
+def test_merge_then_remove_is_a_plain_fine_tuned_model():
+    model = Model()
+    add_lora(model, LoRAConfig(r=2, bias="all", modules_to_save=["lm_head"]))
+    train(model)
+    expected = model.eval()(TOKENS)
+    merge_lora(model)
+    remove_lora(model)
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+    assert torch.allclose(model(TOKENS), expected, atol=1e-5)
