@@ -6,22 +6,24 @@ different layer of the model must pass the correctness gate, and every loss must
 
 import functools
 import itertools
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..dtypes import dtype_name
-from ..models.config import LoRAConfig
-from . import model_step, peers, pretrained
-from .accuracy_gate import Problem, gate
-from .benchmark import Refusals, new_header, print_refusals
-from .console import CommandError, Output, format_bytes
-from .measure import held_bytes, interleaved, kernel_launches, peak_bytes, saved_bytes
-from .memory import check_rank, group_layers
-from .peers import BARE, BNB, HEADINGS, OURS, OURS_NF4, PEFT
+from ...dtypes import dtype_name
+from ...models.config import LoRAConfig
+from .. import model_step, pretrained
+from ..accuracy_gate import Problem, gate
+from ..console import Output, format_bytes
+from ..layer_shapes import check_rank, group_layers
+from ..measure import held_bytes, kernel_launches, peak_bytes, saved_bytes
+from ..timing import interleaved
+from . import peer_layers, peers
+from .header import Refusals, new_header, print_refusals
+from .model_settings import Settings
+from .peers import BARE, HEADINGS
 
 GATE_TOKENS = 256
 OTHERS = "not measured for a whole model; --quantize nf4 has bitsandbytes under PEFT"
@@ -30,39 +32,6 @@ CAPTION = (
     "to the embeddings. x PEFT: how many times faster than PEFT. saved: kept by autograd for the backward pass beyond the "
     "parameters. held: all that stays allocated after the forward pass, logits included. peak: allocated at once in the step."
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is timed: every combination of tokens, ranks and dropouts. length: tokens of one sequence, at most."""
-
-    model: Path
-    tokens: tuple[int, ...]
-    ranks: tuple[int, ...]
-    dropouts: tuple[float, ...]
-    dtype: torch.dtype
-    length: int
-    quantize: str | None = None  # "nf4": this package's 4-bit layers beside bitsandbytes' under PEFT
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """The variants beside the bare model: this package's and the peer's."""
-        return (OURS_NF4, BNB) if self.quantize else (OURS, PEFT)
-
-    def check(self) -> None:
-        """Raise CommandError for values that need no model to be seen as wrong."""
-        for option, values, low, high in (
-            ("--tokens", self.tokens, 2, 1 << 40),
-            ("--rank", self.ranks, 1, 1 << 20),
-            ("--dropout", self.dropouts, 0, 1),
-            ("--sequence-length", (self.length,), 2, 1 << 30),
-        ):
-            for value in values:
-                if not low <= value <= high:
-                    raise CommandError(f"{option}: got {value}, expected {low} to {high}")
-        if self.quantize not in (None, "nf4"):
-            raise CommandError(f"--quantize: got {self.quantize!r}, expected nf4, or no --quantize")
-        pretrained.check_directory(self.model)
 
 
 def run(
@@ -153,7 +122,7 @@ def _wrong(
     for group in groups:
         shape = min(GATE_TOKENS, ids.numel()), group.K, group.N, group.R
         problem = Problem.draw(*shape, config.lora_dropout, settings.dtype, device, seed).with_adapters(adapter)
-        problem, weight = peers.nf4_problem(problem) if settings.quantize else (problem, None)
+        problem, weight = peer_layers.nf4_problem(problem) if settings.quantize else (problem, None)
         reasons += [f"{name} {group.K}→{group.N}: {reason}" for reason in gate(problem, seed, weight=weight)]
     with torch.no_grad():
         for name, model in models.items():
