@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
 from lora_kernels import NF4Weight, accelerate, accelerated, restore
-from lora_kernels.integrations.peft.layers import nf4_weight
+from lora_kernels.integrations.peft.linear import nf4_weight
 
 bnb = pytest.importorskip("bitsandbytes")
 BF16, FP32 = torch.bfloat16, torch.float32
