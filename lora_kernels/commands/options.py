@@ -15,6 +15,7 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda whe
 
 
 def parse_device(name: str | None) -> Any:
+    """The torch.device; without a name cuda where there is one. Raises CommandError for one that is not here."""
     import torch
 
     if name is None:
@@ -27,6 +28,7 @@ def parse_device(name: str | None) -> Any:
 
 
 def parse_dtype(name: str) -> Any:
+    """The torch.dtype. Raises CommandError for another name than those of the benchmark's dtypes."""
     from .cases import DTYPES
 
     if name not in DTYPES:

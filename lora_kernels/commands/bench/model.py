@@ -16,14 +16,15 @@ from ...dtypes import dtype_name
 from ...models.config import LoRAConfig
 from .. import model_step, pretrained
 from ..accuracy_gate import Problem, gate
-from ..console import Output, format_bytes
+from ..console import Output
 from ..layer_shapes import check_rank, group_layers
 from ..measure import held_bytes, kernel_launches, peak_bytes, saved_bytes
 from ..timing import interleaved
 from . import peer_layers, peers
 from .header import Refusals, new_header, print_refusals
+from .model_rows import print_rows, times
 from .model_settings import Settings
-from .peers import BARE, HEADINGS
+from .peers import BARE
 
 GATE_TOKENS = 256
 OTHERS = "not measured for a whole model; --quantize nf4 has bitsandbytes under PEFT"
@@ -60,7 +61,7 @@ def run(
         if wrong:
             output.print(f"{case}: no times reported, the correctness gate failed", *wrong, sep="\n  ", markup=False)
         else:
-            _print_rows(case, new, output)
+            print_rows(case, new, output)
     output.print(CAPTION)
     return {"header": header, "rows": rows, "failures": failures, "peers_not_measured": refusals}
 
@@ -81,25 +82,19 @@ def measure(
         return [], wrong
     steps = {name: model_step.step(candidate, ids) for name, candidate in models.items()}
     timings = interleaved(steps, repeats, warmup=1, device=device)
+    about = {
+        "model": settings.model.name,
+        **{"tokens": ids.numel(), "sequence_length": ids.shape[1], "R": config.r, "p": config.lora_dropout},
+        "dtype": dtype_name(settings.dtype),
+    }
     rows = []
     for name, candidate in models.items():
         candidate.zero_grad(set_to_none=True)
-        forward, timing = functools.partial(model_step.loss, candidate, ids), timings[name]
+        forward = functools.partial(model_step.loss, candidate, ids)
         rows.append(
             {
-                "model": settings.model.name,
-                "tokens": ids.numel(),
-                "sequence_length": ids.shape[1],
-                "R": config.r,
-                "p": config.lora_dropout,
-                "dtype": dtype_name(settings.dtype),
-                "variant": name,
-                "median_s": timing.median,
-                "p20_s": timing.p20,
-                "p80_s": timing.p80,
-                "tokens_per_s": ids.numel() / timing.median,
-                "times_bare": timing.median / timings[BARE].median,
-                "faster_than": {peer: timings[peer].median / timing.median} if with_peft else {},
+                **about,
+                **times(name, timings, ids.numel(), peer if with_peft else None),
                 "saved_bytes": saved_bytes(forward, exclude=[ids, *candidate.buffers()]),
                 "held_bytes": held_bytes(forward, device),
                 "peak_bytes": peak_bytes(steps[name], device),
@@ -130,22 +125,3 @@ def _wrong(
             if not abs(value) < float("inf"):
                 reasons.append(f"{name}: the loss is {value}")
     return reasons
-
-
-def _print_rows(case: str, rows: list[dict[str, Any]], output: Output) -> None:
-    cells = [
-        (
-            row["variant"],
-            f"{row['median_s'] * 1e3:,.1f}",
-            f"{row['p20_s'] * 1e3:,.1f}–{row['p80_s'] * 1e3:,.1f}",
-            f"{row['tokens_per_s']:,.0f}",
-            f"{row['times_bare']:.3f}",
-            *(f"{faster:.3f}" for faster in row["faster_than"].values()),
-            *(format_bytes(row[name]) for name in ("saved_bytes", "held_bytes", "peak_bytes")),
-            "" if row["launches"] is None else row["launches"],
-        )
-        for row in rows
-    ]
-    others = (HEADINGS[name] for name in rows[0]["faster_than"])
-    columns = ("variant", "median ms", "p20–p80", "tokens/s", "x bare", *others, "saved", "held", "peak", "launches")
-    output.table(case, columns, cells)
