@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.commands.environment import environment
-from lora_kernels.commands.measure import Timing, interleaved
+from lora_kernels.commands.timing import Timing, interleaved
 
 LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 QWEN_7B = ((3584, 3584), (3584, 512), (3584, 18944), (18944, 3584))

@@ -26,7 +26,7 @@ from lora_kernels.backends.torch.linear import Needs, add_product
 from lora_kernels.backends.triton import backward, forward, gemm, tuning
 from lora_kernels.commands.accuracy_gate import Problem, gate
 from lora_kernels.commands.environment import environment
-from lora_kernels.commands.measure import Timing, interleaved
+from lora_kernels.commands.timing import Timing, interleaved
 from lora_kernels.dtypes import dtype_name
 
 LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))

@@ -25,8 +25,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lora_kernels import accelerate
-from lora_kernels.commands import corpus, pretrained
+from lora_kernels.commands import pretrained
 from lora_kernels.commands.console import CommandError
+from lora_kernels.commands.demo import corpus
 from lora_kernels.commands.environment import environment
 
 MODULES = (

@@ -21,9 +21,9 @@ from torch import nn
 
 from lora_kernels import LoRAConfig
 from lora_kernels.commands import model_step, pretrained
+from lora_kernels.commands.bench.peers import BNB, OURS, OURS_NF4, PEFT
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.measure import held_bytes, peak_bytes, saved_bytes
-from lora_kernels.commands.peers import BNB, OURS, OURS_NF4, PEFT
 from lora_kernels.dtypes import dtype_name
 
 SMALL = {

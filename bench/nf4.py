@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lora_kernels import LoRALinear, NF4Weight, dequantize_nf4, quantize_nf4
 from lora_kernels.commands.accuracy_gate import violations
 from lora_kernels.commands.environment import environment
-from lora_kernels.commands.measure import interleaved
+from lora_kernels.commands.timing import interleaved
 
 OURS, BNB, REPACKED, PEFT = "lora_kernels", "bitsandbytes", "bitsandbytes, repacked", "PEFT + bitsandbytes"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

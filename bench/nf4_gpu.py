@@ -30,7 +30,8 @@ from lora_kernels import plan as backends
 from lora_kernels.backends import nf4_paths as nf4_plan
 from lora_kernels.commands.accuracy_gate import Problem, truth, violations
 from lora_kernels.commands.environment import environment
-from lora_kernels.commands.measure import Timing, interleaved, peak_bytes
+from lora_kernels.commands.measure import peak_bytes
+from lora_kernels.commands.timing import Timing, interleaved
 from lora_kernels.nf4.weight import NF4Weight, dequantize_nf4, quantize_nf4
 
 LLAMA = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672))

@@ -8,7 +8,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from result_files import cases
 
-from lora_kernels.commands.peers import BARE
+from lora_kernels.commands.bench.peers import BARE
 
 matplotlib.use("Agg")
 matplotlib.rcParams.update({"svg.hashsalt": "lora_kernels", "svg.fonttype": "none", "font.size": 9})

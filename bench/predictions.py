@@ -8,8 +8,8 @@ from typing import Any
 
 from result_files import Rows, devices, kind, load, runs, table
 
-from lora_kernels.commands import kernel_report
-from lora_kernels.commands.peers import OURS
+from lora_kernels.commands.bench.peers import OURS
+from lora_kernels.commands.report import kernels as kernel_report
 
 PREDICTED = ((8192, 4096, 4096), (8192, 4096, 14336))  # M, K, N
 GPUS = ("H100", "H200")

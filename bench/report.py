@@ -15,8 +15,8 @@ from typing import Any
 import predictions
 from result_files import RESULTS, ROOT, Rows, case_name, cases, devices, kind, load, newest_first, ratios, refusals, runs, table
 
+from lora_kernels.commands.bench.peers import BARE, HEADINGS, OURS, PEFT
 from lora_kernels.commands.console import format_bytes
-from lora_kernels.commands.peers import BARE, HEADINGS, OURS, PEFT
 
 MARKS = ("<!-- measured, by bench/report.py -->\n", "<!-- end of measured -->\n")
 README_DEVICE = "amd-epyc-2-cores"

@@ -11,7 +11,7 @@ import functools
 import pytest
 import torch
 
-from lora_kernels.commands import peers
+from lora_kernels.commands.bench import peers
 from lora_kernels.commands.blocks import BlockProblem
 from lora_kernels.commands.cases import FORWARD, Case, Shape
 from lora_kernels.mask import dropout_mask

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 import torch
 from accuracy import violations
 from peft import LoraConfig, get_peft_model
+from peft_model import FAST
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import accelerate
 from lora_kernels.mask import draw_seed, dropout_mask, keep_scale
-
-FAST = "fast"
 
 
 class FixedMask(nn.Module):

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels.commands import accuracy_gate, benchmark
+from lora_kernels.commands import accuracy_gate
 from lora_kernels.commands.accuracy_gate import Problem, gate
-from lora_kernels.commands.benchmark import measure_case
+from lora_kernels.commands.bench import layers as benchmark
+from lora_kernels.commands.bench.layers import measure_case
+from lora_kernels.commands.bench.peers import BARE, OURS, OURS_FP32, PEFT, PEFT_FP32
 from lora_kernels.commands.cases import FORWARD, LLAMA_8B, SUITES, Case, Shape, choose_suite
 from lora_kernels.commands.console import CommandError, Output
-from lora_kernels.commands.peers import BARE, OURS, OURS_FP32, PEFT, PEFT_FP32
 from lora_kernels.mask import dropout_mask
 
 CPU = torch.device("cpu")

@@ -8,7 +8,8 @@ import tiny_llama
 import torch
 
 from lora_kernels import cli
-from lora_kernels.commands import demo, pretrained
+from lora_kernels.commands import pretrained
+from lora_kernels.commands.demo import run as demo
 
 for package in ("transformers", "peft", "matplotlib", "safetensors"):
     pytest.importorskip(package)
@@ -230,14 +231,14 @@ def test_a_missing_default_model_names_the_extra(run, text, tmp_path, monkeypatc
 
 
 def test_default_text_is_long_enough_and_always_the_same():
-    from lora_kernels.commands.corpus import read_text
+    from lora_kernels.commands.demo.corpus import read_text
 
     assert len(read_text(None)) > 100_000
     assert read_text(None) == read_text(None)
 
 
 def test_held_out_windows_are_not_trained_on():
-    from lora_kernels.commands.corpus import split
+    from lora_kernels.commands.demo.corpus import split
 
     class Characters:
         def __call__(self, text, **options):

@@ -1,4 +1,4 @@
-"""measure.py: bytes are counted exactly where they can be counted by hand; timings are order statistics."""
+"""measure.py and timing.py: bytes are counted exactly where they can be counted by hand; timings are order statistics."""
 
 import time
 
@@ -7,7 +7,8 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from lora_kernels.commands.measure import held_bytes, interleaved, kernel_launches, peak_bytes, saved_bytes, summarize
+from lora_kernels.commands.measure import held_bytes, kernel_launches, peak_bytes, saved_bytes
+from lora_kernels.commands.timing import interleaved, summarize
 
 
 def test_saved_bytes_counts_an_intermediate_once_however_often_it_is_saved():

@@ -1,12 +1,14 @@
-"""memory.py: byte counts against arithmetic by hand and against a real training step."""
+"""lora-kernels memory: byte counts against arithmetic by hand and against a real training step."""
 
 import pytest
 import torch
 from torch import nn
 
 from lora_kernels.commands.console import CommandError, Output
+from lora_kernels.commands.layer_shapes import Layers, check_rank, group_layers, parse_shapes
 from lora_kernels.commands.measure import saved_bytes
-from lora_kernels.commands.memory import SIZES, Layers, check_rank, footprints, group_layers, parse_shapes, run
+from lora_kernels.commands.memory.footprints import SIZES, footprints
+from lora_kernels.commands.memory.run import run
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.models.config import LoRAConfig
 from lora_kernels.models.surgery import add_lora, lora_parameters

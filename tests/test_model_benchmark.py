@@ -5,9 +5,10 @@ import tiny_llama
 import torch
 
 from lora_kernels import cli
-from lora_kernels.commands import model_benchmark, model_step, pretrained
+from lora_kernels.commands import model_step, pretrained
+from lora_kernels.commands.bench import model as model_benchmark
+from lora_kernels.commands.bench.peers import BARE, BNB, OURS, OURS_NF4, PEFT
 from lora_kernels.commands.console import CommandError, Output
-from lora_kernels.commands.peers import BARE, BNB, OURS, OURS_NF4, PEFT
 from lora_kernels.models.config import LoRAConfig
 
 pytest.importorskip("transformers")

@@ -9,8 +9,8 @@ from accuracy import violations
 from torch import nn
 from torch.nn import functional as F
 
-from lora_kernels.commands import peers
-from lora_kernels.commands.benchmark import measure_case
+from lora_kernels.commands.bench import peer_layers, peers
+from lora_kernels.commands.bench.layers import measure_case
 from lora_kernels.commands.blocks import Block, BlockProblem
 from lora_kernels.commands.cases import FORWARD, Case, Shape
 from lora_kernels.commands.console import CommandError
@@ -83,7 +83,8 @@ def test_beside_bitsandbytes_stands_this_package_in_4_bits_behind_the_gate(monke
     assert (wrong, refusals) == ([], [])
     assert [row["variant"] for row in rows] == [peers.BARE, peers.OURS, peers.BNB, peers.OURS_NF4]
     assert rows[3]["backend"] == "torch"
-    monkeypatch.setattr(peers, "nf4_problem", lambda layer: (layer, peers.quantize_nf4(layer.W)))  # truth in full precision
+    # Truth in full precision, which four bits cannot reach.
+    monkeypatch.setattr(peer_layers, "nf4_problem", lambda layer: (layer, peer_layers.quantize_nf4(layer.W)))
     rows, wrong, _ = measure_case(case, CPU, 1, ("bnb",))
     assert rows == []
     assert all(reason.startswith("lora_kernels, NF4: ") for reason in wrong)
@@ -101,7 +102,7 @@ def test_a_peer_that_raises_is_listed_and_the_others_are_measured(monkeypatch):
     def broken(*args):
         raise ValueError("their kernel\ndoes not like this shape")
 
-    monkeypatch.setattr(peers.unsloth_order, "project", broken)
+    monkeypatch.setattr(peer_layers.unsloth_order, "project", broken)
     case = Case(16, Shape(24, 16), 4, 0.0, torch.float32)
     rows, wrong, refusals = measure_case(case, CPU, 1, ("unsloth-style",))
     assert [row["variant"] for row in rows] == [peers.BARE, peers.OURS]

@@ -7,14 +7,14 @@ import pytest
 import torch
 from accuracy import violations
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft_model import FAST
 from torch import nn
 
 from lora_kernels import NF4Weight, accelerate, accelerated, restore
-from lora_kernels.integrations.peft.layers import nf4_weight
+from lora_kernels.integrations.peft.linear import nf4_weight
 
 bnb = pytest.importorskip("bitsandbytes")
 BF16, FP32 = torch.bfloat16, torch.float32
-FAST = "fast"
 
 
 def adapted(dtype=BF16, *, loaded_in_4bit=True, config=None, **options):

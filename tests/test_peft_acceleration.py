@@ -1,7 +1,6 @@
-"""accelerate, restore and accelerated: what changes, what stays PEFT's, what falls back and how that is counted."""
+"""accelerate, restore and accelerated: what changes, what stays PEFT's, and what is counted."""
 
 import copy
-import functools
 import pickle
 import subprocess
 import sys
@@ -10,42 +9,13 @@ import warnings
 import peft
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
+from peft_model import FAST, IDS, Model, adapted, close, layer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import LoRAConfig, accelerate, accelerated, add_lora, restore
-
-FAST = "fast"
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(13, 24)
-        self.up, self.down, self.head = nn.Linear(24, 40), Conv1D(24, 40), nn.Linear(24, 5)
-
-    def forward(self, ids):
-        return self.head(torch.relu(self.down(torch.tanh(self.up(self.embed(ids))))))
-
-
-def adapted(*, seed=0, model=None, **options):
-    torch.manual_seed(seed)
-    options = {"target_modules": ["up", "down"], "r": 4, "init_lora_weights": False, **options}
-    return get_peft_model(Model() if model is None else model, LoraConfig(**options)).eval()
-
-
-IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def layer(model, name="up"):
-    return model.base_model.model.get_submodule(name)
 
 
 def test_parameters_keys_optimizer_and_methods_stay():
@@ -169,161 +139,6 @@ def test_scaling_as_a_tensor_for_hotswapping(tmp_path):
     expected = peft.PeftModel.from_pretrained(adapted().unload(), tmp_path).eval()
     close(model(IDS), expected(IDS))
     assert report.calls() == {FAST: 4}
-
-
-# ---- what falls back ----
-
-
-def merged(model):
-    model.merge_adapter()
-
-
-def disabled(model):
-    model.base_model.disable_adapter_layers()
-
-
-def two_active(model):
-    model.add_adapter("other", LoraConfig(target_modules=["up", "down"], init_lora_weights=False))
-    model.base_model.set_adapter(["default", "other"])
-
-
-def none_active(model):
-    model.base_model.set_adapter([])
-
-
-def base_trained(model):
-    layer(model).base_layer.weight.requires_grad_(True)
-    layer(model, "down").base_layer.weight.requires_grad_(True)
-
-
-def hooked(part):
-    def change(model):
-        for name in ("up", "down"):
-            module = layer(model, name).get_submodule(part)
-            module.register_forward_hook(lambda module, args, y: 2 * y)
-
-    return change
-
-
-def inner_forward(model):
-    for name in ("up", "down"):
-        module = layer(model, name).lora_A["default"]
-        module.forward = functools.partial(lambda module, x: -type(module).forward(module, x), module)
-
-
-def offloaded(model):
-    for name in ("up", "down"):
-        add_hook_to_module(layer(model, name).base_layer, AlignDevicesHook(execution_device="cpu", offload=True))
-
-
-def other_dropout(model):
-    for name in ("up", "down"):
-        layer(model, name).lora_dropout["default"] = nn.AlphaDropout(0.1).eval()
-
-
-def lora_a_with_bias(model):
-    for name in ("up", "down"):
-        layer(model, name).lora_A["default"].bias = nn.Parameter(torch.ones(4))
-
-
-def trained_scaling(model):
-    for name in ("up", "down"):
-        layer(model, name).scaling["default"] = torch.tensor(0.7, requires_grad=True)
-
-
-def global_hook(model):
-    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
-    return handle.remove
-
-
-FALLBACKS = [
-    (merged, "adapters are merged"),
-    (disabled, "adapters are disabled"),
-    (two_active, "several active adapters"),
-    (none_active, "no active adapter"),
-    (base_trained, "the base weight is trained"),
-    (hooked("base_layer"), "base has hooks"),
-    (hooked("lora_A.default"), "lora_A has hooks"),
-    (hooked("lora_B.default"), "lora_B has hooks"),
-    (hooked("lora_dropout.default"), "dropout has hooks"),
-    (inner_forward, "lora_A's forward was replaced on the instance"),
-    (offloaded, "base's forward was replaced on the instance"),
-    (other_dropout, "lora_dropout is a AlphaDropout"),
-    (lora_a_with_bias, "lora_A has a bias"),
-    (trained_scaling, "scaling is no constant 0-d tensor"),
-    (global_hook, "global module hooks"),
-]
-
-
-@pytest.mark.parametrize(("change", "reason"), FALLBACKS, ids=[reason for _, reason in FALLBACKS])
-@pytest.mark.parametrize("changed_first", [True, False])
-def test_what_falls_back_gives_peft_s_own_result_and_says_why(change, reason, changed_first):
-    plain = adapted()
-    ours = copy.deepcopy(plain)
-    if not changed_first:
-        report = accelerate(ours)
-    undo = []
-    for model in (plain, ours):
-        torch.manual_seed(9)
-        undo.append(change(model))
-    if changed_first:
-        report = accelerate(ours)
-    try:
-        assert torch.equal(ours(IDS), plain(IDS))
-    finally:
-        for call in filter(None, undo):
-            call()
-    assert report.calls() == {FAST: 0, reason: 2}
-
-
-@pytest.mark.parametrize("options", [{"use_dora": True}], ids=str)
-def test_variants_fall_back(options):
-    plain = adapted(**options)
-    ours = copy.deepcopy(plain)
-    report = accelerate(ours)
-    assert torch.equal(ours(IDS), plain(IDS))
-    assert report.calls() == {FAST: 0, "the variant DoraLinearVariant": 2}
-    assert report.falling_back.keys() == set(report.accelerated)
-
-
-def test_a_mixed_batch_falls_back():
-    plain = adapted()
-    plain.add_adapter("other", LoraConfig(target_modules=["up", "down"], init_lora_weights=False))
-    ours = copy.deepcopy(plain)
-    report = accelerate(ours)
-    names = {"adapter_names": ["default", "other"]}
-    assert torch.equal(ours(IDS, **names), plain(IDS, **names))
-    assert report.calls() == {FAST: 0, "extra arguments": 2}
-    ours.set_adapter("other")  # one of several adapters is fast
-    plain.set_adapter("other")
-    close(ours(IDS), plain(IDS))
-    assert report.calls()[FAST] == 2
-
-
-def test_inputs_that_do_not_fit_get_peft_s_own_error():
-    model = adapted()
-    accelerate(model)
-    for x in (torch.ones(2, 24, dtype=torch.int64), torch.randn(2, 23), torch.randn(2, 24, dtype=torch.float64)):
-        messages = []
-        for forward in (layer(model), functools.partial(lora.Linear.forward, layer(model))):
-            with pytest.raises(RuntimeError) as error:
-                forward(x)
-            messages.append(str(error.value))
-        assert messages[0] == messages[1]
-
-
-def test_a_subclass_of_tensor_and_torch_func_fall_back():
-    model = adapted()
-    report = accelerate(model)
-    batch = torch.randn(3, 2, 24)
-    close(torch.func.vmap(layer(model))(batch), layer(model)(batch))
-    assert report.calls() == {FAST: 1, "torch.func transforms": 1}
-
-    class Wrapped(torch.Tensor):
-        pass
-
-    layer(model)(batch.as_subclass(Wrapped))
-    assert report.calls()["a Wrapped among the tensors"] == 1
 
 
 # ---- forwards replaced on the layer itself ----

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from lora_kernels.backends.triton import tuning
 from lora_kernels.cli import app
-from lora_kernels.commands import kernel_report
 from lora_kernels.commands.console import CommandError
+from lora_kernels.commands.report import kernels as kernel_report
 
 # Local loads and stores that are known and accepted: key -> number. All others spill nothing.
 SPILLS: dict[str, int] = {

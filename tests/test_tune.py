@@ -12,8 +12,11 @@ from triton_interpreter import DEVICE
 from lora_kernels import cli
 from lora_kernels.backends.triton import tuned, tuning
 from lora_kernels.backends.triton.tuned import Tile
-from lora_kernels.commands import kernel_report, tune
 from lora_kernels.commands.console import CommandError, Output
+from lora_kernels.commands.report import kernels as kernel_report
+from lora_kernels.commands.tune import calls, flows, tiles
+from lora_kernels.commands.tune import report as tune_report
+from lora_kernels.commands.tune import run as tune
 
 NAME, CAPABILITY = "Test GPU 80GB", (8, 0)
 CPU = torch.device("cpu")
@@ -139,10 +142,10 @@ def test_illegal_tiles(kernel, kind, tile, reason):
 def test_every_tile_of_the_tables_and_every_candidate_is_legal():
     for (kernel, kind, _), tile in tuning.TILES.items():
         assert tuned.illegal(kernel, kind, tile) is None, (kernel, kind, tile)
-    for kernel in tune.CANDIDATES:
-        for kind in tune.DTYPES:
+    for kernel in tiles.CANDIDATES:
+        for kind in calls.DTYPES:
             for rank in tuned.RANKS:
-                options = tune.candidate_tiles(kernel, kind, rank)
+                options = tiles.candidate_tiles(kernel, kind, rank)
                 assert options[0] == tuning.TILES[kernel, kind, rank]
                 assert len(options) == len(set(options)) >= 2
 
@@ -150,15 +153,15 @@ def test_every_tile_of_the_tables_and_every_candidate_is_legal():
 def fabricated(monkeypatch, tile_seconds, flow_seconds):
     monkeypatch.setattr(tune, "time_tiles", tile_seconds)
     monkeypatch.setattr(tune, "time_flows", flow_seconds)
-    monkeypatch.setattr(tune, "gate", lambda problem, seed: [])
-    monkeypatch.setattr(tune, "DTYPES", {"16": (FP16, FP16), "mixed": (FP16, torch.float32)})
+    monkeypatch.setattr(tiles, "gate", lambda problem, seed: [])
+    monkeypatch.setattr(calls, "DTYPES", {"16": (FP16, FP16), "mixed": (FP16, torch.float32)})
     header = {"lora_kernels": "0", "commit": "c", "packages": {}, "gpus": []}
     about = {"device": NAME, "capability": list(CAPABILITY)}
-    return lambda: tune.tune(CPU, about, header, tune.Sizes(tokens=(512, 8192)), (32,), Output())
+    return lambda: tune.tune(CPU, about, header, calls.Sizes(tokens=(512, 8192)), (32,), Output())
 
 
 def test_choices_follow_the_measurements_and_are_read_back(gpu, monkeypatch):
-    def tiles(kernel, arithmetic, rank, options, sizes, device):
+    def tile_seconds(kernel, arithmetic, rank, options, sizes, device):
         seconds = dict.fromkeys(options, 10e-6)
         if kernel == "project":
             seconds[options[2]] = 5e-6  # far ahead
@@ -169,17 +172,17 @@ def test_choices_follow_the_measurements_and_are_read_back(gpu, monkeypatch):
             seconds[options[1]] = 8e-6
         return seconds
 
-    def flows(direction, contraction, M, best, sizes, device):
+    def flow_seconds(direction, contraction, M, best, sizes, device):
         fused = 0.8 if (direction, M) == ("forward", 512) else 0.995
         mixed = 1.2 if contraction == 14336 else fused  # it must win at both dtypes
         return {"16": {"prefill": 1.0, "fused": fused}, "mixed": {"prefill": 1.0, "fused": mixed}}
 
-    measure = fabricated(monkeypatch, tiles, flows)
+    measure = fabricated(monkeypatch, tile_seconds, flow_seconds)
     result = measure()
     assert result == measure()
     write(gpu, result)
     found = tuning.measured(CPU)
-    options = {kernel: tune.candidate_tiles(kernel, "16", 32) for kernel in ("project", "grad_x", "grad_dy")}
+    options = {kernel: tiles.candidate_tiles(kernel, "16", 32) for kernel in ("project", "grad_x", "grad_dy")}
     assert found.tile("project", "16", 32) == options["project"][2]
     assert found.tile("grad_x", "16", 32) == options["grad_x"][0]
     assert found.tile("grad_dy", "16", 32) == options["grad_dy"][1]
@@ -189,30 +192,30 @@ def test_choices_follow_the_measurements_and_are_read_back(gpu, monkeypatch):
 
 
 def test_a_fast_tile_with_wrong_results_is_not_chosen(gpu, monkeypatch):
-    monkeypatch.setattr(tune, "DTYPES", {"16": (FP16, FP16)})
-    own, fast, *_ = options = tune.candidate_tiles("project", "16", 32)
-    monkeypatch.setattr(tune, "gate", lambda problem, seed: ["y: wrong"] if tuning.trial["project"] == fast else [])
-    row = tune.choose_tile("project", "16", 32, options, {own: 2e-6, fast: 1e-6}, CPU)
+    monkeypatch.setattr(calls, "DTYPES", {"16": (FP16, FP16)})
+    own, fast, *_ = options = tiles.candidate_tiles("project", "16", 32)
+    monkeypatch.setattr(tiles, "gate", lambda problem, seed: ["y: wrong"] if tuning.trial["project"] == fast else [])
+    row = tiles.choose_tile("project", "16", 32, options, {own: 2e-6, fast: 1e-6}, CPU)
     assert Tile(**row["tile"]) == own
     assert tuning.trial == {}
-    monkeypatch.setattr(tune, "gate", lambda problem, seed: ["y: wrong"])
-    assert tune.choose_tile("project", "16", 32, options, {own: 2e-6, fast: 1e-6}, CPU) is None
+    monkeypatch.setattr(tiles, "gate", lambda problem, seed: ["y: wrong"])
+    assert tiles.choose_tile("project", "16", 32, options, {own: 2e-6, fast: 1e-6}, CPU) is None
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter's small sizes")
 def test_what_is_timed_runs(gpu, monkeypatch):
     """Every kernel with a tile on trial, the gate behind a choice, and both dataflows, at tiny sizes."""
-    monkeypatch.setattr(tune, "DTYPES", {"16": (FP16, FP16)})
-    sizes = tune.Sizes(M=32, width=64, contractions=(64,), tokens=(32,), repeats=1)
+    monkeypatch.setattr(calls, "DTYPES", {"16": (FP16, FP16)})
+    sizes = calls.Sizes(M=32, width=64, contractions=(64,), tokens=(32,), repeats=1)
     for kernel in ("project", "prefill", "grad_dy", "grad_x", "fused"):
         own = tuning.TILES[kernel, "16", 32]
         small = Tile(32, 64, 4, 2, 32 if own.depth else 0)
-        seconds = tune.time_tiles(kernel, "16", 32, [own, small], sizes, CPU)
+        seconds = tiles.time_tiles(kernel, "16", 32, [own, small], sizes, CPU)
         assert set(seconds) == {own, small}
-        row = tune.choose_tile(kernel, "16", 32, [own, small], {own: 2.0, small: 1.0}, CPU)
+        row = tiles.choose_tile(kernel, "16", 32, [own, small], {own: 2.0, small: 1.0}, CPU)
         assert Tile(**row["tile"]) == small
     for direction in tuned.DIRECTIONS:
-        times = tune.time_flows(direction, 64, 32, {("project", "16", 32): Tile(32, 64, 4, 2)}, sizes, CPU)
+        times = flows.time_flows(direction, 64, 32, {("project", "16", 32): Tile(32, 64, 4, 2)}, sizes, CPU)
         assert set(times["16"]) == {"prefill", "fused"}
 
 
@@ -227,7 +230,7 @@ def test_the_report_prints_choices_with_their_numbers(gpu, monkeypatch, tmp_path
     assert kernel_report.choices("sm_90")[0][0] == "both"  # another capability
     (tile,) = kernel_report.measured_tiles("sm_80")
     assert tile[:3] == ("project", "16", "32")
-    tune.print_choices(content(), Output())
+    tune_report.print_choices(content(), Output())
     assert "10.0 / 9.5" in capsys.readouterr().out
 
 

@@ -1,1 +1,1 @@
-"""What `lora-kernels` does, one file per command, and what they share; `cli.py` holds the options."""
+"""What `lora-kernels` does: a folder per command, its options in `options.py`, and beside the folders what they share."""

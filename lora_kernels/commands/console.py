@@ -24,6 +24,11 @@ class CommandError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+def first_line(error: Exception) -> str:
+    """Of its message; "" where there is none."""
+    return str(error).strip().partition("\n")[0]
+
+
 def require(command: str, *packages: str) -> list[ModuleType]:
     """Import `packages`. Raises CommandError that names the first missing one and the extra that installs it."""
     modules = []

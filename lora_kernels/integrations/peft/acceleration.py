@@ -1,8 +1,5 @@
 """Existing PEFT layers to and from this package's forward, by change of class; what was changed, and why the rest was not."""
 
-import sys
-import types
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -31,7 +28,7 @@ class AccelerationReport:
 
         Calls inside a graph of torch.compile are not counted: run the model once without it to see them.
         """
-        from .layers import CALLS, FAST
+        from .linear import CALLS, FAST
 
         total = Counter({FAST: 0})
         for module in self.model.modules():
@@ -59,13 +56,14 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     """
     from peft.tuners.lora import LoraLayer
 
-    from .layers import fast_parts
+    from .parts import fast_parts
+    from .swap import swap
 
     report = AccelerationReport(model, [], {}, {})
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        reason = _swap(module)
+        reason = swap(module)
         if reason is not None:
             report.skipped[path] = reason
             continue
@@ -82,10 +80,12 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
 def restore(model: nn.Module) -> None:
     """PEFT's own classes again, as before `accelerate`; other layers are left alone."""
-    accelerated = {ours: theirs for theirs, ours in _classes().items()}
+    from .swap import change_class, classes
+
+    accelerated = {ours: theirs for theirs, ours in classes().items()}
     for module in model.modules():
         if type(module) in accelerated:
-            _change_class(module, accelerated[type(module)])
+            change_class(module, accelerated[type(module)])
 
 
 def accelerated(config: "LoraConfig") -> "LoraConfig":
@@ -105,6 +105,8 @@ def _create(target: nn.Module, adapter_name: str, config: "LoraConfig", **kwargs
     """The layer that PEFT itself makes of `target`, accelerated if it can be."""
     from peft.tuners.lora import LoraLayer, LoraModel
 
+    from .swap import swap
+
     registered = config._custom_modules
     config._custom_modules = {key: value for key, value in (registered or {}).items() if value is not _create}
     try:
@@ -112,52 +114,5 @@ def _create(target: nn.Module, adapter_name: str, config: "LoraConfig", **kwargs
     finally:
         config._custom_modules = registered
     if isinstance(layer, LoraLayer):
-        _swap(layer)
+        swap(layer)
     return layer
-
-
-def _classes() -> dict[type, type]:
-    """PEFT's classes and ours."""
-    from peft.tuners import lora
-
-    from .layers import AcceleratedLinear
-
-    classes: dict[type, type] = {lora.Linear: AcceleratedLinear}
-    bnb = sys.modules.get("peft.tuners.lora.bnb")  # PEFT imports it before it makes such a layer
-    if hasattr(bnb, "Linear4bit"):
-        from .layers_4bit import AcceleratedLinear4bit
-
-        classes[bnb.Linear4bit] = AcceleratedLinear4bit  # type: ignore[union-attr]
-    return classes
-
-
-def _swap(layer: Any) -> str | None:
-    """Change a layer of PEFT's into ours, if it is not one yet; the reason why it cannot be."""
-    from .layers import forward_is_replaced
-
-    classes = _classes()
-    if type(layer) not in classes and type(layer) not in classes.values():
-        known = " and ".join(f"lora.{theirs.__name__}" for theirs in classes)
-        return f"a lora.{type(layer).__name__}; {known} can be"
-    ours = classes.get(type(layer), type(layer))
-    inner = vars(layer).get("_old_forward")  # accelerate's hooks call this one, looked up at each call
-    if forward_is_replaced(layer) and getattr(inner, "__func__", None) is not type(layer).forward:
-        reason = "its forward was replaced on the instance, and the replacement does not call the class's forward"
-        warnings.warn(f"lora_kernels.accelerate: a {type(layer).__name__} is left as it is: {reason}", stacklevel=3)
-        return reason
-    _change_class(layer, ours)
-    return None
-
-
-def _change_class(layer: Any, new: Any) -> None:
-    """Give `layer` the class `new`, also where accelerate's hooks keep a bound forward of the old one."""
-    from .layers import CALLS
-
-    old = type(layer)
-    if old is new:
-        return
-    for name in ("forward", "_old_forward"):
-        if getattr(vars(layer).get(name), "__func__", None) is old.forward:
-            setattr(layer, name, types.MethodType(new.forward, layer))
-    layer.__class__ = new
-    vars(layer).pop(CALLS, None)

@@ -2,7 +2,7 @@
 
 from peft.tuners.lora.bnb import Linear4bit
 
-from .layers import Accelerated, ShownAsPeft
+from .linear import Accelerated, ShownAsPeft
 
 
 class AcceleratedLinear4bit(Accelerated, Linear4bit, metaclass=ShownAsPeft):

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from .console import Output, format_bytes
-
-OURS, PEFT = "lora_kernels", "PEFT eager"
+from ..bench.peers import OURS, PEFT
+from ..console import Output, format_bytes
 
 
 def plot(losses: list[float], held_out: dict[int, float], path: Path) -> Path:

@@ -6,22 +6,25 @@ different layer of the model must pass the correctness gate, and every loss must
 
 import functools
 import itertools
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..dtypes import dtype_name
-from ..models.config import LoRAConfig
-from . import model_step, peers, pretrained
-from .accuracy_gate import Problem, gate
-from .benchmark import Refusals, new_header, print_refusals
-from .console import CommandError, Output, format_bytes
-from .measure import held_bytes, interleaved, kernel_launches, peak_bytes, saved_bytes
-from .memory import check_rank, group_layers
-from .peers import BARE, BNB, HEADINGS, OURS, OURS_NF4, PEFT
+from ...dtypes import dtype_name
+from ...models.config import LoRAConfig
+from .. import model_step, pretrained
+from ..accuracy_gate import Problem, gate
+from ..console import Output
+from ..layer_shapes import check_rank, group_layers
+from ..measure import held_bytes, kernel_launches, peak_bytes, saved_bytes
+from ..timing import interleaved
+from . import peer_layers, peers
+from .header import Refusals, new_header, print_refusals
+from .model_rows import print_rows, times
+from .model_settings import Settings
+from .peers import BARE
 
 GATE_TOKENS = 256
 OTHERS = "not measured for a whole model; --quantize nf4 has bitsandbytes under PEFT"
@@ -30,39 +33,6 @@ CAPTION = (
     "to the embeddings. x PEFT: how many times faster than PEFT. saved: kept by autograd for the backward pass beyond the "
     "parameters. held: all that stays allocated after the forward pass, logits included. peak: allocated at once in the step."
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is timed: every combination of tokens, ranks and dropouts. length: tokens of one sequence, at most."""
-
-    model: Path
-    tokens: tuple[int, ...]
-    ranks: tuple[int, ...]
-    dropouts: tuple[float, ...]
-    dtype: torch.dtype
-    length: int
-    quantize: str | None = None  # "nf4": this package's 4-bit layers beside bitsandbytes' under PEFT
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """The variants beside the bare model: this package's and the peer's."""
-        return (OURS_NF4, BNB) if self.quantize else (OURS, PEFT)
-
-    def check(self) -> None:
-        """Raise CommandError for values that need no model to be seen as wrong."""
-        for option, values, low, high in (
-            ("--tokens", self.tokens, 2, 1 << 40),
-            ("--rank", self.ranks, 1, 1 << 20),
-            ("--dropout", self.dropouts, 0, 1),
-            ("--sequence-length", (self.length,), 2, 1 << 30),
-        ):
-            for value in values:
-                if not low <= value <= high:
-                    raise CommandError(f"{option}: got {value}, expected {low} to {high}")
-        if self.quantize not in (None, "nf4"):
-            raise CommandError(f"--quantize: got {self.quantize!r}, expected nf4, or no --quantize")
-        pretrained.check_directory(self.model)
 
 
 def run(
@@ -91,7 +61,7 @@ def run(
         if wrong:
             output.print(f"{case}: no times reported, the correctness gate failed", *wrong, sep="\n  ", markup=False)
         else:
-            _print_rows(case, new, output)
+            print_rows(case, new, output)
     output.print(CAPTION)
     return {"header": header, "rows": rows, "failures": failures, "peers_not_measured": refusals}
 
@@ -112,25 +82,19 @@ def measure(
         return [], wrong
     steps = {name: model_step.step(candidate, ids) for name, candidate in models.items()}
     timings = interleaved(steps, repeats, warmup=1, device=device)
+    about = {
+        "model": settings.model.name,
+        **{"tokens": ids.numel(), "sequence_length": ids.shape[1], "R": config.r, "p": config.lora_dropout},
+        "dtype": dtype_name(settings.dtype),
+    }
     rows = []
     for name, candidate in models.items():
         candidate.zero_grad(set_to_none=True)
-        forward, timing = functools.partial(model_step.loss, candidate, ids), timings[name]
+        forward = functools.partial(model_step.loss, candidate, ids)
         rows.append(
             {
-                "model": settings.model.name,
-                "tokens": ids.numel(),
-                "sequence_length": ids.shape[1],
-                "R": config.r,
-                "p": config.lora_dropout,
-                "dtype": dtype_name(settings.dtype),
-                "variant": name,
-                "median_s": timing.median,
-                "p20_s": timing.p20,
-                "p80_s": timing.p80,
-                "tokens_per_s": ids.numel() / timing.median,
-                "times_bare": timing.median / timings[BARE].median,
-                "faster_than": {peer: timings[peer].median / timing.median} if with_peft else {},
+                **about,
+                **times(name, timings, ids.numel(), peer if with_peft else None),
                 "saved_bytes": saved_bytes(forward, exclude=[ids, *candidate.buffers()]),
                 "held_bytes": held_bytes(forward, device),
                 "peak_bytes": peak_bytes(steps[name], device),
@@ -153,7 +117,7 @@ def _wrong(
     for group in groups:
         shape = min(GATE_TOKENS, ids.numel()), group.K, group.N, group.R
         problem = Problem.draw(*shape, config.lora_dropout, settings.dtype, device, seed).with_adapters(adapter)
-        problem, weight = peers.nf4_problem(problem) if settings.quantize else (problem, None)
+        problem, weight = peer_layers.nf4_problem(problem) if settings.quantize else (problem, None)
         reasons += [f"{name} {group.K}→{group.N}: {reason}" for reason in gate(problem, seed, weight=weight)]
     with torch.no_grad():
         for name, model in models.items():
@@ -161,22 +125,3 @@ def _wrong(
             if not abs(value) < float("inf"):
                 reasons.append(f"{name}: the loss is {value}")
     return reasons
-
-
-def _print_rows(case: str, rows: list[dict[str, Any]], output: Output) -> None:
-    cells = [
-        (
-            row["variant"],
-            f"{row['median_s'] * 1e3:,.1f}",
-            f"{row['p20_s'] * 1e3:,.1f}–{row['p80_s'] * 1e3:,.1f}",
-            f"{row['tokens_per_s']:,.0f}",
-            f"{row['times_bare']:.3f}",
-            *(f"{faster:.3f}" for faster in row["faster_than"].values()),
-            *(format_bytes(row[name]) for name in ("saved_bytes", "held_bytes", "peak_bytes")),
-            "" if row["launches"] is None else row["launches"],
-        )
-        for row in rows
-    ]
-    others = (HEADINGS[name] for name in rows[0]["faster_than"])
-    columns = ("variant", "median ms", "p20–p80", "tokens/s", "x bare", *others, "saved", "held", "peak", "launches")
-    output.table(case, columns, cells)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .console import CommandError
+from ..console import CommandError
 
 HELD_OUT_FRACTION = 0.1
 MAX_HELD_OUT_WINDOWS = 16

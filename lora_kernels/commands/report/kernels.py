@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends import nf4_paths as nf4_plan
-from .console import CommandError, Output
+from ...backends import nf4_paths as nf4_plan
+from ..console import CommandError, Output
 
-TABLE = Path(__file__).parents[1] / "backends/triton/kernels.json"
+TABLE = Path(__file__).parents[2] / "backends/triton/kernels.json"
 ISSUE = 132 * 128 * 1.7e9  # instructions per second: processors × lanes × clock, H100 and H200
 PRODUCTS = ("fused", "fused_tma", "nf4_product")
 MATRIX = 790e12  # bf16 multiply-adds ·2 per second that the vendor's product reaches on them
@@ -83,11 +83,11 @@ def choices(target: str) -> list[tuple[str, ...]]:
 
     The evidence is this machine's GPU's, or that of the devices of `target` whose measurements are in the package.
     """
-    from ..plan import load
+    from ...plan import load
 
     if isinstance(load("triton"), str):
         return []
-    from ..backends.triton import tuned
+    from ...backends.triton import tuned
 
     rows: list[tuple[str, ...]] = []
     for device, found in _measured(target).items():
@@ -99,7 +99,7 @@ def choices(target: str) -> list[tuple[str, ...]]:
 
 def measured_tiles(target: str) -> list[tuple[str, ...]]:
     """(kernel, dtypes, rank class, tile, evidence) that differ from the table's because a measurement says so."""
-    from ..plan import load
+    from ...plan import load
 
     if isinstance(load("triton"), str):
         return []
@@ -114,7 +114,7 @@ def _measured(target: str) -> dict[str, Any]:
     """device -> its measurements, for the GPUs here and the package's own files, of compute capability `target`."""
     import torch
 
-    from ..backends.triton import tuned
+    from ...backends.triton import tuned
 
     capability = divmod(int(target.removeprefix("sm_")), 10)
     names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())

@@ -4,22 +4,21 @@ One row per case and variant. A case whose outputs or gradients fail the correct
 """
 
 import functools
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..dtypes import dtype_name
-from ..plan import backend_report
-from . import peers
-from .accuracy_gate import gate, truth
-from .blocks import BlockProblem
-from .cases import FORWARD, Case, Suite
-from .console import Output, format_bytes
-from .environment import environment
-from .measure import Timing, cuda_graph, interleaved, kernel_launches, peak_bytes, saved_bytes
-from .peers import BARE, HEADINGS, Variant
+from ..accuracy_gate import gate, truth
+from ..blocks import BlockProblem
+from ..cases import FORWARD, Case, Suite
+from ..console import Output, first_line
+from ..measure import kernel_launches, peak_bytes, saved_bytes
+from ..timing import cuda_graph, interleaved
+from . import peer_layers, peers
+from .header import Refusals, new_header, print_refusals
+from .peers import Variant
+from .rows import new_row, print_case
 
 GRAPH_TOKENS = 512  # up to so many tokens launches cost more than kernels: on a GPU they are timed as CUDA graphs
 CAPTION = (
@@ -27,7 +26,6 @@ CAPTION = (
     "x PEFT and so on: how many times faster than that row. saved: kept by autograd for the backward pass beyond the inputs, "
     "parameters and buffers. peak: allocated at once in the call. launches: kernels, on a GPU; g: timed as a CUDA graph."
 )
-Refusals = list[dict[str, str]]
 
 
 def run(
@@ -57,7 +55,7 @@ def run(
             output.print(f"[bold red]{case}: no times reported, the correctness gate failed[/]")
             output.print("\n".join(f"  {reason}" for reason in wrong), markup=False)
         else:
-            _print_case(case, case_rows, output)
+            print_case(case, case_rows, output)
         print_refusals(refused, output)
         output.save_progress(result)
     output.print(CAPTION)
@@ -84,7 +82,7 @@ def measure_case(
         except Exception as error:  # another project's code: whatever it raises, the others are measured
             if name not in compare:
                 raise
-            new, reason = [], f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            new, reason = [], f"{type(error).__name__}: {first_line(error)}"
         variants += new
         if reason:
             refusals.append({"peer": name, "case": str(case), "reason": reason})
@@ -100,7 +98,7 @@ def _gate(variant: Variant, seed: int) -> list[str]:
     for layer in different.values():
         weight = None
         if variant.nf4:
-            layer, weight = peers.nf4_problem(layer)
+            layer, weight = peer_layers.nf4_problem(layer)
         reasons += [f"{variant.name}: {reason}" for reason in gate(layer, seed, truth(layer, seed), weight)]
     return reasons
 
@@ -119,7 +117,7 @@ def _measure(problem: BlockProblem, variants: list[Variant], device: torch.devic
     for variant in variants:
         step = steps[variant.name]
         kept = [*problem.inputs, *variant.module.parameters(), *variant.module.buffers()]
-        row = _row(case, variant, timings)
+        row = new_row(case, variant, timings)
         call = step if case.passes == FORWARD else functools.partial(variant.module, *problem.inputs)
         row["saved_bytes"] = saved_bytes(call, exclude=kept)
         row["peak_bytes"] = peak_bytes(step, device)
@@ -127,81 +125,3 @@ def _measure(problem: BlockProblem, variants: list[Variant], device: torch.devic
         row["cuda_graph"] = graphed[variant.name]
         rows.append(row)
     return rows
-
-
-def _row(case: Case, variant: Variant, timings: dict[str, Timing]) -> dict[str, Any]:
-    timing = timings[variant.name]
-    shape = case.shape
-    return {
-        "op": case.passes,
-        "block": shape.block,
-        **{"M": case.M, "K": shape.K, "N": shape.N, "kv": shape.kv or None, "R": case.R, "p": case.p},
-        "dtype": dtype_name(case.dtype),
-        "variant": variant.name,
-        "backend": _backend(variant),
-        "median_us": timing.median * 1e6,
-        "p20_us": timing.p20 * 1e6,
-        "p80_us": timing.p80 * 1e6,
-        "tflops": case.flops(adapted=variant.name != BARE) / timing.median * 1e-12,
-        "gbs": case.bytes() / timing.median * 1e-9,
-        "times_bare": timing.median / timings[BARE].median,
-        "faster_than": {name: other.median / timing.median for name, other in timings.items() if name in HEADINGS},
-    }
-
-
-def _backend(variant: Variant) -> str | None:
-    """The backend that computes `variant`; None for what is not this package's."""
-    if variant.ours is None:
-        return None
-    layer = next(iter(variant.ours.layers.values()))
-    weight = peers.nf4_problem(layer)[1] if variant.nf4 else layer.W
-    return next(row.backend for row in backend_report(layer.x, weight, layer.A, layer.B) if row.used)
-
-
-def new_header(device: torch.device, repeats: int, seed: int, output: Output) -> dict[str, Any]:
-    """What a run's numbers depend on, printed as one line."""
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    header = {**environment(), "device": _device_name(device), "time": started, "repeats": repeats, "seed": seed}
-    output.print(_header_line(header))
-    return header
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else environment()["cpu"]["name"]
-
-
-def _header_line(header: dict[str, Any]) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in header["packages"].items() if version)
-    return (
-        f"{header['device']} · Python {header['python']} · {packages} · "
-        f"lora_kernels {header['lora_kernels']} commit {header['commit']} · {header['cpu']['threads']} CPU threads"
-    )
-
-
-def print_refusals(refusals: Refusals, output: Output) -> None:
-    """A line for each peer that was asked for and not measured."""
-    for refusal in refusals:
-        case = "" if refusal["case"] == "all" else f" ({refusal['case']})"
-        output.print(f"peer not measured: {refusal['peer']}{case}: {refusal['reason']}", markup=False)
-
-
-def _print_case(case: Case, rows: list[dict[str, Any]], output: Output) -> None:
-    others = [name for name in HEADINGS if name in rows[0]["faster_than"]]
-    columns = ["variant", "backend", "median µs", "p20–p80", "TFLOP/s", "GB/s", "x bare", *(HEADINGS[name] for name in others)]
-    cells = [
-        (
-            row["variant"],
-            row["backend"] or "",
-            f"{row['median_us']:,.0f}{' g' if row['cuda_graph'] else ''}",
-            f"{row['p20_us']:,.0f}–{row['p80_us']:,.0f}",
-            f"{row['tflops']:.3g}",
-            f"{row['gbs']:.3g}",
-            f"{row['times_bare']:.2f}",
-            *(f"{row['faster_than'][name]:.2f}" for name in others),
-            format_bytes(row["saved_bytes"]),
-            format_bytes(row["peak_bytes"]),
-            "" if row["launches"] is None else row["launches"],
-        )
-        for row in rows
-    ]
-    output.table(f"{case.passes}, {case}", [*columns, "saved", "peak", "launches"], cells)

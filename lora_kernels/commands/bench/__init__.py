@@ -1,0 +1,1 @@
+"""`lora-kernels bench`: layers or a whole model, beside other implementations."""

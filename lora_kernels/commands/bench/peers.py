@@ -1,0 +1,124 @@
+"""What the benchmark times beside this package: `--compare NAME,...`, each on the same tensors and in the same run.
+
+peft           PEFT's layer, with adapters of x's dtype, and with float32 adapters (its default) over a 16-bit base
+peft-compile   the same under torch.compile, adapters of x's dtype
+unsloth-style  the order of operations of Unsloth's LoRA_W, LoRA_QKV and LoRA_MLP (unsloth_order.py); no dropout
+bnb            bitsandbytes' Linear4bit (NF4, nested absmax) under PEFT, and this package over the same 4-bit weights
+lorafusion     LoRAFusion's Triton kernels from the checkout that `--lorafusion DIR` names
+
+The bare frozen linear is always there. A peer that cannot run is listed with the reason.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from ..accuracy_gate import Problem
+from ..blocks import Block, BlockProblem
+from ..cases import BOTH, Case
+from ..console import CommandError
+from . import peer_layers
+
+PEERS = ("peft", "peft-compile", "unsloth-style", "bnb", "lorafusion")
+BARE, OURS = "bare frozen linear", "lora_kernels"
+OURS_FP32, OURS_NF4 = "lora_kernels, fp32 adapters", "lora_kernels, NF4"
+PEFT, PEFT_FP32, PEFT_COMPILED = "PEFT eager", "PEFT eager, fp32 adapters", "PEFT compiled"
+UNSLOTH, BNB, LORAFUSION = "Unsloth's order", "bitsandbytes NF4 + PEFT", "LoRAFusion"
+HEADINGS = {  # of the columns "times faster than"
+    PEFT: "x PEFT",
+    PEFT_FP32: "x PEFT fp32",
+    PEFT_COMPILED: "x compiled",
+    UNSLOTH: "x Unsloth",
+    BNB: "x bnb",
+    LORAFUSION: "x LoRAFusion",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a case: a module over the case's tensors. ours: it is this package's, over these layers."""
+
+    name: str
+    module: nn.Module
+    ours: BlockProblem | None = None
+    nf4: bool = False
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """The peers of "peft,bnb", "none" or "all". Raises CommandError for an unknown name."""
+    names = {"none": (), "all": PEERS}.get(text) or tuple(name.strip() for name in text.split(",") if text != "none")
+    for name in names:
+        if name not in PEERS:
+            raise CommandError(f"--compare: got {name!r}, expected none, all, or some of {', '.join(PEERS)}")
+    return names
+
+
+def why_not(name: str, lorafusion: Path | None = None) -> str | None:
+    """None if peer `name` is installed, otherwise the reason that it is not measured in this run."""
+    if name in ("peft", "peft-compile"):
+        return _missing("peft")
+    if name == "bnb":
+        return _missing("peft") or _missing("bitsandbytes")
+    if name == "lorafusion":
+        if lorafusion is None:
+            return "no checkout given; pass --lorafusion DIR"
+        if not (lorafusion / "lorafusion" / "ops").is_dir():
+            return f"--lorafusion: {lorafusion} has no folder lorafusion/ops"
+        return None if torch.cuda.is_available() else "its kernels need a CUDA device"
+    return None
+
+
+def why_not_here(name: str, case: Case) -> str | None:
+    """None if peer `name` has a path for `case`, otherwise the reason."""
+    if name == "unsloth-style" and case.p > 0 and case.passes == BOTH:
+        return "its fused path has no dropout: it leaves this case to PEFT"
+    return None
+
+
+def variants(name: str, problem: BlockProblem, lorafusion: Path | None = None) -> list[Variant]:
+    """The rows of peer `name`, or of "bare" or "ours", over `problem`'s tensors."""
+    wide = None if problem.case.dtype == torch.float32 else problem.map(lambda layer: layer.with_adapters(torch.float32))
+    if name == "bare":
+        return [_variant(BARE, problem, peer_layers.frozen)]
+    if name == "ours":
+        rows = [_variant(OURS, problem, peer_layers.ours, problem)]
+        return rows + ([_variant(OURS_FP32, wide, peer_layers.ours, wide)] if wide else [])
+    if name == "peft":
+        return [_variant(PEFT, problem, peer_layers.peft)] + ([_variant(PEFT_FP32, wide, peer_layers.peft)] if wide else [])
+    if name == "peft-compile":
+        torch._dynamo.reset()  # of other cases' shapes, which would count as recompilations
+        eager = _variant(PEFT_COMPILED, problem, peer_layers.peft)
+        return [replace(eager, module=torch.compile(eager.module, dynamic=False))]  # type: ignore[arg-type]
+    if name == "unsloth-style":
+        return [Variant(UNSLOTH, peer_layers.UnslothBlock(problem).train())]
+    if name == "bnb":
+        return [
+            _variant(BNB, problem, peer_layers.bnb),
+            replace(_variant(OURS_NF4, problem, peer_layers.ours_nf4, problem), nf4=True),
+        ]
+    kernels = _lorafusion(lorafusion)
+    return [_variant(LORAFUSION, problem, lambda layer: peer_layers.LoRAFusionLinear(layer, kernels))]
+
+
+def _variant(
+    name: str, problem: BlockProblem, build: Callable[[Problem], nn.Module], ours: BlockProblem | None = None
+) -> Variant:
+    layers = {key: build(layer) for key, layer in problem.layers.items()}
+    return Variant(name, Block(problem.case.shape.block, layers).train(), ours)
+
+
+def _missing(package: str) -> str | None:
+    return None if importlib.util.find_spec(package) else f"not installed; run `pip install {package}`"
+
+
+def _lorafusion(folder: Path | None) -> ModuleType:
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    return importlib.import_module("lorafusion.ops.lora_v1")

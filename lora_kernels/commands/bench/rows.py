@@ -1,0 +1,64 @@
+"""One row of the benchmark of layers, as data and as a line of the table."""
+
+from typing import Any
+
+from ...dtypes import dtype_name
+from ...plan import backend_report
+from ..cases import Case
+from ..console import Output, format_bytes
+from ..timing import Timing
+from . import peer_layers
+from .peers import BARE, HEADINGS, Variant
+
+
+def new_row(case: Case, variant: Variant, timings: dict[str, Timing]) -> dict[str, Any]:
+    """What JSON holds of one variant of a case: how it was measured, its time, and the rates that follow."""
+    timing = timings[variant.name]
+    shape = case.shape
+    return {
+        "op": case.passes,
+        "block": shape.block,
+        **{"M": case.M, "K": shape.K, "N": shape.N, "kv": shape.kv or None, "R": case.R, "p": case.p},
+        "dtype": dtype_name(case.dtype),
+        "variant": variant.name,
+        "backend": _backend(variant),
+        "median_us": timing.median * 1e6,
+        "p20_us": timing.p20 * 1e6,
+        "p80_us": timing.p80 * 1e6,
+        "tflops": case.flops(adapted=variant.name != BARE) / timing.median * 1e-12,
+        "gbs": case.bytes() / timing.median * 1e-9,
+        "times_bare": timing.median / timings[BARE].median,
+        "faster_than": {name: other.median / timing.median for name, other in timings.items() if name in HEADINGS},
+    }
+
+
+def _backend(variant: Variant) -> str | None:
+    """The backend that computes `variant`; None for what is not this package's."""
+    if variant.ours is None:
+        return None
+    layer = next(iter(variant.ours.layers.values()))
+    weight = peer_layers.nf4_problem(layer)[1] if variant.nf4 else layer.W
+    return next(row.backend for row in backend_report(layer.x, weight, layer.A, layer.B) if row.used)
+
+
+def print_case(case: Case, rows: list[dict[str, Any]], output: Output) -> None:
+    """The case's table."""
+    others = [name for name in HEADINGS if name in rows[0]["faster_than"]]
+    columns = ["variant", "backend", "median µs", "p20–p80", "TFLOP/s", "GB/s", "x bare", *(HEADINGS[name] for name in others)]
+    cells = [
+        (
+            row["variant"],
+            row["backend"] or "",
+            f"{row['median_us']:,.0f}{' g' if row['cuda_graph'] else ''}",
+            f"{row['p20_us']:,.0f}–{row['p80_us']:,.0f}",
+            f"{row['tflops']:.3g}",
+            f"{row['gbs']:.3g}",
+            f"{row['times_bare']:.2f}",
+            *(f"{row['faster_than'][name]:.2f}" for name in others),
+            format_bytes(row["saved_bytes"]),
+            format_bytes(row["peak_bytes"]),
+            "" if row["launches"] is None else row["launches"],
+        )
+        for row in rows
+    ]
+    output.table(f"{case.passes}, {case}", [*columns, "saved", "peak", "launches"], cells)

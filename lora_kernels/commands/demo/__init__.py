@@ -1,0 +1,1 @@
+"""`lora-kernels demo`: fine-tuning of a small model."""

@@ -1,0 +1,1 @@
+"""`lora-kernels memory`: bytes of training."""

@@ -1,0 +1,1 @@
+"""`lora-kernels report`: what runs where."""

@@ -1,0 +1,1 @@
+"""`lora-kernels tune`: the measurements that dispatch follows."""

@@ -1,0 +1,97 @@
+"""Tiles: the candidates of each kernel, their times, and the choice."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ...plan import use_backend
+from ..accuracy_gate import gate
+from ..timing import interleaved
+from . import calls
+
+KEEP = 0.98  # another tile than the table's must take at most this part of its time
+FIELDS = ("rows", "columns", "warps", "stages", "depth")  # of the candidates; the table's own tile is always tried too
+CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "project": ((64, 64, 8, 4), (64, 128, 8, 3), (64, 128, 4, 3), (128, 64, 8, 3), (32, 128, 4, 4), (64, 256, 8, 3)),
+    "prefill": ((64, 128, 4), (128, 128, 8), (64, 256, 8), (32, 256, 4), (128, 64, 8)),
+    "grad_dy": ((32, 128, 8, 3), (64, 128, 8, 3), (64, 256, 8, 2), (32, 256, 8, 3), (64, 128, 4, 3)),
+    "grad_x": ((32, 128, 8, 3), (64, 128, 8, 2), (64, 64, 8, 3), (32, 256, 8, 2), (64, 128, 4, 2)),
+    "fused": ((128, 128, 8, 4, 32), (128, 256, 8, 3, 64), (64, 256, 8, 3, 64), (64, 128, 4, 4, 64)),
+    "fused_tma": ((128, 256, 8, 4, 64), (128, 128, 8, 4, 64), (256, 128, 8, 3, 64), (128, 128, 4, 4, 64)),
+}
+
+
+def candidate_tiles(kernel: str, arithmetic: str, rank: int) -> list[Any]:
+    """The table's own tile, then the others that are legal."""
+    from ...backends.triton.tuned import Tile, illegal
+    from ...backends.triton.tuning import TILES
+
+    own = TILES[kernel, arithmetic, rank]
+    others = [Tile(**dict(zip(FIELDS, numbers, strict=False)), tma=own.tma) for numbers in CANDIDATES[kernel]]
+    return [own, *(tile for tile in others if tile != own and illegal(kernel, arithmetic, tile) is None)]
+
+
+def time_tiles(
+    kernel: str, arithmetic: str, rank: int, options: list[Any], sizes: calls.Sizes, device: torch.device
+) -> dict[Any, float]:
+    """tile -> median seconds of the kernel at M tokens; tiles that do not compile are left out."""
+    from ...backends.triton.tuning import compile_failure, trial
+
+    problem = calls.draw(sizes.M, sizes.width, sizes.width, calls.RANK[rank], arithmetic, device)
+    call = calls.kernel_call(kernel, problem)
+
+    def with_tile(tile: Any) -> Callable[[], None]:
+        def run() -> None:
+            trial[kernel] = tile
+            try:
+                call()
+            finally:
+                trial.pop(kernel, None)
+
+        return run
+
+    timed = {}
+    for tile in options:
+        try:
+            with_tile(tile)()
+            timed[tile] = with_tile(tile)
+        except Exception as error:
+            if compile_failure(error) is None:
+                raise
+    named = {str(number): fn for number, fn in enumerate(timed.values())}
+    timings = interleaved(named, sizes.repeats, warmup=3, device=device)
+    return {tile: timings[str(number)].median for number, tile in enumerate(timed)}
+
+
+def choose_tile(
+    kernel: str, arithmetic: str, rank: int, options: list[Any], seconds: dict[Any, float], device: torch.device
+) -> dict[str, Any] | None:
+    """The fastest tile whose results pass the gate; the table's own unless another is ahead of it by more than noise."""
+    from ...backends.triton.tuning import trial
+
+    own = options[0]
+    ahead = [tile for tile in options if tile in seconds and seconds[tile] <= KEEP * seconds.get(own, float("inf"))]
+    for tile in [*sorted(ahead, key=seconds.__getitem__), own]:
+        if tile not in seconds:
+            continue
+        problem = calls.draw(384, 512, 384, calls.RANK[rank], arithmetic, device)
+        trial.update({kernel: tile, **({"dataflow": "fused"} if kernel.startswith("fused") else {})})
+        try:
+            with use_backend("triton"):
+                wrong = gate(problem, calls.SEED)
+        finally:
+            trial.clear()
+        if not wrong:
+            microseconds = {label(option): 1e6 * value for option, value in seconds.items()}
+            about = {"kernel": kernel, "arithmetic": arithmetic, "rank": rank}
+            return {**about, "tile": asdict(tile), "us": 1e6 * seconds[tile], "measured_us": microseconds}
+    return None
+
+
+def label(tile: Any) -> str:
+    """64x128 w8s4, with a product's depth: 128x256x64 w8s3."""
+    fields = tile if isinstance(tile, dict) else asdict(tile)
+    sizes = [fields["rows"], fields["columns"], *([fields["depth"]] if fields["depth"] else [])]
+    return f"{'x'.join(map(str, sizes))} w{fields['warps']}s{fields['stages']}"

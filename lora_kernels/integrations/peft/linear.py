@@ -1,0 +1,80 @@
+"""PEFT's LoRA layers with this package's forward: y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ + c.
+
+Only `forward` differs from PEFT's classes, so an existing layer changes its class and keeps its parameters, keys and methods.
+Each call looks for a reason against it first; where there is one, PEFT's own forward computes, and the reason is counted.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...functional.linear import lora_linear
+from ...layers.frozen_weight import is_linear4bit
+from ...layers.linear import bias_sum
+from ...nf4.weight import NF4Weight
+from .parts import Parts, fast_parts, quant_state
+from .refusals import why_not_tensors
+
+FAST = "fast"
+CALLS = "_lora_kernels_calls"  # the layer's counter: how many calls went fast, and why others did not
+
+
+class ShownAsPeft(type(lora.Linear)):  # type: ignore[misc]
+    """Prints the class as PEFT's own, so that PEFT's messages about a layer read as they did."""
+
+    def __repr__(cls) -> str:
+        return repr(cls.__bases__[-1])
+
+
+class Accelerated:
+    """The forward of both classes; it stands before PEFT's class in the order of methods."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parts = "extra arguments" if args or kwargs else fast_parts(self)
+        if not isinstance(parts, str):
+            parts = why_not_tensors(self, parts, x) or parts
+        _count(self, parts)
+        return super().forward(x, *args, **kwargs) if isinstance(parts, str) else compute(x, parts)  # type: ignore[misc]
+
+    def _get_name(self) -> str:
+        return type(self).__name__.removeprefix("Accelerated")  # shown as "lora.Linear(", which tools look for
+
+    def extra_repr(self) -> str:
+        return "accelerated by lora_kernels"
+
+
+class AcceleratedLinear(Accelerated, lora.Linear, metaclass=ShownAsPeft):
+    """peft.tuners.lora.Linear over nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit, computed by lora_linear."""
+
+
+def compute(x: Tensor, parts: Parts) -> Tensor:
+    """y = x·Wᵀ + s·(drop(x)·Aᵀ·Bᵀ + b) + c as a fresh tensor; b is PEFT's lora_bias."""
+    base, lora_A, lora_B, dropout, scaling = parts
+    four_bit = is_linear4bit(base)
+    weight = nf4_weight(base) if four_bit else base.weight.T if isinstance(base, Conv1D) else base.weight
+    y = lora_linear(
+        x,
+        weight,
+        lora_A.weight,
+        lora_B.weight,
+        bias_sum(base.bias, lora_B.bias, scaling, weight.dtype),
+        scaling=scaling,
+        dropout_p=dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
+    )
+    return y.to(x.dtype) if four_bit else y  # Linear4bit returns x's dtype under autocast too
+
+
+def nf4_weight(base: Any) -> NF4Weight:
+    """The weight of bitsandbytes' Linear4bit, its bytes shared."""
+    return NF4Weight.from_bnb(base.weight, quant_state(base))
+
+
+def _count(layer: LoraLayer, parts: Parts | str) -> None:
+    """Not while a compiler traces: it would make the number a part of the graph."""
+    if not torch.compiler.is_compiling():
+        vars(layer).setdefault(CALLS, Counter())[parts if isinstance(parts, str) else FAST] += 1

@@ -1,0 +1,67 @@
+"""What a LoRA layer of PEFT's computes with, or the reason in its present state why PEFT's own forward has to compute."""
+
+from typing import Any, NamedTuple
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.pytorch_utils import Conv1D
+
+from ...layers.frozen_weight import is_linear4bit
+
+
+class Parts(NamedTuple):
+    """What one plain adapter of a layer computes with."""
+
+    base: Any  # nn.Linear or Conv1D
+    lora_A: Any  # nn.Linear
+    lora_B: Any  # nn.Linear
+    dropout: Any  # nn.Dropout or nn.Identity
+    scaling: float | Tensor
+
+
+def fast_parts(layer: LoraLayer) -> Parts | str:
+    """What `compute` takes, or the reason in the layer's present state why PEFT's own forward has to compute."""
+    if layer.disable_adapters:
+        return "adapters are disabled"
+    if layer.merged:
+        return "adapters are merged"
+    adapters = layer.lora_A
+    names = [name for name in layer.active_adapters if name in adapters]
+    if len(names) != 1:
+        return "several active adapters" if names else "no active adapter"
+    name = names[0]
+    if name in layer.lora_variant:
+        return f"the variant {type(layer.lora_variant[name]).__name__}"
+    parts = Parts(layer.base_layer, adapters[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name])
+    return _why_not_modules(parts) or parts
+
+
+def _why_not_modules(parts: Parts) -> str | None:
+    base, lora_A, lora_B, dropout, _ = parts
+    if type(base).forward not in (nn.Linear.forward, Conv1D.forward) and not is_linear4bit(base):
+        return f"the base layer is a {type(base).__name__}"
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+        return f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}"
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        return f"lora_dropout is a {type(dropout).__name__}"
+    for part, module in zip(Parts._fields, parts[:4], strict=False):
+        if forward_is_replaced(module):
+            return f"{part}'s forward was replaced on the instance"
+        if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+            return f"{part} has hooks"
+    return "global module hooks" if torch_module._has_any_global_hook() else None
+
+
+def forward_is_replaced(module: nn.Module) -> bool:
+    """Whether an instance attribute hides the class's forward, as accelerate's hooks and X-LoRA do.
+
+    accelerate leaves the class's own forward there, bound, when it removes a hook.
+    """
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def quant_state(base: Any) -> Any:
+    """Of a Linear4bit: at its weight, or where FSDP has replaced that, at the layer. None before it is quantised."""
+    return getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)

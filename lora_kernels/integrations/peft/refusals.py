@@ -1,0 +1,84 @@
+"""The reasons in the tensors of a call why PEFT's own forward has to compute; `AccelerationReport.calls` counts them."""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...layers.frozen_weight import is_linear4bit
+from ...operation import FLOATS
+from .parts import Parts, quant_state
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+def why_not_tensors(layer: LoraLayer, parts: Parts, x: Tensor) -> str | None:
+    base, lora_A, lora_B, _, scaling = parts
+    W, c, A, B, b = base.weight, base.bias, lora_A.weight, lora_B.weight, lora_B.bias
+    four_bit = is_linear4bit(base)
+    for t in (x, A, B, c, b) if four_bit else (x, W, A, B, c, b):
+        if t is None:
+            continue
+        if type(t) not in PLAIN:
+            return f"a {type(t).__name__} among the tensors"
+        if t.dtype not in FLOATS:
+            return f"a tensor of {t.dtype}"
+        if t.device != W.device:
+            return "tensors on different devices"
+    if W.requires_grad:
+        return "the base weight is trained"
+    if lora_A.bias is not None:
+        return "lora_A has a bias"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms"
+    (K, N), R = (layer.in_features, layer.out_features), A.shape[0]
+    shape = W.shape if not four_bit else (N, K)
+    if shape != ((K, N) if isinstance(base, Conv1D) else (N, K)) or A.shape != (R, K) or B.shape != (N, R):
+        return "parameters are sharded, or have other shapes than the layer's"
+    if x.ndim == 0 or x.shape[-1] != K:
+        return "x does not have in_features columns"
+    if A.dtype != B.dtype:
+        return "lora_A and lora_B differ in dtype"
+    if x.dtype != A.dtype and not layer.cast_input_dtype_enabled:
+        return "casting of the input is disabled"
+    why_not_base = _why_not_4bit(base, x) if four_bit else _why_not_dtypes(x, W, c)
+    return why_not_base or _why_not_scaling(scaling, x.device)
+
+
+def _why_not_4bit(base: Any, x: Tensor) -> str | None:
+    state = quant_state(base)
+    if state is None or type(base.weight).__name__ not in ("Params4bit", "Parameter"):
+        return f"the 4-bit weight is a {type(base.weight).__name__} that is not quantised"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "bitsandbytes repacked the 4-bit weight for its CPU kernel"
+    if base.weight.numel() * base.weight.element_size() != (state.shape.numel() + 1) // 2:
+        return "the 4-bit weight is sharded"
+    if x.dtype == torch.float64:
+        return "x is float64 over a 4-bit weight"
+    if not base.compute_type_is_set:  # bitsandbytes does so at the first call
+        base.set_compute_type(x)
+        base.compute_type_is_set = True
+    if torch.is_autocast_enabled(x.device.type) or base.compute_dtype in (None, x.dtype):
+        return None
+    # PEFT computes its adapter from x as it is. A CPU does the whole layer in float32 as fast as in 16 bits; a GPU would not.
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        return None
+    return "the 4-bit layer's compute_dtype is not x's dtype"
+
+
+def _why_not_dtypes(x: Tensor, W: Tensor, c: Tensor | None) -> str | None:
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, W.dtype)
+    if not autocast and (x.dtype != W.dtype or (c is not None and c.dtype != W.dtype)):
+        return "x, weight and bias differ in dtype"
+    return None
+
+
+def _why_not_scaling(scaling: Any, device: torch.device) -> str | None:
+    if isinstance(scaling, (int, float)):
+        return None
+    if type(scaling) not in PLAIN:
+        return f"scaling is a {type(scaling).__name__}"
+    fits = scaling.ndim == 0 and scaling.is_floating_point() and scaling.device in (device, torch.device("cpu"))
+    return None if fits and not scaling.requires_grad else "scaling is no constant 0-d tensor"

@@ -1,0 +1,50 @@
+"""The change of class between PEFT's LoRA layers and their accelerated forms; importing this needs peft."""
+
+import sys
+import types
+import warnings
+from typing import Any
+
+from peft.tuners import lora
+
+from .linear import CALLS, AcceleratedLinear
+from .parts import forward_is_replaced
+
+
+def classes() -> dict[type, type]:
+    """PEFT's classes and ours."""
+    found: dict[type, type] = {lora.Linear: AcceleratedLinear}
+    bnb = sys.modules.get("peft.tuners.lora.bnb")  # PEFT imports it before it makes such a layer
+    if hasattr(bnb, "Linear4bit"):
+        from .linear_4bit import AcceleratedLinear4bit
+
+        found[bnb.Linear4bit] = AcceleratedLinear4bit  # type: ignore[union-attr]
+    return found
+
+
+def swap(layer: Any) -> str | None:
+    """Change a layer of PEFT's into ours, if it is not one yet; the reason why it cannot be."""
+    known = classes()
+    if type(layer) not in known and type(layer) not in known.values():
+        names = " and ".join(f"lora.{theirs.__name__}" for theirs in known)
+        return f"a lora.{type(layer).__name__}; {names} can be"
+    ours = known.get(type(layer), type(layer))
+    inner = vars(layer).get("_old_forward")  # accelerate's hooks call this one, looked up at each call
+    if forward_is_replaced(layer) and getattr(inner, "__func__", None) is not type(layer).forward:
+        reason = "its forward was replaced on the instance, and the replacement does not call the class's forward"
+        warnings.warn(f"lora_kernels.accelerate: a {type(layer).__name__} is left as it is: {reason}", stacklevel=3)
+        return reason
+    change_class(layer, ours)
+    return None
+
+
+def change_class(layer: Any, new: Any) -> None:
+    """Give `layer` the class `new`, also where accelerate's hooks keep a bound forward of the old one."""
+    old = type(layer)
+    if old is new:
+        return
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(layer).get(name), "__func__", None) is old.forward:
+            setattr(layer, name, types.MethodType(new.forward, layer))
+    layer.__class__ = new
+    vars(layer).pop(CALLS, None)
