@@ -14,7 +14,7 @@ demo: $(READY)  ## fine-tune a small language model; ARGS="--steps 100 --text FI
 test: $(READY)  ## the whole test suite; ARGS="-k dropout"
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 $(ARGS)
 
-test-oldest test-newest: test-%:  ## the suite on the oldest and the newest torch supported, of 8 GB each, in virtual environments of their own
+test-oldest test-newest: test-%:  ## the suite on the oldest and the newest torch supported, in virtual environments of 6 to 8 GB
 	$(MAKE) test VENV=.venv-$* PINS=$*
 
 lint: $(READY)  ## format, lint and types, as CI checks them
