@@ -1,4 +1,4 @@
-"""The two extensions; everything else about the package is in pyproject.toml.
+"""The two extensions and the license; everything else about the package is in pyproject.toml.
 
 lora_kernels._cpu, loops on a CPU (csrc/cpu), is built where a C++ compiler is, and left out where that fails.
 lora_kernels._C, the CUDA kernels, is built where nvcc is (in CUDA_HOME, or on the PATH), and the decision is printed.
@@ -14,6 +14,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -103,6 +104,13 @@ def ninja_file(families: tuple[str, ...], target: Path) -> str:
 class Build(build_ext):
     """For _C runs ninja over csrc: setuptools knows no CUDA, and its own compiler no dependencies."""
 
+    def run(self) -> None:
+        # What an earlier build left here would go into the wheel, although it is not asked for or fails now.
+        for name in (CUDA, CPU):
+            for library in Path(self.build_lib).glob(f"{name.replace('.', '/')}.*"):
+                library.unlink()
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         if ext.name != CUDA:
             return super().build_extension(ext)
@@ -137,4 +145,5 @@ def extensions() -> list[Extension]:
 
 
 FAMILIES_TO_BUILD = decide()
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+LICENSE = "license_expression" if int(setuptools.__version__.split(".")[0]) >= 77 else "license"
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build}, **{LICENSE: "Apache-2.0"})

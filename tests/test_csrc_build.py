@@ -6,7 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -34,12 +37,12 @@ def built() -> Path:
 # ---- setup.py ----
 
 
-def setup_py(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def setup_py(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     env = {
         name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH", "LORA_KERNELS_BUILD_CUDA")
     }
     command = [sys.executable, "setup.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**env, **environment}, check=False)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**env, **environment}, check=False)
 
 
 def test_without_nvcc_it_is_skipped_and_says_why(tmp_path: Path) -> None:
@@ -102,6 +105,39 @@ def test_the_source_distribution_holds_csrc(tmp_path: Path) -> None:
     assert sources | {"setup.py", "pyproject.toml"} <= names
 
 
+def test_libraries_of_an_earlier_build_are_not_packed(tmp_path: Path) -> None:
+    """Neither from the build's folder, where one is not asked for now and one fails, nor from beside the sources."""
+    tree, packed = tmp_path / "tree", tmp_path / "packed"
+    for name in ("csrc", "lora_kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tree)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    for folder in (tree / "lib/lora_kernels", tree / "lora_kernels"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("_C", "_cpu"):
+            (folder / f"{name}{suffix}").write_text("stale")
+    commands = ("build", "--build-lib", "lib", "install_lib", "--no-compile", "-d", str(packed))
+    result = setup_py(*commands, cwd=tree, LORA_KERNELS_BUILD_CUDA="0", CC="false", CXX="false")
+    assert result.returncode == 0, result.stderr
+    files = {str(file.relative_to(packed)) for file in packed.rglob("*") if file.is_file()}
+    sources = [file for file in (ROOT / "lora_kernels").rglob("*") if file.suffix in (".py", ".json")]
+    assert files == {str(file.relative_to(ROOT)) for file in sources}
+
+
+@pytest.mark.parametrize("which", ["installed", "bundled with Python"])
+def test_old_and_new_setuptools_read_the_license(which: str, tmp_path: Path) -> None:
+    environment, field = {}, "License-Expression" if int(version("setuptools").split(".")[0]) >= 77 else "License"
+    if which != "installed":  # Python 3.11 and older bring one of 2022
+        bundled = Path(pytest.importorskip("ensurepip").__file__).parent / "_bundled"
+        wheel = next(bundled.glob("setuptools-*.whl"), None) or pytest.skip("this Python brings no setuptools")
+        zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+        environment, field = {"PYTHONPATH": str(tmp_path / "site")}, "License"
+    result = setup_py("-q", "egg_info", "-e", str(tmp_path), LORA_KERNELS_BUILD_CUDA="0", **environment)
+    assert result.returncode == 0, result.stderr
+    assert f"\n{field}: Apache-2.0\n" in next(tmp_path.glob("*.egg-info/PKG-INFO")).read_text(encoding="utf-8")
+
+
 # ---- the machine code ----
 
 
@@ -141,7 +177,7 @@ def test_every_kernel_for_every_family_without_spills() -> None:
 def test_decoding_costs_what_the_plan_counts(tmp_path: Path) -> None:
     """Instructions per weight in the skinny product's loop on sm_90: 5.4 fit under the bytes of plain absmax, 4.9 of nested."""
     library, tools = built(), Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin"
-    subprocess.run([tools / "cuobjdump", "-xelf", "sm_90.", library], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([tools / "cuobjdump", "-xelf", "sm_90", library], cwd=tmp_path, check=True, capture_output=True)
     listings = [
         subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
         for cubin in tmp_path.glob("*.cubin")

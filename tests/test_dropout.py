@@ -116,10 +116,11 @@ def test_seed_as_tensor_and_int_agree():
     assert not torch.equal(dropout_mask(9, 9, 0.5, 1), dropout_mask(9, 9, 0.5, 2))
 
 
-def test_in_a_compiled_graph(device):
-    compiled = torch.compile(lambda seed: dropout_mask(5, 21, 0.3, seed), fullgraph=True)
-    seed = torch.tensor(SEED, device=device)
-    assert torch.equal(compiled(seed), dropout_mask(5, 21, 0.3, seed))
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_in_a_compiled_graph(p, device):
+    compiled = torch.compile(lambda seed: dropout_mask(5, 21, p, seed, offset=1 << 40), fullgraph=True)
+    for seed in torch.tensor([SEED, -1], device=device):
+        assert torch.equal(compiled(seed), dropout_mask(5, 21, p, seed, offset=1 << 40))
 
 
 @pytest.mark.parametrize(
