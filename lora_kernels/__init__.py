@@ -1,6 +1,7 @@
 """LoRA linear layers that cost almost nothing beyond their frozen base layer: y = x·Wᵀ + (α/r)·drop(x)·Aᵀ·Bᵀ + c."""
 
-from .functional.linear import lora_linear
+from .functional.linear import backend_report, lora_linear
+from .functional.nf4 import dequantize_nf4, quantize_nf4
 from .integrations.peft import AccelerationReport, accelerate, accelerated, restore
 from .layers.linear import LoRALinear
 from .mask import dropout_mask
@@ -12,8 +13,9 @@ from .models.parameters import lora_parameters, lora_plus_param_groups
 from .models.state_dict import load_lora_state_dict, lora_state_dict
 from .models.surgery import add_lora, remove_lora
 from .models.switching import set_adapter
-from .nf4.weight import NF4Weight, dequantize_nf4, quantize_nf4
-from .plan import backend_report, use_backend
+from .nf4 import NF4Weight
+from .plan import use_backend
+from .values import LoRAWeights
 
 __version__ = "0.1.0"
 
@@ -21,6 +23,7 @@ __all__ = [
     "AccelerationReport",
     "LoRAConfig",
     "LoRALinear",
+    "LoRAWeights",
     "NF4Weight",
     "accelerate",
     "accelerated",

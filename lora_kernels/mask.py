@@ -104,13 +104,9 @@ class KeepRows:
     def __init__(self, K: int, p: float, seed: Tensor, *, offset: int = 0, dtype: torch.dtype = torch.bool):
         self.K, self.threshold, self.seed, self.offset, self.dtype = K, threshold(p), seed, offset, dtype
 
-    def memory(self, use: str, size: int, dtype: torch.dtype) -> Tensor:
-        """`scratch`, but in a graph fresh: torch 2.8 traces no thread's memory, and up to 2.11 no view of bytes as bool."""
-        return self.seed.new_empty(size, dtype=dtype) if torch.compiler.is_compiling() else scratch(use, size, dtype, self.seed)
-
     def __call__(self, rows: slice) -> Tensor:
         M, device = rows.stop - rows.start, self.seed.device
-        keep = self.memory("keep", M * self.K, self.dtype).view(M, self.K)
+        keep = scratch("keep", M * self.K, self.dtype, self.seed).view(M, self.K)
         if cpu_extension.takes(self.seed):
             cpu_extension.extension.keep_rows(
                 keep.data_ptr(),
@@ -129,8 +125,8 @@ class KeepRows:
         column = torch.arange(-(-self.K // LANES), device=device)
         row = torch.arange(rows.start, rows.stop, device=device)[:, None]
         offset_low, offset_high = (torch.full((), half, device=device) for half in (self.offset & _LOW, self.offset >> 32))
-        work = self.memory("philox", 6 * M * len(column), torch.int64).view(6, M, len(column))
-        words = self.memory("words", 4 * M * len(column), torch.int32).view(M, len(column), 4)
+        work = scratch("philox", 6 * M * len(column), torch.int64, self.seed).view(6, M, len(column))
+        words = scratch("words", 4 * M * len(column), torch.int32, self.seed).view(M, len(column), 4)
         for i, word in enumerate(philox((column, row, offset_low, offset_high), self.seed, work)):
             words[..., i] = word  # its low half
         words.bitwise_xor_(-0x7FFF8000)  # flips bits 15 and 31: signed 16-bit lanes then compare as unsigned ones

@@ -1,222 +1,288 @@
-"""The two operations every backend provides, checked once and registered with torch.library.
+"""What an operation is, and the one way from a call to a backend and to autograd, for every operation.
 
-    lora_forward   equations 1, 2     (x, W, A, B, s, c, dropout) -> y, h
-    lora_backward  equations 3 to 6   (dy, x, W, A, B, h, s, dropout, needs) -> dx, dA, dB, dc
+In eager mode a call chooses its plan once and autograd keeps it: the backward pass runs where the forward pass ran, in any
+thread and under any `use_backend`. `torch.compile` and `torch.export` see two registered operators per operation,
 
-Either weight is dense or an NF4Weight, in which case the product reads it as `dtype`, rounded once.
+    torch.ops.lora_kernels.<name>           the results, and what they save for the backward pass
+    torch.ops.lora_kernels.<name>_backward  the wanted gradients, in the order of their tensors
 
-Eager mode calls the Python functions here, which pick a backend from the tensors; `torch.compile` and `torch.export` see the
-registered operators `torch.ops.lora_kernels.*` of the same names, which do the same. A registered operator cannot return None
-or take a float-or-tensor argument: there, a gradient that is not needed is an empty tensor and the scaling is a tensor.
+of one schema, whose arguments are the pieces (values.flatten) of all arguments, the backend setting of the moment among them.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
-from . import plan as backends
-from .backends.torch.linear import Needs
-from .mask import as_seed, check_p
-from .nf4.weight import NF4Weight
+from . import backends as backends  # registers them
+from .nf4 import NF4Weight
+from .plan import Plan, choose, describe, use_backend
+from .values import Dropout, Grads, LoRAWeights, Needs, flatten, unflatten
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+Members = tuple[LoRAWeights, ...]
 
 
-def lora_forward(
-    x: Tensor,
-    weight: Tensor | NF4Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scaling: float | Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Equations 1 and 2 on checked arguments. x[..., K] is flattened to M rows; x, weight and bias are read as `dtype`.
+class Operation(NamedTuple):
+    """An operation on x[..., K] and its members, whose results are [M, ·] tensors.
 
-    Returns fresh y[M, N] of `dtype` and h[M, R] of the adapter's dtype.
+    name: its basename in every layer. public: the function that users call, for messages.
+    check(x, members, dropout, *options): raises for arguments that do not fit.
+    shapes(x, members, *options) -> (shapes of the results, shapes of what is saved), of dtypes x's and lora_A's.
+    kept(x, members, saved, dropout, needs): the same four with None for whatever no wanted gradient reads.
+    gradient_shapes(grads, x, members, saved, needs) -> (shape, dtype) of each wanted gradient in order.
     """
-    x = x.reshape(-1, x.shape[-1]).to(dtype)
-    backend = backends.choose(x, weight, lora_A, lora_B)
-    bias = None if bias is None else bias.to(dtype)
-    return backend.lora_forward(x, as_dtype(weight, dtype), lora_A, lora_B, scaling, bias, dropout_p, seed)
+
+    name: str
+    public: str
+    check: Callable[..., None]
+    shapes: Callable[..., Any]
+    kept: Callable[..., tuple]
+    gradient_shapes: Callable[..., list[tuple[tuple[int, ...], torch.dtype]]]
 
 
-def lora_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | NF4Weight | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    h: Tensor | None,
-    scaling: float | Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: Needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Equations 3 to 6 for the gradients that `needs` names: dx[M, K], dA, dB, dc. dy[M, N] has the forward's `dtype`."""
-    if x is not None:
-        x = x.reshape(-1, x.shape[-1]).to(dy.dtype)
-    weight = None if weight is None else as_dtype(weight, dy.dtype)
-    backend = backends.choose(dy, weight, lora_A, lora_B)
-    return backend.lora_backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs)
+OPERATIONS: dict[str, Operation] = {}
 
 
-def as_dtype(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor | NF4Weight:
-    """A dense weight in `dtype`; an NF4Weight as it is, for the product rounds it."""
-    return weight if isinstance(weight, NF4Weight) else weight.to(dtype)
+def call(
+    operation: Operation, x: Tensor, members: Members, dropout: Dropout | None, options: tuple[Any, ...] = ()
+) -> tuple[Tensor, ...]:
+    """The operation's results on checked arguments, each [M, ·], with gradients for x and every tensor of the members."""
+    dtype = compute_dtype(x, members)
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        members = tuple(m._replace(scaling=_as_tensor(m.scaling, wide, x.device)) for m in members)
+        pieces = flatten((use_backend.current, dtype, x, members, dropout, options))
+        results = getattr(torch.ops.lora_kernels, operation.name)(*pieces)
+        return tuple(results[: len(operation.shapes(x, members, *options)[0])])
+    needs = wanted(x, members) if torch.is_grad_enabled() else Needs(False, ((),) * len(members))
+    arguments = x, members, dropout, options
+    if not (own := leaves(x, members, needs)):
+        return compute(operation, use_backend.current, dtype, *arguments)[1]
+    return OperationFunction.apply(operation, dtype, needs, arguments, *own)
 
 
-def check(
+def compute(
+    operation: Operation,
+    setting: str,
+    dtype: torch.dtype,
     x: Tensor,
-    weight: Tensor | NF4Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scaling: float | Tensor,
-    dropout_p: float,
-) -> None:
-    """Raise TypeError or ValueError, naming the argument, what it is, what it should be and the cure."""
-    tensors = {"x": x, "lora_A": lora_A, "lora_B": lora_B}
-    if isinstance(weight, NF4Weight):
-        weight.check()
-        if isinstance(x, Tensor) and weight.device != x.device:
-            raise ValueError(f"weight: got an NF4Weight on {weight.device}, expected {x.device} as x; use weight.to(x.device)")
-    else:
-        tensors["weight"] = weight
-    if bias is not None:
-        tensors["bias"] = bias
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected bfloat16, float16, float32 or float64")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {x.device} as x; use {name}.to(x.device)")
-    _check_shapes(x, weight, lora_A, lora_B, bias)
-    _check_dtypes(x, weight, lora_A, lora_B, bias)
-    _check_scaling(scaling, x.device)
-    check_p(dropout_p)
+    members: Members,
+    dropout: Dropout | None,
+    options: tuple[Any, ...],
+) -> tuple[Plan, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(who computes, the results, what they save for the backward pass)."""
+    x, members = rows_of(x, dtype), in_dtype(members, dtype)
+    plan = choose(describe(operation.name, setting, dtype, x, members, dropout, options))
+    return plan, *plan.forward(x, members, dropout, *options)
 
 
-def _check_shapes(x: Tensor, weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
-    for name, tensor, letters in (("weight", weight, "N, K"), ("lora_A", lora_A, "R, K"), ("lora_B", lora_B, "N, R")):
-        if tensor.ndim != 2:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected two dimensions [{letters}]")
-    (N, K), R = weight.shape, lora_A.shape[0]
-    if R == 0:
-        raise ValueError(f"lora_A: got rank 0 (shape {tuple(lora_A.shape)}), expected at least 1; for no adapter use F.linear")
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"lora_A": (lora_A, (R, K)), "lora_B": (lora_B, (N, R))}
-    if bias is not None:
-        expected["bias"] = (bias, (N,))
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            cure = f"; use {name}.T" if tensor.ndim == 2 and tensor.T.shape == shape else ""
-            raise ValueError(
-                f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)} "
-                f"for weight {tuple(weight.shape)} and rank {R}{cure}"
-            )
-    if x.ndim == 0 or x.shape[-1] != K:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {K}] for weight {tuple(weight.shape)}")
-
-
-def _check_dtypes(x: Tensor, weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
-    if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"lora_B: got dtype {lora_B.dtype}, expected {lora_A.dtype} as lora_A; use lora_B.to(lora_A.dtype)")
-    if isinstance(weight, NF4Weight):
-        return  # weight and bias are read as x's dtype, or autocast's
+def compute_dtype(x: Tensor, members: Members) -> torch.dtype:
+    """autocast's dtype where it applies (never to float64), otherwise a dense weight's, or x's with a 4-bit one."""
+    weight = members[0].weight
     if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
-        return  # x, weight and bias are read as autocast's dtype
-    if x.dtype != weight.dtype:
-        raise TypeError(f"x: got dtype {x.dtype}, expected {weight.dtype} as weight; use x.to(weight.dtype), or torch.autocast")
-    # A wider bias, such as float32 beside a bfloat16 weight, keeps its gradient from being rounded to the weight's dtype.
-    if bias is not None and torch.promote_types(bias.dtype, weight.dtype) != bias.dtype:
-        raise TypeError(
-            f"bias: got dtype {bias.dtype}, expected {weight.dtype} as weight, or a wider one; "
-            "use bias.to(weight.dtype), or torch.autocast"
-        )
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype if isinstance(weight, NF4Weight) else weight.dtype
 
 
-def _check_scaling(scaling: float | Tensor, device: torch.device) -> None:
-    if not isinstance(scaling, Tensor):
-        if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-            raise TypeError(f"scaling: got {type(scaling).__name__}, expected a float or a 0-d tensor")
-        return
-    if scaling.ndim != 0 or not scaling.is_floating_point():
-        raise ValueError(
-            f"scaling: got a {scaling.dtype} tensor of shape {tuple(scaling.shape)}, expected a 0-d floating-point tensor"
-        )
-    if scaling.device != device and scaling.device.type != "cpu":
-        raise ValueError(f"scaling: got a tensor on {scaling.device}, expected {device}; use scaling.to({str(device)!r})")
-    if scaling.requires_grad:
-        raise ValueError("scaling: requires_grad is set, but scaling has no gradient here; use scaling.detach()")
+def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x[..., K] as [M, K] in `dtype`."""
+    return x if x.ndim == 2 and x.dtype == dtype else x.reshape(-1, x.shape[-1]).to(dtype)
 
 
-# ---- torch.library: the same two functions, as operators that a compiler can see ----
-
-NF4_SCHEMA = (
-    "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, Tensor? nested_offset, SymInt[] shape, "
-    "ScalarType weight_dtype, int blocksize, str quant_type"
-)
-FORWARD_SCHEMA = (
-    "(Tensor x, {weight}, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor scaling, float dropout_p, Tensor? seed, "
-    "ScalarType dtype) -> (Tensor y, Tensor h)"
-)
-BACKWARD_SCHEMA = (
-    "(Tensor dy, Tensor? x, {weight}, Tensor? lora_A, Tensor? lora_B, Tensor? h, Tensor scaling, float dropout_p, "
-    "Tensor? seed, bool[] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dc)"
-)
+def in_dtype(members: Members, dtype: torch.dtype) -> Members:
+    """Weights and biases read as `dtype`; a 4-bit weight as it is, for its product rounds it."""
+    return tuple([_read_as(member, dtype) for member in members])
 
 
-def with_nf4_weight(arguments: tuple, at: int = 1) -> tuple:
-    """Arguments in which the nine fields of an NF4Weight, from `at` on, are one."""
-    return *arguments[:at], NF4Weight.from_fields(arguments[at : at + 9]), *arguments[at + 9 :]
+def _read_as(member: LoRAWeights, dtype: torch.dtype) -> LoRAWeights:
+    weight, bias = member.weight, member.bias
+    if isinstance(weight, Tensor) and weight.dtype != dtype:
+        member = member._replace(weight=weight.to(dtype))
+    return member if bias is None or bias.dtype == dtype else member._replace(bias=bias.to(dtype))
 
 
-def _forward_op(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, dtype):
-    check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
-    if dropout_p > 0 and seed is None:
-        raise ValueError("seed: got None, expected an int64 tensor where dropout_p > 0")
-    seed = None if seed is None else as_seed(seed, x.device)
-    return lora_forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, dtype)
+def _as_tensor(scaling: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A compiler's scaling: a number would be a part of the graph, and another one a new graph."""
+    return scaling if isinstance(scaling, Tensor) else torch.full((), scaling, dtype=dtype, device=device)
 
 
-def _backward_op(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
-    grads = lora_backward(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, Needs(*needs))
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+# ---- gradients ----
 
 
-def _forward_fake(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, dtype):
-    M = x.shape[:-1].numel()
-    return x.new_empty(M, weight.shape[0], dtype=dtype), lora_A.new_empty(M, lora_A.shape[0])
+def wanted(x: Tensor, members: Members) -> Needs:
+    """The gradients that autograd asks for."""
+    return Needs(x.requires_grad, tuple([_trained(member) for member in members]))
 
 
-def _backward_fake(dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs):
-    needs, total = Needs(*needs), torch.promote_types(dy.dtype, torch.float32)
-    M, N = dy.shape
-    return (
-        dy.new_empty(M, weight.shape[1]) if needs.dx else dy.new_empty(0),
-        lora_B.new_empty(lora_B.shape[1], x.shape[-1]) if needs.dA else dy.new_empty(0),
-        h.new_empty(N, h.shape[1]) if needs.dB else dy.new_empty(0),
-        dy.new_empty(N, dtype=total) if needs.dc else dy.new_empty(0),
+def _trained(member: LoRAWeights) -> tuple[str, ...]:
+    pairs = zip(member._fields, member, strict=True)
+    return tuple([name for name, value in pairs if isinstance(value, Tensor) and value.requires_grad])
+
+
+def keys(needs: Needs) -> list[tuple[int, str]]:
+    """The wanted gradients in order: x's first, as (-1, "x"), then (member, field)."""
+    fields = [(i, name) for i, names in enumerate(needs.members) for name in names]
+    return [(-1, "x"), *fields] if needs.x else fields
+
+
+def leaves(x: Tensor, members: Members, needs: Needs) -> list[Tensor]:
+    """The tensors of the wanted gradients."""
+    return [x if i < 0 else getattr(members[i], name) for i, name in keys(needs)]
+
+
+def places(members: Members, needs: Needs) -> list[int]:
+    """Where `leaves` stand among the tensors in the pieces of a call, which begin with x and the members."""
+    at, where = 1, {(-1, "x"): 0}
+    for i, member in enumerate(members):
+        for name, value in zip(member._fields, member, strict=True):
+            where[i, name] = at
+            at += len(flatten(value).tensors)
+    return [where[key] for key in keys(needs)]
+
+
+def in_order(grads: Grads, needs: Needs) -> list[Tensor | None]:
+    """The wanted gradients as `keys` orders them; None for those of members whose result was not used."""
+    return [grads.x if i < 0 else grads.members[i].get(name) for i, name in keys(needs)]
+
+
+def _like(grads: Sequence[Tensor | None], like: list[tuple[torch.Size, torch.dtype]]) -> list[Tensor | None]:
+    """Gradients in the shape and dtype of their tensors."""
+    return [
+        grad if grad is None or (grad.dtype == dtype and grad.shape == shape) else grad.view(shape).to(dtype)
+        for grad, (shape, dtype) in zip(grads, like, strict=True)
+    ]
+
+
+def used(needs: Needs, grads: Sequence[Tensor | None]) -> Needs:
+    """The gradients that are left to compute where only some results were used: one for each member."""
+    members = [() if grad is None else names for grad, names in zip(grads, needs.members, strict=True)]
+    return Needs(needs.x, tuple(members))
+
+
+class OperationFunction(torch.autograd.Function):
+    """An operation's results, differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: Operation, dtype: torch.dtype, needs: Needs, arguments: tuple, *own: Tensor) -> Any:
+        x, members, dropout, options = arguments
+        plan, results, saved = compute(operation, use_backend.current, dtype, *arguments)
+        kept, *ctx.pieces = flatten(operation.kept(x, members, saved, dropout, needs))
+        ctx.save_for_backward(*kept)  # a setup_context of its own would cost 50 µs per call (torch 2.13)
+        ctx.set_materialize_grads(False)
+        ctx.public, ctx.plan, ctx.dtype, ctx.needs, ctx.options = operation.public, plan, dtype, needs, options
+        ctx.like = [(t.shape, t.dtype) for t in own]
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * (4 + len(ctx.like))
+
+        def gradients(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+            dys, kept = tensors[: len(grads)], tensors[len(grads) :]
+            x, members, saved, dropout = unflatten(kept, *ctx.pieces)
+            x = None if x is None else rows_of(x, ctx.dtype)
+            needs = used(ctx.needs, grads)
+            found = ctx.plan.backward(dys, x, in_dtype(members, ctx.dtype), saved, dropout, needs, *ctx.options)
+            return tuple(in_order(found, ctx.needs))
+
+        tensors = (*grads, *ctx.saved_tensors)
+        once = torch.is_grad_enabled()  # create_graph=True
+        found = DifferentiableOnce.apply(ctx.public, gradients, *tensors) if once else gradients(*tensors)
+        return None, None, None, None, *_like(found, ctx.like)
+
+
+class DifferentiableOnce(torch.autograd.Function):
+    """A backward pass under create_graph=True: its own derivative is an error, not a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, public: str, gradients: Callable[..., tuple], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.public = public
+        return gradients(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        no_second_derivative(ctx.public)
+
+
+def no_second_derivative(public: str) -> NoReturn:
+    raise RuntimeError(
+        f"{public}: the second derivative is not implemented; "
+        "for a gradient penalty or a Hessian compute the layer with plain PyTorch operations"
     )
 
+
+# ---- torch.library: what a compiler sees ----
 
 _library = torch.library.Library("lora_kernels", "DEF")
-for _name, _schema, _dense, _at, _op, _fake in (
-    ("lora_forward", FORWARD_SCHEMA, "Tensor weight", 1, _forward_op, _forward_fake),
-    ("lora_backward", BACKWARD_SCHEMA, "Tensor? weight", 2, _backward_op, _backward_fake),
-):
-    _variants = (
-        (_name, _dense, _op, _fake),
-        (
-            f"{_name}_nf4",
-            NF4_SCHEMA,
-            lambda *args, op=_op, at=_at: op(*with_nf4_weight(args, at)),
-            lambda *args, fake=_fake, at=_at: fake(*with_nf4_weight(args, at)),
-        ),
-    )
-    for _variant, _weight, _implementation, _shapes in _variants:
-        _library.define(_variant + _schema.format(weight=_weight), tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(_variant, _implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"lora_kernels::{_variant}", _shapes, lib=_library)
+SCHEMA = "(Tensor[] tensors, float[] numbers, str spec) -> Tensor[]"
+
+
+def register(operation: Operation) -> Operation:
+    """Make the operation known, and its two operators to torch.library."""
+    name = operation.name
+
+    def forward(*pieces: Any) -> list[Tensor]:
+        setting, dtype, x, members, dropout, options = unflatten(*pieces)
+        operation.check(x, members, dropout, *options)
+        _, results, saved = compute(operation, setting, dtype, x, members, dropout, options)
+        return [*results, *saved]
+
+    def forward_fake(*pieces: Any) -> list[Tensor]:
+        _, dtype, x, members, _, options = unflatten(*pieces)
+        results, saved = operation.shapes(x, members, *options)
+        adapters = (m.lora_A for m in members)
+        return [x.new_empty(s, dtype=dtype) for s in results] + [A.new_empty(s) for A, s in zip(adapters, saved, strict=True)]
+
+    def backward(*pieces: Any) -> list[Tensor]:
+        setting, dtype, grads, x, members, saved, dropout, needs, options = unflatten(*pieces)
+        x = None if x is None else rows_of(x, dtype)
+        members = in_dtype(members, dtype)
+        first = next(grad for grad in grads if grad is not None)
+        plan = choose(describe(name, setting, dtype, first if x is None else x, members, dropout, options))
+        found = in_order(plan.backward(grads, x, members, saved, dropout, needs, *options), needs)
+        return [grad for grad in found if grad is not None]
+
+    def backward_fake(*pieces: Any) -> list[Tensor]:
+        _, _, grads, x, members, saved, _, needs, options = unflatten(*pieces)
+        shapes = operation.gradient_shapes(grads, x, members, saved, needs, *options)
+        return [pieces[0][0].new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+
+    def setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+        setting, dtype, x, members, dropout, options = unflatten(*inputs)
+        needs, count = wanted(x, members), len(operation.shapes(x, members, *options)[0])
+        kept, *ctx.pieces = flatten(operation.kept(x, members, tuple(output[count:]), dropout, needs))
+        ctx.save_for_backward(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.needs, ctx.options, ctx.count = (setting, dtype), needs, options, count
+        own = leaves(x, members, needs)
+        ctx.like = [(t.shape, t.dtype) for t in own]
+        ctx.places, ctx.inputs = places(members, needs), len(inputs[0])
+        ctx.no_numbers = None if inputs[1] else []  # an empty list counts as one of tensors
+
+    def formula(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list | None, None]:
+        into: list[Tensor | None] = [None] * ctx.inputs
+        dys = tuple(grads[: ctx.count])
+        if ctx.like and any(dy is not None for dy in dys):
+            needs = used(ctx.needs, dys)
+            kept = unflatten(ctx.saved_tensors, *ctx.pieces)
+            pieces = flatten((*ctx.call, dys, *kept, needs, ctx.options))
+            grads_of = dict(zip(keys(needs), getattr(torch.ops.lora_kernels, f"{name}_backward")(*pieces), strict=True))
+            found = _like([grads_of.get(key) for key in keys(ctx.needs)], ctx.like)
+            for place, grad in zip(ctx.places, found, strict=True):
+                into[place] = grad
+        return into, ctx.no_numbers, None
+
+    def second(ctx: Any, *grads: Any) -> NoReturn:
+        no_second_derivative(operation.public)
+
+    for suffix, implementation, fake in (("", forward, forward_fake), ("_backward", backward, backward_fake)):
+        _library.define(f"{name}{suffix}{SCHEMA}", tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(f"{name}{suffix}", implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lora_kernels::{name}{suffix}", fake, lib=_library)
+    torch.library.register_autograd(f"lora_kernels::{name}", formula, setup_context=setup_context)
+    torch.library.register_autograd(f"lora_kernels::{name}_backward", second)
+    OPERATIONS[name] = operation
+    return operation

@@ -1,35 +1,53 @@
-"""Which backend computes a call: chosen per call from the tensors, in the order of BACKENDS, and always with a reason.
+"""Which backend computes a call, and why: the registry of backends, what a plan may depend on, and the plan.
 
-A backend is a module with the contract's functions, `lora_forward` and `lora_backward`, and
-`why_not(x, weight, lora_A, lora_B)`, which returns None where it can compute with these tensors, otherwise the reason why not.
-A weight may be an NF4Weight where the module says `READS_NF4 = True`.
+A backend registers a loader, which gives its module for an operation, the one with the operation's basename. That has
+
+    FIELDS                 the fields of a member that it reads; a call that sets another one is refused here
+    plan(call) -> Plan     the functions that compute the call; or a str, the reason why they cannot
+    notes(device)          optional: what had to be replaced on this device, and why
+
+This file imports nothing of the package: whoever asks is above it, whoever answers has registered.
 """
 
 import functools
-import importlib
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .nf4.weight import NF4Weight
-
-BACKENDS = {
-    "cuda": "lora_kernels.backends.cuda.linear",
-    "triton": "lora_kernels.backends.triton",
-    "torch": "lora_kernels.backends.torch.linear",
-}
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_BACKEND"
+BACKENDS: dict[str, Callable[[str], ModuleType]] = {}  # in the order of "auto"
+
+
+def register(name: str, loader: Callable[[str], ModuleType]) -> None:
+    """Make `name` a backend, after those before it; loader(operation) imports its module, or raises ImportError."""
+    BACKENDS[name] = loader
+
+
+@functools.cache
+def load(name: str, operation: str) -> ModuleType | str:
+    """The backend's module for an operation, or the reason why there is none here."""
+    try:
+        return BACKENDS[name](operation)
+    except ModuleNotFoundError as error:
+        if (error.name or "").endswith(f".{name}.{operation}"):
+            return f"it has no {operation!r}"
+        return f"the package {error.name!r} is not installed"
+    except ImportError as error:
+        return str(error)
 
 
 class use_backend:
     """Make `name` the backend of every call: "auto" (the default), "torch", "triton" or "cuda".
 
-    A plain call sets it for the process, threads included (autograd runs backward in its own); as a context manager it is
-    restored at the end. With "auto" each call takes the first backend that can compute it. A named backend that cannot raises
-    at the call, or here if it is not there at all: there is no silent fallback. The environment variable LORA_KERNELS_BACKEND
-    sets the initial value.
+    A plain call sets it for the process, threads included; as a context manager it is restored at the end. A backward pass
+    runs where its forward pass ran, whatever is set by then. With "auto" each call takes the first backend that can compute
+    it. A named backend that cannot raises at the call, or here if it is not there at all: there is no silent fallback. The
+    environment variable LORA_KERNELS_BACKEND sets the initial value.
     """
 
     current = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
@@ -37,7 +55,7 @@ class use_backend:
     def __init__(self, name: str):
         if name not in ("auto", *BACKENDS):
             raise ValueError(f"backend: got {name!r}, expected 'auto', " + ", ".join(map(repr, BACKENDS)))
-        if name != "auto" and isinstance(missing := load(name), str):
+        if name != "auto" and isinstance(missing := load(name, "linear"), str):
             raise RuntimeError(f"backend {name!r} is not available: {missing}; use 'auto' or 'torch'")
         self.previous, use_backend.current = use_backend.current, name
 
@@ -48,52 +66,113 @@ class use_backend:
         use_backend.current = self.previous
 
 
-@functools.cache
-def load(name: str) -> ModuleType | str:
-    """The backend's module, or the reason why it cannot be imported."""
-    try:
-        return importlib.import_module(BACKENDS[name])
-    except ModuleNotFoundError as error:
-        if error.name == BACKENDS[name]:
-            return "this version of lora_kernels has no such kernels"
-        return f"the package {error.name!r} is not installed"
-    except ImportError as error:
-        return str(error)
+class Layout(NamedTuple):
+    """What a plan may depend on of a tensor; quant_type is that of a 4-bit weight, whose stride is empty."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    aligned: bool  # to 16 bytes
+    quant_type: str | None = None
 
 
-Weight = Tensor | NF4Weight
+class Call(NamedTuple):
+    """A kind of call: what its plan may depend on, hashable. x is flattened to rows; members hold a Layout for each tensor."""
+
+    operation: str
+    setting: str  # use_backend's
+    device: torch.device
+    dtype: torch.dtype  # in which x, weight and bias are read
+    x: Layout
+    members: tuple[Any, ...]
+    p: float = 0.0  # of dropout
+    offset: int = 0  # of its first mask
+    options: tuple[Any, ...] = ()
+
+    fields: frozenset[str] = frozenset()  # of the members, those that are not at their default
+
+    @property
+    def rows(self) -> int:
+        return self.x.shape[0]
 
 
-def why_not(name: str, x: Tensor, weight: Weight | None, lora_A: Tensor | None, lora_B: Tensor | None) -> str | None:
-    """None if backend `name` can compute with these tensors, otherwise the reason that it cannot."""
-    backend = load(name)
-    if isinstance(backend, str):
-        return backend
-    if isinstance(weight, NF4Weight) and not getattr(backend, "READS_NF4", False):
-        return f"weight is 4-bit ({weight.quant_type}), for which there are no kernels here"
-    return backend.why_not(x, weight, lora_A, lora_B)
+class Plan(NamedTuple):
+    """Who computes a call: forward(x, members, dropout, *options) -> (results, saved), and
+    backward(grads, x, members, saved, dropout, needs, *options) -> Grads.
+    """
+
+    backend: str
+    why: str
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
 
 
-def choose(x: Tensor, weight: Weight | None, lora_A: Tensor | None, lora_B: Tensor | None) -> ModuleType:
-    """The backend that computes with these tensors. Raises RuntimeError if an explicitly requested one cannot."""
-    requested = use_backend.current
-    if requested not in ("auto", *BACKENDS):  # only the environment variable is not checked before
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}: got {requested!r}, expected 'auto', " + ", ".join(map(repr, BACKENDS)))
-    reason = None
-    for name in BACKENDS if requested == "auto" else (requested,):
-        reason = why_not(name, x, weight, lora_A, lora_B)
-        if reason is None:
-            return load(name)  # type: ignore[return-value]
-    raise RuntimeError(f"backend {requested!r} was requested but cannot compute this call: {reason}; use use_backend('auto')")
+def layout(value: Any) -> Any:
+    """The Layout of a tensor or a 4-bit weight; any other value is itself."""
+    if isinstance(value, Tensor):
+        return Layout(value.shape, value.stride(), value.dtype, value.data_ptr() % 16 == 0)
+    if hasattr(value, "quant_type"):
+        return Layout(value.shape, (), value.dtype, value.codes.data_ptr() % 16 == 0, value.quant_type)
+    return value
 
 
-def nf4_kernels(t: Tensor, function: str) -> ModuleType | None:
-    """The first backend with a `function`, "nf4_dequantize" or "nf4_quantize", for tensors like `t`; None for plain PyTorch."""
-    for name in BACKENDS if use_backend.current == "auto" else (use_backend.current,):
-        backend = load(name) if name in BACKENDS else ""
-        if not isinstance(backend, str) and hasattr(backend, function) and backend.nf4_why_not(t) is None:
-            return backend
-    return None
+def describe(
+    operation: str,
+    setting: str,
+    dtype: torch.dtype,
+    x: Tensor,
+    members: tuple[Any, ...],
+    dropout: Any,
+    options: tuple[Any, ...],
+) -> Call:
+    """The Call of an operation on x[M, K], members (named tuples that hold tensors), and dropout, which has p and offset."""
+    layouts, fields = [], set()
+    for member in members:
+        defaults = member._field_defaults
+        fields |= {name for name, value in zip(member._fields, member, strict=True) if value is not defaults.get(name, ...)}
+        layouts.append(member._make([layout(value) for value in member]))
+    p, offset = (0.0, 0) if dropout is None else (dropout.p, dropout.offset)
+    return Call(operation, setting, x.device, dtype, layout(x), tuple(layouts), p, offset, options, frozenset(fields))
+
+
+def choose(call: Call) -> Plan:
+    """The plan of the first backend that can compute the call. Raises RuntimeError if a requested one cannot.
+
+    The one place through which every call goes: a cache of plans by Call belongs here.
+    """
+    reason: str | None = None
+    for name in _asked(call.setting):
+        found = _plan(name, call)
+        if isinstance(found, Plan):
+            return found
+        reason = found
+    raise RuntimeError(
+        f"backend {call.setting!r} was requested but cannot compute this call: {reason}; use use_backend('auto')"
+    )
+
+
+def _asked(setting: str) -> tuple[str, ...]:
+    if setting not in ("auto", *BACKENDS):  # only the environment variable is not checked before
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}: got {setting!r}, expected 'auto', " + ", ".join(map(repr, BACKENDS)))
+    return tuple(BACKENDS) if setting == "auto" else (setting,)
+
+
+def _plan(name: str, call: Call) -> Plan | str:
+    """The plan of backend `name`, or the reason why it has none."""
+    module = load(name, call.operation)
+    if isinstance(module, str):
+        return module
+    if not call.fields <= module.FIELDS:
+        return f"it does not know {', '.join(sorted(call.fields - module.FIELDS))}"
+    return module.plan(call)
+
+
+def modules(operation: str) -> Iterator[ModuleType]:
+    """The modules of an operation without gradients, such as "nf4": those asked for, then PyTorch's, which can do all."""
+    for name in dict.fromkeys((*_asked(use_backend.current), "torch")):
+        module = load(name, operation)
+        if not isinstance(module, str):
+            yield module
 
 
 @dataclass(frozen=True)
@@ -111,22 +190,20 @@ class BackendReport(list[BackendRow]):
         return "\n".join(f"{row.backend:8}{'used' if row.used else 'not used':10}{row.reason}" for row in self)
 
 
-def backend_report(
-    x: Tensor, weight: Weight | None = None, lora_A: Tensor | None = None, lora_B: Tensor | None = None
-) -> BackendReport:
-    """Why each backend is or is not used for a call with these tensors, under the current `use_backend` setting."""
-    report, taken = BackendReport(), False
+def report(call: Call) -> BackendReport:
+    """Why each backend is or is not used for the call."""
+    rows, taken = BackendReport(), False
     for name in BACKENDS:
-        obstacle = why_not(name, x, weight, lora_A, lora_B)
-        asked = use_backend.current in ("auto", name)
-        used = obstacle is None and asked and not taken
-        if obstacle is not None:
-            reason = obstacle
+        found = _plan(name, call)
+        asked = call.setting in ("auto", name)
+        used = isinstance(found, Plan) and asked and not taken
+        if isinstance(found, str):
+            reason = found
         elif used:
-            notes = getattr(load(name), "notes", None)  # what this backend had to replace, and why
-            reason = "; ".join(["the first that can compute this call", *(notes(x) if notes else ())])
+            notes = getattr(load(name, call.operation), "notes", None)  # what this backend had to replace, and why
+            reason = "; ".join([found.why, *(notes(call.device) if notes else ())])
         else:
-            reason = "one before it is used" if asked else f"use_backend({use_backend.current!r}) is set"
-        report.append(BackendRow(name, obstacle is None, used, reason))
+            reason = "one before it is used" if asked else f"use_backend({call.setting!r}) is set"
+        rows.append(BackendRow(name, isinstance(found, Plan), used, reason))
         taken = taken or used
-    return report
+    return rows

@@ -1,8 +1,7 @@
-"""Which kernel computes y with a 4-bit base weight: one frozen table, read from the top; `print(nf4_plan.table())` shows it.
+"""Which kernel computes y with a 4-bit base weight: one frozen table, read from the top; `print(nf4_paths.table())` shows it.
 
     skinny   each weight is decoded once into tensor core fragments (csrc/nf4_skinny.cu)         1 to 16 tokens
-    loop     weights are decoded inside the product's loop (backends/triton/nf4.py)              where measured to win
-    concat   W is dequantised into [W|s·B], and y is one product with [x|h]                      where measured to win
+    loop     weights are decoded inside the product's loop (triton/kernels/nf4_product.py)        17 to 256 tokens
     scratch  W is dequantised into fresh memory, which the vendor's product reads and frees      everything else
 
 The backward pass always takes scratch: one dequantised W serves dx, and a long contraction over tokens wants speed.
@@ -33,7 +32,13 @@ TABLE = (
         None,
         "counted: 0.56 bytes per weight instead of 4.56; 4.0 instructions, 5.4 fit under the bytes (H100)",
     ),
-    # "loop" and "concat" rows come from bench/nf4_gpu.py's results; until a GPU has one, they take scratch from 17 tokens on.
+    Row(
+        "loop",
+        17,
+        256,
+        None,
+        "counted, H100, 64 tokens: 4096→14336 66 µs, by way of scratch 91; 14336→4096 98 and 110; 4096→4096 32 and 31",
+    ),
     Row("scratch", 1, MANY, None, "counted: dequantising is 1-4 % of a product with 8192 tokens"),
 )
 

@@ -1,19 +1,14 @@
-"""lora_linear and its autograd formula: what is saved, and which gradient needs which equation."""
-
-import functools
-from collections.abc import Callable
-from typing import Any, NoReturn
+"""lora_linear, and what the operation "linear" checks, returns and saves."""
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-from .. import operation as ops
-from ..backends.torch.linear import Needs, weight_gradient
-from ..mask import as_seed, draw_seed
-from ..nf4.weight import NF4Weight
-
-NF4_FIELDS, NF4_TENSORS = 9, 5  # of NF4Weight, the tensors first
+from ..mask import as_seed, check_p, draw_seed
+from ..nf4 import NF4Weight
+from ..operation import Members, Operation, call, register
+from ..plan import BackendReport, describe, report, use_backend
+from ..values import Dropout, LoRAWeights, Needs
+from .checks import check_member
 
 
 def lora_linear(
@@ -42,146 +37,84 @@ def lora_linear(
     Saves x itself, h = drop(x)·Aᵀ [M, R] and the seed for the backward pass, each only if a wanted gradient reads it.
     Raises TypeError or ValueError for arguments that do not fit, and RuntimeError on a second derivative.
     """
-    ops.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
-    dtype = _compute_dtype(x, weight)
+    member = LoRAWeights(weight, lora_A, lora_B, bias, scaling)
+    check_member(x, member)
+    check_p(dropout_p)
+    dropout = None
     if dropout_p > 0:
-        seed = draw_seed(x.device) if seed is None else as_seed(seed, x.device)
-    else:
-        seed = None
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
-        if not isinstance(scaling, Tensor):
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            scaling = torch.full((), scaling, dtype=wide, device=x.device)
-        forward: Callable[..., tuple[Tensor, Tensor]] = registered_forward
-    else:
-        forward = LoRALinearFunction.apply
-    y, _ = forward(x, weight, lora_A, lora_B, bias, scaling, float(dropout_p), seed, dtype)
+        dropout = Dropout(float(dropout_p), draw_seed(x.device) if seed is None else as_seed(seed, x.device))
+    (y,) = call(LINEAR, x, (member,), dropout)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _compute_dtype(x: Tensor, weight: Tensor | NF4Weight) -> torch.dtype:
-    """autocast's dtype where it applies (never to float64), otherwise a dense weight's, or x's with a 4-bit one."""
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype if isinstance(weight, NF4Weight) else weight.dtype
+def backend_report(
+    x: Tensor, weight: Tensor | NF4Weight | None = None, lora_A: Tensor | None = None, lora_B: Tensor | None = None
+) -> BackendReport:
+    """Why each backend is or is not used for a call with these tensors, under the current `use_backend` setting."""
+    member = LoRAWeights(weight, lora_A, lora_B)  # type: ignore[arg-type]
+    return report(describe("linear", use_backend.current, x.dtype, x.reshape(-1, x.shape[-1]), (member,), None, ()))
 
 
-def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor], weight_inputs: int = 1) -> None:
-    ctx.weight_inputs = weight_inputs
-    x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, _ = inputs
-    _, h = output
-    need_x, need_W, need_A, need_B, _ = _needed(ctx)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(h)
-    ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-    ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
-    ctx.dropout_p = dropout_p
-    ctx.scaling = None if isinstance(scaling, Tensor) else scaling
-    ctx.nf4_format, saved_weight = _flatten(weight) if need_x else (None, [])
-    ctx.save_for_backward(
-        x if need_A or need_W else None,
-        lora_A if need_x else None,
-        lora_B if need_x or need_A else None,
-        h if need_B else None,
-        scaling if isinstance(scaling, Tensor) else None,
-        seed if need_x or need_A else None,
-        *saved_weight,
+# ---- the operation ----
+
+
+def check(x: Tensor, members: Members, dropout: Dropout | None) -> None:
+    """Raise TypeError or ValueError for arguments that do not fit."""
+    for member in members:
+        check_member(x, member)
+    if dropout is not None:
+        check_p(dropout.p)
+        as_seed(dropout.seed, x.device)
+
+
+def shapes(x: Tensor, members: Members) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """([M, N] of every y, [M, R] of every h)."""
+    M = x.shape[:-1].numel()
+    return [(M, m.weight.shape[0]) for m in members], [(M, m.lora_A.shape[0]) for m in members]
+
+
+def kept(x: Tensor, members: Members, hs: tuple[Tensor, ...], dropout: Dropout | None, needs: Needs) -> tuple:
+    """(x, members, hs, dropout) without what no wanted gradient reads: dx reads W, A and B, dA x and B, dB h, dW x."""
+    pruned = tuple(
+        member._replace(
+            weight=member.weight if needs.x else None,  # type: ignore[arg-type]
+            lora_A=member.lora_A if needs.x else None,  # type: ignore[arg-type]
+            lora_B=member.lora_B if needs.x or "lora_A" in names else None,  # type: ignore[arg-type]
+            bias=None,
+        )
+        for member, names in zip(members, needs.members, strict=True)
     )
-
-
-def _needed(ctx: Any) -> tuple[bool, ...]:
-    """needs_input_grad of x, weight, A, B and bias; a weight given as the fields of an NF4Weight needs none."""
-    needs, after = ctx.needs_input_grad, 1 + ctx.weight_inputs
-    return needs[0], ctx.weight_inputs == 1 and needs[1], *needs[after : after + 3]
-
-
-def _flatten(weight: Tensor | NF4Weight) -> tuple[NF4Weight | None, list[Tensor | None]]:
-    """(an NF4Weight without its tensors, or None; the weight's tensors): what a saved weight is put together from again."""
-    if not isinstance(weight, NF4Weight):
-        return None, [weight]
-    fields = weight.fields()
-    return NF4Weight.from_fields((None,) * NF4_TENSORS + fields[NF4_TENSORS:]), list(fields[:NF4_TENSORS])
-
-
-def _backward(lora_backward: Callable[..., tuple], ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * (8 + ctx.weight_inputs)
-    x, lora_A, lora_B, h, scaling, seed, *saved_weight = ctx.saved_tensors
-    weight = saved_weight[0] if saved_weight else None
-    if ctx.nf4_format is not None:
-        weight = NF4Weight.from_fields((*saved_weight, *ctx.nf4_format.fields()[NF4_TENSORS:]))
-    need_x, need_W, need_A, need_B, need_c = _needed(ctx)
-    needs = Needs(need_x, need_A, need_B, need_c)
-    scaling = ctx.scaling if scaling is None else scaling
-    dx, dA, dB, dc = lora_backward(dy, x if need_A else None, weight, lora_A, lora_B, h, scaling, ctx.dropout_p, seed, needs)
-    dW = weight_gradient(dy, x.reshape(-1, x.shape[-1]).to(dy.dtype)).to(ctx.weight_dtype) if need_W else None
     return (
-        dx.view(ctx.x_shape).to(ctx.x_dtype) if need_x else None,
-        dW,
-        *(None,) * (ctx.weight_inputs - 1),
-        dA if need_A else None,
-        dB if need_B else None,
-        dc.to(ctx.bias_dtype) if need_c else None,
-        *(None,) * 4,
+        x if needs.any("lora_A", "weight") else None,
+        pruned,
+        tuple(h if "lora_B" in names else None for h, names in zip(hs, needs.members, strict=True)),
+        dropout if needs.x or needs.any("lora_A") else None,
     )
 
 
-class LoRABackwardFunction(torch.autograd.Function):
-    """ops.lora_backward under create_graph=True: its own derivative is an error, not a silent zero."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        return ops.lora_backward(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        _no_second_derivative(ctx, *grads)
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
-    raise RuntimeError(
-        "lora_linear: the second derivative is not implemented; "
-        "for a gradient penalty or a Hessian compute the layer with plain PyTorch operations"
-    )
+def gradient_shapes(
+    dys: tuple[Tensor | None, ...], x: Tensor | None, members: Members, hs: tuple[Tensor | None, ...], needs: Needs
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of each wanted gradient: dx, then the members'; dc is in float32 or wider."""
+    found: list[tuple[tuple[int, ...], torch.dtype]] = []
+    first = next(dy for dy in dys if dy is not None)
+    if needs.x:
+        found.append(((first.shape[0], members[0].weight.shape[1]), first.dtype))
+    for dy, member, h, names in zip(dys, members, hs, needs.members, strict=True):
+        for name in names:
+            found.append(_gradient_shape(name, dy, x, member, h))  # type: ignore[arg-type]
+    return found
 
 
-def _eager_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    return LoRABackwardFunction.apply(*args) if torch.is_grad_enabled() else ops.lora_backward(*args)
+def _gradient_shape(name: str, dy: Tensor, x: Tensor, member: LoRAWeights, h: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    N = dy.shape[1]
+    if name == "weight":
+        return (N, x.shape[-1]), dy.dtype
+    if name == "lora_A":
+        return (member.lora_B.shape[1], x.shape[-1]), member.lora_B.dtype
+    if name == "lora_B":
+        return (N, h.shape[1]), h.dtype
+    return (N,), torch.promote_types(dy.dtype, torch.float32)
 
 
-class LoRALinearFunction(torch.autograd.Function):
-    """(y[M, N], h[M, R]) of ops.lora_forward, differentiable once; h carries no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = ops.lora_forward(*inputs)
-        _save_for_backward(ctx, inputs, output)  # a setup_context of its own would cost 50 µs per call (torch 2.13)
-        return output
-
-    backward = staticmethod(functools.partial(_backward, _eager_backward))
-
-
-# ---- the same formula for the registered operators, which torch.compile differentiates ----
-
-
-def registered_forward(x: Tensor, weight: Tensor | NF4Weight, *rest: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(weight, NF4Weight):
-        return torch.ops.lora_kernels.lora_forward_nf4(x, *weight.fields(), *rest)
-    return torch.ops.lora_kernels.lora_forward(x, weight, *rest)
-
-
-def _registered_backward(dy: Tensor, x: Tensor | None, weight: Tensor | NF4Weight | None, *rest: Any) -> tuple[Tensor, ...]:
-    if isinstance(weight, NF4Weight):
-        return torch.ops.lora_kernels.lora_backward_nf4(dy, x, *weight.fields(), *rest)
-    return torch.ops.lora_kernels.lora_backward(dy, x, weight, *rest)
-
-
-def _save_nf4_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    _save_for_backward(ctx, ops.with_nf4_weight(inputs), output, NF4_FIELDS)
-
-
-_formula = functools.partial(_backward, _registered_backward)
-torch.library.register_autograd("lora_kernels::lora_forward", _formula, setup_context=_save_for_backward)
-torch.library.register_autograd("lora_kernels::lora_forward_nf4", _formula, setup_context=_save_nf4_for_backward)
-torch.library.register_autograd("lora_kernels::lora_backward", _no_second_derivative)
-torch.library.register_autograd("lora_kernels::lora_backward_nf4", _no_second_derivative)
+LINEAR = register(Operation("linear", "lora_linear", check, shapes, kept, gradient_shapes))

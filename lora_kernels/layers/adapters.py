@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mask import check_p
-from ..nf4.weight import NF4Weight
+from ..nf4 import NF4Weight
 from .initialization import check_init, initialize, rewrites_weight
 from .merging import LowRankTerm, MergeableWeight
 

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nf4.state_dict import as_bytes, as_storage, from_state, to_state
-from ..nf4.weight import NF4Weight, quantize
+from ..functional.nf4 import quantize
+from ..nf4 import NF4Weight
+from ..nf4.state_dict import from_state, to_state
+from ..nf4.storage import as_bytes, as_storage
 
 BUFFERS = ("absmax", "nested_absmax", "nested_map", "nested_offset")  # of NF4Weight, here with the prefix "_weight_"
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional.linear import lora_linear
-from ..nf4.state_dict import from_bnb, to_params4bit
-from ..nf4.weight import NF4Weight, quantize_nf4
+from ..functional.nf4 import quantize_nf4
+from ..nf4 import NF4Weight
+from ..nf4.state_dict import to_params4bit
 from .adapters import DEFAULT_ADAPTER, AdaptedWeight
 from .frozen_weight import is_conv1d, is_linear4bit, without_weight
 from .merging import bias_sum
@@ -83,7 +84,7 @@ class LoRALinear(AdaptedWeight):
         layer, weight, bias = cls.__new__(cls), cast(nn.Parameter, linear.weight), cast(nn.Parameter | None, linear.bias)
         if is_linear4bit(linear):
             storage = weight.dtype if weight.dtype.is_floating_point else torch.uint8
-            AdaptedWeight.__init__(layer, from_bnb(weight), bias, storage=storage)
+            AdaptedWeight.__init__(layer, NF4Weight.from_bnb(weight), bias, storage=storage)
         elif quantize is not None:
             W = weight.detach().T if conv1d else weight.detach()
             w = quantize_nf4(W, blocksize=blocksize, double_quant=double_quant)

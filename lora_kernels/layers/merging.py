@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nf4.weight import NF4Weight
+from ..nf4 import NF4Weight
 from .frozen_weight import FrozenWeight, apply_to_bytes
 
 

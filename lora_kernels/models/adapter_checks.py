@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..operation import FLOATS
+from ..dtypes import FLOATS
 from .adapter_keys import PREFIX
 from .config import LoRAConfig
 from .distributed import full

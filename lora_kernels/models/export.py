@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers.frozen_weight import FrozenWeight, is_linear4bit
 from ..layers.linear import LoRALinear
-from ..nf4.weight import NF4Weight
+from ..nf4 import NF4Weight
 from .atomic_files import all_or_nothing
 from .shards import remove_shards, write_shards
 from .state import adapted_layers, lora_layers

@@ -9,9 +9,8 @@ from torch import nn
 from ..layers.linear import DEFAULT_ADAPTER, LoRALinear, check_quantize
 from .config import LoRAConfig
 from .exchanges import add_exchanges, plan_exchanges
-from .parameters import lora_parameters  # noqa: F401  # these three for commands/demo.py and tests/test_memory.py
 from .state import LoRAState, adapted_layers, lora_layers, lora_state, refuse_if_merged
-from .state_dict import check_state, load_lora_state_dict, lora_state_dict  # noqa: F401
+from .state_dict import check_state
 from .switching import active_adapter, set_adapter
 from .targets import plan_layers, plan_modules_to_save
 

@@ -5,10 +5,10 @@ import difflib
 
 from torch import nn
 
+from ..dtypes import FLOATS
 from ..layers.frozen_weight import is_conv1d, is_linear4bit
 from ..layers.initialization import check_init
 from ..layers.linear import LoRALinear
-from ..operation import FLOATS
 from .config import ALL_LINEAR, LoRAConfig
 from .names import names_match, parents
 from .state import lora_layers

@@ -7,7 +7,6 @@ another dtype of the same bytes (`quant_storage`), which FSDP wants.
 
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,105 +14,20 @@ import torch
 from torch import Tensor
 
 from ..dtypes import dtype_name
+from .storage import as_bytes, as_storage
 from .tables import QUANT_TYPES, code_values
 from .weight import DTYPES, NESTED_BLOCKSIZE, NF4Weight
 
-STORAGES = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
 PACKED = "quant_state.bitsandbytes__"
 REQUIRED = {"quant_type", "blocksize", "dtype", "shape"}
 NESTED = {"nested_blocksize", "nested_dtype", "nested_offset"}
-
-
-def as_bytes(codes: Tensor) -> Tensor:
-    """uint8[bytes] of codes stored as any dtype, sharing their memory."""
-    if codes.dtype not in STORAGES:
-        raise TypeError(f"codes: got dtype {codes.dtype}, expected one of {', '.join(map(str, STORAGES))}")
-    if not codes.is_contiguous() and not codes.T.is_contiguous():
-        raise ValueError(f"codes: got strides {codes.stride()}, expected contiguous memory; use codes.contiguous()")
-    plain = codes.detach()
-    if type(plain) is not Tensor:  # torch.compile cannot trace as_subclass
-        plain = plain.as_subclass(Tensor)
-    return plain.reshape(-1).view(torch.uint8)
-
-
-def as_storage(codes: Tensor, storage: torch.dtype) -> Tensor:
-    """codes[bytes] as `storage`[·, 1], as bitsandbytes keeps them. Raises ValueError if the bytes do not divide."""
-    if storage not in STORAGES:
-        raise ValueError(f"quant_storage: got {storage}, expected one of {', '.join(map(str, STORAGES))}")
-    if len(codes) % storage.itemsize:
-        raise ValueError(f"quant_storage: got {storage} for {len(codes)} bytes, expected a multiple of {storage.itemsize}")
-    return codes.view(storage)[:, None]
-
-
-def from_bnb(codes: Tensor, quant_state: Any = None) -> NF4Weight:
-    """See NF4Weight.from_bnb."""
-    state = getattr(codes, "quant_state", None) if quant_state is None else quant_state
-    if not isinstance(codes, Tensor) or state is None:
-        raise TypeError(
-            f"codes: got {type(codes).__name__} without a quant_state, expected a quantised Params4bit, or codes and their "
-            "QuantState; a Linear4bit is quantised by moving it to a device"
-        )
-    if getattr(state, "packing_format_for_cpu", False):
-        return _unpack_for_cpu(codes, state)
-    nested = state.state2 if state.nested else None
-    if nested is not None and nested.blocksize != NESTED_BLOCKSIZE:
-        raise ValueError(f"quant_state: got nested blocks of {nested.blocksize}, expected {NESTED_BLOCKSIZE}")
-    w = NF4Weight(
-        as_bytes(codes),
-        state.absmax if nested is not None else state.absmax.float(),
-        None if nested is None else nested.absmax,
-        None if nested is None else nested.code,
-        None if nested is None else state.offset.reshape(()),
-        torch.Size(state.shape),
-        state.dtype,
-        state.blocksize,
-        state.quant_type,
-    )
-    w.check()
-    return w
-
-
-def _unpack_for_cpu(codes: Tensor, state: Any) -> NF4Weight:
-    """The codes in rows again, where bitsandbytes has regrouped them for its AVX512 kernel; absmax as that kernel reads it."""
-    warnings.warn(
-        "bitsandbytes repacked this weight for its CPU kernel in evaluation and rounded its absmax to bfloat16; "
-        "that is what is taken over, in a copy. Convert a model before its first evaluation to share its bytes",
-        stacklevel=4,
-    )
-    N, K = state.shape
-    group = codes.detach().as_subclass(Tensor).view(-1, 32)  # bytes of 32 elements in the low and 32 in the high nibbles
-    values = torch.cat([group & 15, group >> 4], 1).view(N // 32, K // 2, 32, 2).transpose(1, 2).reshape(-1, 2)
-    absmax = state.absmax.T.reshape(-1).float()
-    packed = (values[:, 0] << 4) | values[:, 1]
-    shape, dtype = torch.Size(state.shape), state.original_dtype
-    return NF4Weight(packed, absmax, None, None, None, shape, dtype, state.blocksize, state.quant_type)
-
-
-def to_bnb(w: NF4Weight) -> tuple[Tensor, Any]:
-    """See NF4Weight.to_bnb. Raises ImportError where bitsandbytes is not installed."""
-    from bitsandbytes.functional import QuantState
-
-    state2 = None
-    if w.nested:
-        state2 = QuantState(w.nested_absmax, code=w.nested_map, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
-    state = QuantState(
-        absmax=w.absmax,
-        shape=w.shape,
-        code=code_values(w.quant_type, w.device).clone(),  # a tensor of its own: writers refuse shared ones
-        blocksize=w.blocksize,
-        quant_type=w.quant_type,
-        dtype=w.dtype,
-        offset=w.nested_offset,
-        state2=state2,
-    )
-    return w.codes[:, None], state
 
 
 def to_params4bit(w: NF4Weight, storage: torch.dtype, module: Any) -> Any:
     """bitsandbytes' Params4bit over the same bytes, for its `module`."""
     from bitsandbytes.nn import Params4bit
 
-    _, state = to_bnb(w)
+    _, state = w.to_bnb()
     module.quant_state = state
     return Params4bit(
         as_storage(w.codes, storage),

@@ -1,4 +1,4 @@
-"""NF4Weight: a weight in bitsandbytes' 4-bit storage, and its exact dequantisation and quantisation.
+"""NF4Weight: a weight in bitsandbytes' 4-bit storage.
 
     7  W = table[code]·absmax            8  absmax = map[q]·nested_absmax + nested_offset     (nested, "double quantisation")
 
@@ -7,30 +7,21 @@ high nibble of byte i, 2i+1 the low one. Nested, blocks of 256 absmax share one 
 is rounded to float32 by itself, then W once to its dtype: bit for bit what bitsandbytes 0.50 computes on a CPU.
 """
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..scratch import scratch, slices
-from .codec import (
-    NESTED_BLOCKSIZE,
-    absmax_of,
-    chunk_size,
-    chunks,
-    decode_into,
-    decoded_by_extension,
-    encode,
-    nest,
-    packed_values,
-    tile_size,
-)
-from .tables import QUANT_TYPES
+from .. import plan
+from ..dtypes import FLOATS
+from .storage import as_bytes
+from .tables import QUANT_TYPES, code_values
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -97,9 +88,29 @@ class NF4Weight:
         """The weight on `device`."""
         return self.with_tensors(**{name: t.to(device, non_blocking=non_blocking) for name, t in self.tensors().items()})
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W[shape] in `dtype`, by default that of the weight that was quantised."""
-        return dequantize_nf4(self, dtype)
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        """W[shape] rounded once to `dtype` (bf16, fp16, fp32 or fp64; by default out's, else the quantised weight's).
+
+        out: a tensor of W's shape on its device, whose last dimension may be a part of longer rows; it is written and returned.
+        """
+        self.check()
+        wanted = (self.dtype if out is None else out.dtype) if dtype is None else dtype
+        if wanted not in FLOATS:
+            raise TypeError(f"dtype: got {wanted}, expected bfloat16, float16, float32 or float64")
+        if out is None:
+            out = self.codes.new_empty(self.shape, dtype=wanted)
+        elif out.shape != self.shape or out.device != self.device or out.dtype != wanted:
+            raise ValueError(
+                f"out: got {out.dtype}{list(out.shape)} on {out.device}, expected {wanted}{list(self.shape)} on {self.device}"
+            )
+        if self.device.type == "meta" or out.numel() == 0:
+            return out
+        # Backends write rows that may lie apart, each of adjacent elements; what is not such rows goes by way of a copy.
+        rows = out.view(1, -1) if out.is_contiguous() else out
+        if rows.ndim != 2 or rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
+            return out.copy_(self.dequantize(wanted))
+        next(m for m in plan.modules("nf4") if m.why_not(self.codes) is None).dequantize(self, rows)
+        return out
 
     def check(self) -> None:
         """Raise ValueError or TypeError unless the tensors have the sizes, dtypes and device that the format wants."""
@@ -133,140 +144,62 @@ class NF4Weight:
         """The same weight from bitsandbytes' `Params4bit`, or packed codes of any storage dtype and a `QuantState`; bytes are
         shared, not copied. Raises ValueError or TypeError for a state that does not fit.
         """
-        from .state_dict import from_bnb
-
-        return from_bnb(codes, quant_state)
+        state = getattr(codes, "quant_state", None) if quant_state is None else quant_state
+        if not isinstance(codes, Tensor) or state is None:
+            raise TypeError(
+                f"codes: got {type(codes).__name__} without a quant_state, expected a quantised Params4bit, or codes and their "
+                "QuantState; a Linear4bit is quantised by moving it to a device"
+            )
+        if getattr(state, "packing_format_for_cpu", False):
+            return _unpack_for_cpu(codes, state)
+        nested = state.state2 if state.nested else None
+        if nested is not None and nested.blocksize != NESTED_BLOCKSIZE:
+            raise ValueError(f"quant_state: got nested blocks of {nested.blocksize}, expected {NESTED_BLOCKSIZE}")
+        w = cls(
+            as_bytes(codes),
+            state.absmax if nested is not None else state.absmax.float(),
+            None if nested is None else nested.absmax,
+            None if nested is None else nested.code,
+            None if nested is None else state.offset.reshape(()),
+            torch.Size(state.shape),
+            state.dtype,
+            state.blocksize,
+            state.quant_type,
+        )
+        w.check()
+        return w
 
     def to_bnb(self) -> tuple[Tensor, Any]:
-        """(codes[(n+1)//2, 1], quant_state) for bitsandbytes' functions; bytes are shared."""
-        from .state_dict import to_bnb
+        """(codes[(n+1)//2, 1], quant_state) for bitsandbytes' functions; bytes are shared. ImportError without bitsandbytes."""
+        from bitsandbytes.functional import QuantState
 
-        return to_bnb(self)
-
-
-def _kernels(t: Tensor, function: str) -> ModuleType | None:
-    """The backend with a kernel `function` for tensors like `t`, to the same bits; None for the PyTorch operations here."""
-    if t.device.type != "cuda" or t.numel() == 0:
-        return None
-    from ..plan import nf4_kernels  # above this file: only a GPU's tensors come there
-
-    return nf4_kernels(t, function)
-
-
-# ---- dequantise ----
-
-
-def dequantize_nf4(w: NF4Weight, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-    """W = table[code]·absmax, rounded once to `dtype` (bf16, fp16, fp32 or fp64; by default out's, else w's).
-
-    out: a tensor of w's shape on its device, whose last dimension may be a part of longer rows; it is written and returned.
-    """
-    w.check()
-    wanted = (w.dtype if out is None else out.dtype) if dtype is None else dtype
-    if wanted not in (*DTYPES, torch.float64):
-        raise TypeError(f"dtype: got {wanted}, expected bfloat16, float16, float32 or float64")
-    if out is None:
-        out = w.codes.new_empty(w.shape, dtype=wanted)
-    elif out.shape != w.shape or out.device != w.device or out.dtype != wanted:
-        raise ValueError(
-            f"out: got {out.dtype}{list(out.shape)} on {out.device}, expected {wanted}{list(w.shape)} on {w.device}"
+        state2 = None
+        if self.nested:
+            state2 = QuantState(self.nested_absmax, code=self.nested_map, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
+        state = QuantState(
+            absmax=self.absmax,
+            shape=self.shape,
+            code=code_values(self.quant_type, self.device).clone(),  # a tensor of its own: writers refuse shared ones
+            blocksize=self.blocksize,
+            quant_type=self.quant_type,
+            dtype=self.dtype,
+            offset=self.nested_offset,
+            state2=state2,
         )
-    if w.device.type == "meta":
-        return out
-    if kernels := _kernels(w.codes, "nf4_dequantize"):
-        return kernels.nf4_dequantize(w, out=out)
-    if out.is_contiguous():
-        flat = out.view(-1)
-        if not decoded_by_extension(flat[None], w, 0):  # at once: 1.8 ms for 4096 x 4096, in chunks 2.4
-            for start, stop in chunks(w):
-                decode_into(flat[start:stop], w, start, stop)
-        return out
-    rows = out.view(-1, w.shape[-1]) if out.ndim != 2 else out
-    if not decoded_by_extension(rows, w, 0, w.shape[-1]):
-        for where, tile in tiles(w, out.dtype, torch.float32):
-            rows[where] = tile
-    return out
+        return self.codes[:, None], state
 
 
-def tiles(w: NF4Weight, dtype: torch.dtype, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, W[rows] rounded to `dtype`, held in `work`), a few hundred rows at a time; a tile lives until the next one."""
-    N, K = _matrix(w)
-    for rows in slices(N, max(1, tile_size(w) // max(K, 1))):
-        tile = scratch("nf4 tile", (rows.stop - rows.start) * K, work, w.codes)
-        for start, stop in chunks(w, rows.start * K, rows.stop * K):
-            part = tile[start - rows.start * K : stop - rows.start * K]
-            if work == dtype:
-                decode_into(part, w, start, stop)
-            else:
-                rounded = scratch("nf4 rounded", stop - start, dtype, w.codes)
-                decode_into(rounded, w, start, stop)
-                part.copy_(rounded)
-        yield rows, tile.view(-1, K)
-
-
-def column_tiles(w: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(columns, W[:, columns] in `dtype`), some 64 columns at a time, for a matrix whose blocks do not cross rows.
-
-    A product dy·W is complete in such a tile: it is rounded once, where a sum over tiles of rows would be rounded with each.
-    """
-    N, K = _matrix(w)
-    width = max(32, 1 << (max(1, tile_size(w) // max(N, 1)).bit_length() - 1))
-    per_block = min(width, w.blocksize)
-    packed, row_step = w.codes.view(N, K // 2), max(1, chunk_size(w) // width)
-    for columns in slices(K, width):
-        count = columns.stop - columns.start
-        tile = scratch("nf4 tile", N * count, dtype, w.codes).view(N, count)
-        if decoded_by_extension(tile, w, columns.start, K):
-            yield columns, tile
-            continue
-        for rows in slices(N, row_step):
-            part = packed[rows, columns.start // 2 : columns.stop // 2]
-            values = packed_values(w, part, scratch("nf4 values", part.numel(), torch.int64, w.codes))
-            row = torch.arange(rows.start, rows.stop, device=w.device)[:, None]
-            block = (row * K + torch.arange(columns.start, columns.stop, per_block, device=w.device)) // w.blocksize
-            values = values.view(-1, per_block).mul_(absmax_of(w, block.flatten())[:, None])
-            tile[rows] = values.view(-1, count)
-        yield columns, tile
-
-
-def _matrix(w: NF4Weight) -> tuple[int, int]:
-    """(rows, row length)."""
-    K = w.shape[-1]
-    return w.numel() // K if K else 0, K
-
-
-# ---- quantise ----
-
-
-@torch.no_grad()
-def quantize_nf4(weight: Tensor, *, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
-    """The nearest NF4 codes of weight/absmax for blocks of `blocksize`; double_quant stores absmax in 8 bits.
-
-    weight: bf16, fp16 or fp32, any shape and device; it is read in chunks. On the meta device the result is there too.
-    Raises TypeError for another dtype, ValueError for a blocksize that bitsandbytes does not have, and for NaN or inf, naming
-    the first position.
-    """
-    return quantize(weight, "nf4", blocksize, double_quant)
-
-
-def quantize(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> NF4Weight:
-    """`quantize_nf4` for "nf4" or "fp4"."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: got {type(weight).__name__}, expected a torch.Tensor")
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"weight: got dtype {weight.dtype}, expected bfloat16, float16 or float32")
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize: got {blocksize}, expected one of {', '.join(map(str, BLOCKSIZES))}")
-    if kernels := _kernels(weight, "nf4_quantize"):
-        return kernels.nf4_quantize(weight, quant_type, blocksize, double_quant)
-    n = weight.numel()
-    codes = weight.new_empty((n + 1) // 2, dtype=torch.uint8)
-    absmax = weight.new_empty(-(-n // blocksize), dtype=torch.float32)
-    w = NF4Weight(codes, absmax, None, None, None, weight.shape, weight.dtype, blocksize, quant_type)
-    if weight.device.type != "meta":
-        flat = weight.detach().reshape(-1)
-        for start, stop in chunks(w):
-            encode(w, flat, start, stop)
-    if not double_quant:
-        return w
-    return NF4Weight(codes, *nest(absmax), weight.shape, weight.dtype, blocksize, quant_type)
+def _unpack_for_cpu(codes: Tensor, state: Any) -> NF4Weight:
+    """The codes in rows again, where bitsandbytes has regrouped them for its AVX512 kernel; absmax as that kernel reads it."""
+    warnings.warn(
+        "bitsandbytes repacked this weight for its CPU kernel in evaluation and rounded its absmax to bfloat16; "
+        "that is what is taken over, in a copy. Convert a model before its first evaluation to share its bytes",
+        stacklevel=3,
+    )
+    N, K = state.shape
+    group = codes.detach().as_subclass(Tensor).view(-1, 32)  # bytes of 32 elements in the low and 32 in the high nibbles
+    values = torch.cat([group & 15, group >> 4], 1).view(N // 32, K // 2, 32, 2).transpose(1, 2).reshape(-1, 2)
+    absmax = state.absmax.T.reshape(-1).float()
+    packed = (values[:, 0] << 4) | values[:, 1]
+    shape, dtype = torch.Size(state.shape), state.original_dtype
+    return NF4Weight(packed, absmax, None, None, None, shape, dtype, state.blocksize, state.quant_type)

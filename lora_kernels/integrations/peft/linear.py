@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ...functional.linear import lora_linear
 from ...layers.frozen_weight import is_linear4bit
 from ...layers.linear import bias_sum
-from ...nf4.weight import NF4Weight
+from ...nf4 import NF4Weight
 from .parts import Parts, fast_parts, quant_state
 from .refusals import why_not_tensors
 

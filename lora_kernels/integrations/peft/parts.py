@@ -45,7 +45,7 @@ def _why_not_modules(parts: Parts) -> str | None:
         return f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}"
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"lora_dropout is a {type(dropout).__name__}"
-    for part, module in zip(Parts._fields, parts[:4], strict=False):
+    for part, module in zip(Parts._fields[:4], (base, lora_A, lora_B, dropout), strict=True):
         if forward_is_replaced(module):
             return f"{part}'s forward was replaced on the instance"
         if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
@@ -58,7 +58,7 @@ def forward_is_replaced(module: nn.Module) -> bool:
 
     accelerate leaves the class's own forward there, bound, when it removes a hook.
     """
-    forward = vars(module).get("forward")
+    forward = module.__dict__.get("forward")  # vars() is not traced by torch 2.8
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 

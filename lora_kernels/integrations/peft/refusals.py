@@ -7,8 +7,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...dtypes import FLOATS
 from ...layers.frozen_weight import is_linear4bit
-from ...operation import FLOATS
 from .parts import Parts, quant_state
 
 PLAIN = (Tensor, nn.Parameter)
