@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 COMMITTED = Path(__file__).parent / "tuned"
 DIRECTIONS = ("forward", "backward")
 CONTRACTIONS = ("<=4096", "<=8192", ">8192")  # of the base product: K forward, N backward
 TOKENS = ("<=1024", ">1024")
-DATAFLOWS = ("prefill", "fused")
+DATAFLOWS = ("prefill", "lowrank_product")
 ARITHMETICS = ("16", "mixed", "32")
 RANKS = (32, 64)  # classes: padded ranks up to these
 
@@ -37,7 +37,7 @@ class Tile:
 
 def illegal(kernel: str, arithmetic: str, tile: Tile) -> str | None:
     """None if `tile` may be compiled for `kernel`, otherwise what is wrong with it."""
-    product = kernel in ("fused", "fused_tma", "nf4_product")
+    product = kernel in ("lowrank_product", "lowrank_product_tma", "nf4_product")
     sizes = (tile.rows, tile.columns, *([tile.depth] if product else []))
     if any(size < 16 or size & (size - 1) for size in sizes):
         return f"rows, columns and depth {sizes} must be powers of two from 16"
@@ -45,7 +45,7 @@ def illegal(kernel: str, arithmetic: str, tile: Tile) -> str | None:
         return f"{tile.rows}x{tile.columns} is more than 128x256, whose accumulator fills the registers"
     if tile.warps not in (1, 2, 4, 8, 16) or not 1 <= tile.stages <= 8:
         return f"{tile.warps} warps and {tile.stages} stages, expected 1, 2, 4, 8 or 16 warps and 1 to 8 stages"
-    if tile.tma != (kernel == "fused_tma") or (tile.depth > 0) != product:
+    if tile.tma != (kernel == "lowrank_product_tma") or (tile.depth > 0) != product:
         return f"tensor descriptors and a depth belong to matrix products, not to {kernel!r}"
     if tile.tma and arithmetic == "mixed" and tile.rows * tile.columns > 128 * 128:
         return "two accumulators over 128x128 do not fit sm_100's tensor memory, and Triton 3.6 then emits an empty kernel"
@@ -66,7 +66,7 @@ class Measured:
         return row["tile"] if row else None
 
     def flow(self, direction: str, contraction: str, tokens: str) -> str:
-        """ "fused" where it was measured to win, otherwise "prefill"."""
+        """ "lowrank_product" where it was measured to win, otherwise "prefill"."""
         row = self.dataflow.get((direction, contraction, tokens))
         return row["choice"] if row else "prefill"
 

@@ -1,23 +1,17 @@
-"""Which tile and which dataflow a call gets: what was measured on its GPU (tuned.py), then frozen tables; what did not compile.
+"""Which tile and which dataflow a call gets: what was measured on its GPU (tuned.py), then frozen tables.
 
 The tables come from offline compilation (kernels.json: registers, spills, shared memory), not from measurements.
 A device or shape without a measurement gets the prefill dataflow.
 """
 
 import functools
-import subprocess
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from .tuned import CONTRACTIONS, RANKS, TOKENS, Measured, Tile, read
-
-T = TypeVar("T")
 
 
 class Gpu(NamedTuple):
@@ -33,14 +27,15 @@ MAX_RANK = 64  # wider adapters are ordinary matrix products: the vendor's
 
 SUM = Tile(rows=16, columns=256, warps=4)  # 16 partial sums × 256 outputs
 ELEMENTWISE = Tile(rows=16, columns=256, warps=4)
+DEQUANTIZE = Tile(rows=1, columns=2048, warps=8)  # bytes; a block of 4096 codes is one tile
 
 _SAFE = {  # after the table's own tile: needs little of anything
     "project": Tile(32, 32, 4, 2),
     "prefill": Tile(32, 64, 4),
     "grad_dy": Tile(16, 32, 4, 2),
     "grad_x": Tile(16, 32, 4, 2),
-    "fused": Tile(32, 64, 4, 2, 32),
-    "fused_tma": Tile(32, 64, 4, 2, 32),
+    "lowrank_product": Tile(32, 64, 4, 2, 32),
+    "lowrank_product_tma": Tile(32, 64, 4, 2, 32),
     "nf4_product": Tile(32, 64, 4, 2, 32),
 }
 
@@ -73,14 +68,14 @@ TILES: dict[tuple[str, str, int], Tile] = {
     ("grad_x", "mixed", 64): Tile(32, 64, 8, 2),
     ("grad_x", "32", 32): Tile(32, 32, 8, 2),
     ("grad_x", "32", 64): Tile(32, 32, 8, 2),
-    ("fused", "16", 32): Tile(128, 128, 8, 3, 64),
-    ("fused", "16", 64): Tile(128, 128, 8, 3, 64),
-    ("fused", "mixed", 32): Tile(128, 128, 8, 3, 64),
-    ("fused", "mixed", 64): Tile(64, 128, 8, 3, 32),
-    ("fused_tma", "16", 32): Tile(128, 256, 8, 3, 64, tma=True),
-    ("fused_tma", "16", 64): Tile(128, 256, 8, 3, 64, tma=True),
-    ("fused_tma", "mixed", 32): Tile(128, 128, 8, 3, 64, tma=True),
-    ("fused_tma", "mixed", 64): Tile(128, 128, 8, 3, 64, tma=True),
+    ("lowrank_product", "16", 32): Tile(128, 128, 8, 3, 64),
+    ("lowrank_product", "16", 64): Tile(128, 128, 8, 3, 64),
+    ("lowrank_product", "mixed", 32): Tile(128, 128, 8, 3, 64),
+    ("lowrank_product", "mixed", 64): Tile(64, 128, 8, 3, 32),
+    ("lowrank_product_tma", "16", 32): Tile(128, 256, 8, 3, 64, tma=True),
+    ("lowrank_product_tma", "16", 64): Tile(128, 256, 8, 3, 64, tma=True),
+    ("lowrank_product_tma", "mixed", 32): Tile(128, 128, 8, 3, 64, tma=True),
+    ("lowrank_product_tma", "mixed", 64): Tile(128, 128, 8, 3, 64, tma=True),
     ("nf4_product", "16", 32): Tile(64, 128, 8, 3, 64),
     ("nf4_product", "16", 64): Tile(64, 128, 8, 3, 64),
     ("nf4_product", "mixed", 32): Tile(64, 128, 8, 3, 64),
@@ -98,15 +93,15 @@ def rank_class(R: int) -> int:
     return next(limit for limit in RANKS if limit >= R)
 
 
-# ---- prefill and the vendor's product, or one fused kernel ----
+# ---- prefill and the vendor's product, or both in one kernel ----
 
 TMA_GPUS = ((9, 0), (10, 0), (10, 3))
 
 
 def dataflow(a: Tensor, W: Tensor, direction: str) -> str:
-    """ "fused" or "prefill" for the product of a[M, C] with 16-bit W, "forward" or "backward".
+    """ "lowrank_product" or "prefill" for the product of a[M, C] with 16-bit W, "forward" or "backward".
 
-    Fused only where a measurement on this GPU says that it wins. What it must reach for that, by bytes saved: 0.94 of the
+    One kernel only where a measurement on this GPU says that it wins. What it must reach for that, by bytes saved: 0.94 of the
     vendor's speed at a contraction of 4096, 0.97 at 8192, 0.98 at 14336.
     """
     flow = trial.get("dataflow") or measured(a.device).flow(direction, *shape_class(*a.shape))
@@ -183,40 +178,3 @@ def candidates(kernel: str, kind: str, R: int, device: torch.device) -> tuple[Ti
         return (trial[kernel],)
     best = measured(device).tile(kernel, kind, rank_class(R))
     return (*([best] if best else []), *tiles(kernel, kind, R))
-
-
-# ---- what did not compile on this machine's GPUs ----
-
-COMPILE_ERRORS = (OutOfResources, PTXASError, CompilationError, subprocess.CalledProcessError)
-COMPILE_MESSAGES = ("PassManager", "C compiler")  # of RuntimeErrors: Triton's passes failed; nothing builds its launchers
-rejected: dict[tuple[tuple[int, int], str, str, int, Tile], str] = {}  # capability, kernel, arithmetic, rank, tile
-broken: dict[tuple[int, int], str] = {}  # GPUs on which some kernel has no tile left
-
-
-class NothingCompilesError(RuntimeError):
-    """No tile of a kernel compiles on this GPU."""
-
-
-def compile_failure(error: Exception) -> str | None:
-    """Why a kernel could not be compiled, in one line; None for any other error."""
-    known = isinstance(error, (*COMPILE_ERRORS, NothingCompilesError))
-    if known or (isinstance(error, RuntimeError) and any(message in str(error) for message in COMPILE_MESSAGES)):
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-    return None
-
-
-def first_that_compiles(kernel: str, kind: str, R: int, device: torch.device, run: Callable[[Tile], T]) -> T:
-    """run(tile) with the first tile of `kernel` that compiles on this device; refusals are kept with their reason."""
-    capability = gpu(device).capability
-    for tile in candidates(kernel, kind, R, device):
-        key = (capability, kernel, kind, padded_rank(R), tile)
-        if key not in rejected:
-            try:
-                return run(tile)
-            except Exception as error:
-                reason = compile_failure(error)
-                if reason is None:
-                    raise
-                rejected[key] = reason
-    sm = "sm_{}{}".format(*capability)
-    raise NothingCompilesError(f"kernel {kernel!r} ({kind}, rank {R}) does not compile for {sm}: {rejected[key]}")

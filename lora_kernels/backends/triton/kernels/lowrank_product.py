@@ -11,10 +11,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import tuning
-from .blocks import dot, load_tile, scalar, store_tile
-from .dropout import drops, edge, keep_scale, keep_tile
-from .tuning import Tile
+from ....mask import keep_scale
+from ....values import Dropout
+from .. import tuning
+from ..compilation import first_that_compiles
+from ..tuning import Tile
+from .mask import edge, keep_tile
+from .tiles import dot, load_tile, scalar, store_tile
 
 
 @triton.jit
@@ -44,7 +47,7 @@ def low_rank_tile(
 
 
 @triton.jit(do_not_specialize=["M", "edge"])
-def fused_kernel(
+def lowrank_product_kernel(
     a, W, out, u, V, c, s, seed, edge, M, C, D, R, stride_a, stride_W,
     FORWARD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
@@ -61,7 +64,7 @@ def fused_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "edge"])
-def fused_tma_kernel(
+def lowrank_product_tma_kernel(
     a, W, out, u, V, c, s, seed, edge, M, C, D, R,
     FORWARD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
@@ -86,46 +89,48 @@ def fused_tma_kernel(
 
 def forward(x: Tensor, W: Tensor, h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
     """Equation 2 in one kernel, for 16-bit x with dense rows: y[M, N]."""
-    return _fused(x, W, h, B, c, s, 0.0, None, forward=True)
+    return _product(x, W, h, B, c, s, None, forward=True)
 
 
-def backward(dy: Tensor, W: Tensor, g: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def backward(dy: Tensor, W: Tensor, g: Tensor, A: Tensor, dropout: Dropout | None) -> Tensor:
     """Equation 4 in one kernel, for 16-bit dy with dense rows: dx[M, K]."""
-    return _fused(dy, W, g, A, None, keep_scale(p), p, seed, forward=False)
+    scale = 1.0 if dropout is None else keep_scale(dropout.p)
+    return _product(dy, W, g, A, None, scale, dropout, forward=False)
 
 
-def _fused(
+def _product(
     a: Tensor,
     W: Tensor,
     u: Tensor,
     V: Tensor,
     c: Tensor | None,
     s: float | Tensor,
-    p: float,
-    seed: Tensor | None,
+    dropout: Dropout | None,
     *,
     forward: bool,
 ) -> Tensor:
     (M, C), R = a.shape, u.shape[1]
-    D, DROP, gpu = W.shape[0 if forward else 1], drops(p), tuning.gpu(a.device)
+    D, gpu = W.shape[0 if forward else 1], tuning.gpu(a.device)
+    p, seed = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
 
     def run(tile: Tile) -> Tensor:
         out = torch.empty(M, D, dtype=a.dtype, device=a.device)
         tiles = triton.cdiv(M, tile.rows) * triton.cdiv(D, tile.columns)
-        rest = (u, V, c, s, seed if DROP else None, edge(p), M, C, D, R)
+        rest = (u, V, c, s, seed, edge(p), M, C, D, R)
         options = {
-            "FORWARD": forward, "DROP": DROP, "PRECISION": tuning.precision(a.dtype), "BM": tile.rows, "BD": tile.columns,
-            "BC": tile.depth, "BR": tuning.padded_rank(R), "num_warps": tile.warps, "num_stages": tile.stages,
+            "FORWARD": forward, "DROP": seed is not None, "PRECISION": tuning.precision(a.dtype), "BM": tile.rows,
+            "BD": tile.columns, "BC": tile.depth, "BR": tuning.padded_rank(R),
+            "num_warps": tile.warps, "num_stages": tile.stages,
         }  # fmt: skip
         if not tile.tma:
-            fused_kernel[(tiles,)](a, W, out, *rest, a.stride(0), W.stride(0), **options)
+            lowrank_product_kernel[(tiles,)](a, W, out, *rest, a.stride(0), W.stride(0), **options)
             return out
         W_block = [tile.columns, tile.depth] if forward else [tile.depth, tile.columns]
         blocks = ((a, [tile.rows, tile.depth]), (W, W_block), (out, [tile.rows, tile.columns // 2]))
         descriptors = [TensorDescriptor.from_tensor(tensor, block) for tensor, block in blocks]
-        fused_tma_kernel[(min(tiles, gpu.processors),)](*descriptors, *rest, **options)
+        lowrank_product_tma_kernel[(min(tiles, gpu.processors),)](*descriptors, *rest, **options)
         return out
 
     tma = gpu.capability in tuning.TMA_GPUS and tuning.tma_legal(a, W, columns=D)
-    kernel, kind = "fused_tma" if tma else "fused", tuning.arithmetic(a.dtype, u.dtype)
-    return tuning.first_that_compiles(kernel, kind, R, a.device, run)
+    kernel, kind = "lowrank_product_tma" if tma else "lowrank_product", tuning.arithmetic(a.dtype, u.dtype)
+    return first_that_compiles(kernel, kind, R, a.device, run)

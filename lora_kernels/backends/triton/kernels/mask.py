@@ -1,4 +1,4 @@
-"""keep(seed, row, column) of lora_kernels.dropout inside Triton kernels: the same bits in any tiling."""
+"""keep(seed, row, column) of lora_kernels.mask inside Triton kernels: the same bits in any tiling."""
 
 import torch
 import triton
@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.random import philox_impl
 
-from ...mask import LANES, PHILOX_ROUNDS, keep_scale, threshold
-from .blocks import load_tile, store_tile
-from .tuning import ELEMENTWISE
+from ....mask import LANES, PHILOX_ROUNDS, threshold
+from ..tuning import ELEMENTWISE
+from .tiles import load_tile, store_tile
 
 _ROUNDS, _LANES = tl.constexpr(PHILOX_ROUNDS), tl.constexpr(LANES)
 
@@ -32,24 +32,24 @@ def keep_tile(seed, edge, o_row, column, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "edge", "first_row"])
 def drop_kernel(
-    v, out, seed, edge, keep_scale, first_row, M, D, stride_v, stride_out, BM: tl.constexpr, BD: tl.constexpr
+    v, out, seed, edge, first_row, M, D, stride_v, stride_out, BM: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    """out = drop(v), for v[M, D] whose first row is row `first_row` of the mask."""
+    """out = v · keep, for v[M, D] whose first row is row `first_row` of the mask."""
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BD
     o_d = column + tl.arange(0, BD)
-    b_v = load_tile(v, o_m, o_d, stride_v, M, D).to(tl.float32) * keep_scale
+    b_v = load_tile(v, o_m, o_d, stride_v, M, D)
     keep = keep_tile(tl.load(seed), edge, first_row + o_m, column, BD)
     store_tile(out, tl.where(keep, b_v, 0.0), o_m, o_d, stride_out, M, D)
 
 
-def drop(v: Tensor, p: float, seed: Tensor | None, *, first_row: int = 0, out: Tensor) -> Tensor:
-    """out = v · keep / (1 - p̂), in out's dtype; `out` may be v itself."""
+def drop(v: Tensor, p: float, seed: Tensor, *, first_row: int = 0, out: Tensor) -> Tensor:
+    """out = v · keep, in out's dtype; `out` may be v itself."""
     M, D = v.shape
     tile = ELEMENTWISE
     grid = (triton.cdiv(M, tile.rows), triton.cdiv(D, tile.columns))
     drop_kernel[grid](
-        v, out, seed, edge(p), keep_scale(p), first_row, M, D, v.stride(0), out.stride(0),
+        v, out, seed, edge(p), first_row, M, D, v.stride(0), out.stride(0),
         BM=tile.rows, BD=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
     return out
@@ -67,6 +67,6 @@ def edge(p: float) -> int:
 
 
 def mask_bits(M: int, K: int, p: float, seed: Tensor) -> Tensor:
-    """The kernels' mask itself, as bool[M, K]: what tests compare with lora_kernels.dropout_mask."""
+    """The kernels' mask itself, as bool[M, K]: what tests compare with dropout_mask."""
     ones = torch.ones(M, K, dtype=torch.float32, device=seed.device)
     return drop(ones, p, seed, out=ones) != 0

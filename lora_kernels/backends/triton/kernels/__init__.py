@@ -1,0 +1,1 @@
+"""The kernels, a file each with its launch; tiles.py sums.py mask.py are what they share."""

@@ -1,0 +1,64 @@
+"""Equations 7 and 8: a 4-bit W dequantised in one launch.
+
+A byte is one 8-byte load from the table of its pair of float32 values; times absmax, rounded once: reference/nf4.py's bits.
+`enable_fp_fusion` is off wherever absmax is computed, for its product and its sum are rounded apart.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....nf4 import NF4Weight
+from ....nf4.tables import pair_table
+from ..tuning import DEQUANTIZE
+
+
+@triton.jit
+def pair_values(pairs, byte):
+    """(first, second): the float32 values of the codes in each byte."""
+    pair = tl.load(pairs + byte.to(tl.int32))
+    return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_absmax(absmax, nested_absmax, nested_map, nested_offset, o_block, inside):
+    """absmax[o_block], equation 8 where it is nested; 0 or the offset outside."""
+    value = tl.load(absmax + o_block, mask=inside, other=0)
+    if nested_absmax is not None:
+        scale = tl.load(nested_absmax + o_block // 256, mask=inside, other=0.0)
+        value = tl.load(nested_map + value.to(tl.int32)) * scale + tl.load(nested_offset)
+    return value
+
+
+@triton.jit
+def nf4_dequantize_kernel(
+    codes, pairs, absmax, nested_absmax, nested_map, nested_offset, out, elements, columns, stride_out,
+    BLOCKSIZE: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[element] = table[code]·absmax[block]: a program decodes BLOCK bytes, whole blocks. FLAT: out's rows are adjacent."""
+    BYTES: tl.constexpr = BLOCKSIZE // 2
+    BLOCKS: tl.constexpr = BLOCK // BYTES
+    o_block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    scale = load_absmax(absmax, nested_absmax, nested_map, nested_offset, o_block, o_block * BLOCKSIZE < elements)
+    o_byte = o_block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    first, second = pair_values(pairs, tl.load(codes + o_byte, mask=2 * o_byte < elements, other=0))
+    value = tl.interleave(first * scale[:, None], second * scale[:, None])
+    o_element = o_block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    p_out = out + o_element
+    if not FLAT:
+        row = o_element // columns
+        p_out = out + row * stride_out + (o_element - row * columns)
+    tl.store(p_out, value.to(out.dtype.element_ty), mask=o_element < elements)
+
+
+def dequantize(w: NF4Weight, out: Tensor) -> None:
+    """Equations 7 and 8: W's elements, in order, into the rows of out[rows, columns]."""
+    rows, columns = out.shape
+    nf4_dequantize_kernel[(triton.cdiv(len(w.codes), DEQUANTIZE.columns),)](
+        w.codes, *tables(w), out, w.numel(), columns, out.stride(0),
+        BLOCKSIZE=w.blocksize, FLAT=rows == 1, BLOCK=DEQUANTIZE.columns, num_warps=DEQUANTIZE.warps, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def tables(w: NF4Weight) -> tuple[Tensor | None, ...]:
+    return pair_table(w.quant_type, w.device), w.absmax, w.nested_absmax, w.nested_map, w.nested_offset

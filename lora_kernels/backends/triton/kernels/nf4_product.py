@@ -1,0 +1,67 @@
+"""Equation 2 with a 4-bit W, which is decoded inside the product's loop."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....nf4 import NF4Weight
+from .. import tuning
+from ..compilation import first_that_compiles
+from ..tuning import Tile
+from .lowrank_product import low_rank_tile, tile_of
+from .nf4_dequantize import load_absmax, pair_values, tables
+from .tiles import load_tile, store_tile
+
+
+@triton.jit(do_not_specialize=["M"])
+def nf4_product_kernel(
+    x, codes, pairs, absmax, nested_absmax, nested_map, nested_offset, y, h, B, c, s, M, K, N, R, stride_x,
+    BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """y[M, N] = s·h·Bᵀ + c + x·Wᵀ, a tile per program; rows of W are whole blocks."""
+    SPAN: tl.constexpr = BLOCKSIZE if BLOCKSIZE < BC else BC  # codes of a row and step that share an absmax
+    i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BD))
+    o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BD + tl.arange(0, BD)
+    acc = low_rank_tile(h, B, c, s, None, 0, o_m, i_n * BD, M, N, R, True, False, PRECISION, BM, BD, BR)
+    row = tl.minimum(o_n, N - 1).to(tl.int64) * K
+    for k in range(0, K, BC):
+        o_byte = k // 2 + tl.arange(0, BC // 2)
+        byte = tl.load(codes + row[:, None] // 2 + o_byte[None, :], mask=(2 * o_byte < K)[None, :], other=0)
+        first, second = pair_values(pairs, byte)
+        o_span = k + SPAN * tl.arange(0, BC // SPAN)
+        o_block = (row[:, None] + o_span[None, :]) // BLOCKSIZE
+        scale = load_absmax(absmax, nested_absmax, nested_map, nested_offset, o_block, (o_span < K)[None, :])
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BD, BC // SPAN, SPAN // 2)), (BD, BC // 2))
+        b_w = tl.interleave(first * scale, second * scale).to(x.dtype.element_ty)
+        b_x = load_tile(x, o_m, k + tl.arange(0, BC), stride_x, M, K)
+        acc = tl.dot(b_x, b_w.T, acc, input_precision=PRECISION)
+    store_tile(y, acc, o_m, o_n, N, M, N)
+
+
+def refusal(x: Tensor, W: NF4Weight, R: int) -> str | None:
+    """Why `product` cannot compute with these, or None."""
+    if x.dtype == torch.float32:
+        return "x is float32, whose products are the vendor's"
+    if W.shape[1] % W.blocksize:
+        return f"rows of {W.shape[1]} codes are not whole blocks of {W.blocksize}"
+    if R > tuning.MAX_RANK:
+        return f"adapters of rank above {tuning.MAX_RANK} are ordinary products"
+    return None
+
+
+def product(x: Tensor, W: NF4Weight, h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
+    """Equation 2 in one kernel, for 16-bit x with dense rows: y[M, N]."""
+    (M, K), N, R = x.shape, W.shape[0], h.shape[1]
+
+    def run(tile: Tile) -> Tensor:
+        y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+        nf4_product_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
+            x, W.codes, *tables(W), y, h, B, c, s, M, K, N, R, x.stride(0),
+            BLOCKSIZE=W.blocksize, PRECISION=tuning.precision(x.dtype), BM=tile.rows, BD=tile.columns, BC=tile.depth,
+            BR=tuning.padded_rank(R), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+        return y
+
+    return first_that_compiles("nf4_product", tuning.arithmetic(x.dtype, h.dtype), R, x.device, run)
