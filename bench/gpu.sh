@@ -33,7 +33,7 @@ done
 source bench/stages.sh
 
 if [ -n "$quick" ]; then
-    tests=(tests/test_dropout.py tests/test_functional.py tests/test_triton_linear.py tests/test_triton_gpu.py
+    tests=(tests/test_dropout.py tests/test_linear.py tests/test_triton_linear.py tests/test_triton_gpu.py
         tests/test_csrc_kernels.py tests/test_csrc_backend.py tests/test_csrc_gpu.py tests/test_triton_nf4.py)
     options=(--quick --repeats 10)
     bench_options=(--tokens 8192 --dropout 0.1 --shape 4096x4096 --shape 4096x14336 --repeats 10)
@@ -56,8 +56,8 @@ stage tests "${limits[0]}" env LORA_KERNELS_TEST_DEVICE=cuda \
     "$python" -m pytest "${tests[@]}" -q --maxfail=30 -p no:cacheprovider "${workers[@]}"
 stage sanitizer "${limits[1]}" env LORA_KERNELS_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool memcheck --error-exitcode 1 --target-processes all \
-    "$python" -m pytest tests/test_triton_linear.py tests/test_triton_gemm.py tests/test_triton_nf4.py \
-    tests/test_csrc_kernels.py -q -x -p no:cacheprovider -k "ragged or address or tokens"
+    "$python" -m pytest tests/test_linear.py tests/test_triton_lowrank_product.py tests/test_triton_nf4.py \
+    tests/test_csrc_kernels.py -q -x -p no:cacheprovider -k "(features and not torch-) or ragged or address or tokens"
 stage addmm_beta "${limits[2]}" "$python" bench/addmm_beta.py --json "$work/addmm_beta.json" "${options[@]}"
 stage kernels "${limits[3]}" "$python" bench/kernel_passes.py --json "$work/kernels.json" "${options[@]}"
 stage nf4 "${limits[5]}" "$python" bench/nf4_gpu.py --json "$work/nf4.json" "${options[@]}"

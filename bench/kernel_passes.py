@@ -1,7 +1,7 @@
 """The Triton kernels one by one: bandwidth of the side kernels against a device copy, and three ways to a product.
 
 Side kernels: GB/s of the bytes they must move, and that over the GB/s of copying x. Products, forward and backward: the
-bare vendor's (the floor), prefill and the vendor's accumulating product, and the fused kernel with its low-rank segment.
+bare vendor's (the floor), prefill and the vendor's accumulating product, and both in one kernel.
 No time is reported for what fails the correctness gate, which runs with both dataflows. L2 is cold, variants are
 interleaved; medians with p20 and p80. After each case the JSON file is complete, so that a time limit loses nothing.
 
@@ -22,9 +22,14 @@ import torch
 from torch import Tensor
 
 from lora_kernels import use_backend
-from lora_kernels.backends.torch.linear import Needs, add_product
-from lora_kernels.backends.triton import backward, forward, gemm, tuning
-from lora_kernels.commands.accuracy_gate import Problem, gate
+from lora_kernels.backends.products import add_product
+from lora_kernels.backends.triton import compilation, tuning
+from lora_kernels.backends.triton.kernels import lowrank_product
+from lora_kernels.backends.triton.kernels.grad_dy import grad_dy
+from lora_kernels.backends.triton.kernels.grad_x import grad_x
+from lora_kernels.backends.triton.kernels.prefill import prefill
+from lora_kernels.backends.triton.kernels.project import project
+from lora_kernels.cases.linear import Case, Problem, wrong
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.timing import Timing, interleaved
 from lora_kernels.dtypes import dtype_name
@@ -63,7 +68,7 @@ class Row:
     def __str__(self) -> str:
         microseconds = [f"{1e6 * t:9.1f}" for t in (self.timing.median, self.timing.p20, self.timing.p80)]
         case = f"{self.M:6} {self.K:6}→{self.N:<6} r{self.R:<3} p={self.p:<4} {self.adapter:9}"
-        return f"{self.variant:18} {case} {' '.join(microseconds)} µs {self.rate} {self.over:6.3f}"
+        return f"{self.variant:24} {case} {' '.join(microseconds)} µs {self.rate} {self.over:6.3f}"
 
 
 @contextlib.contextmanager
@@ -79,10 +84,10 @@ def dataflow(name: str) -> Iterator[None]:
 def refused(problem: Problem) -> list[str]:
     """The dataflows whose results are wrong, or which do not run; why is printed."""
     names = []
-    for name in ("prefill", "fused"):
+    for name in ("prefill", "lowrank_product"):
         try:
             with use_backend("triton"), dataflow(name):
-                reasons = gate(problem, SEED)
+                reasons = wrong(problem)
         except Exception as error:  # whatever one kernel does, the others are measured
             reasons = [f"{type(error).__name__}: {error}"]
         sys.stdout.write("".join(f"FAILED, not timed: {name}: {reason}\n" for reason in reasons))
@@ -92,29 +97,34 @@ def refused(problem: Problem) -> list[str]:
 
 def variants(problem: Problem) -> dict[str, tuple[Callable[[], object], int, int]]:
     """name -> (call, bytes it must move, flops of its base product)."""
-    x, W, A, B, dy, p = problem.x.detach(), problem.W, problem.A, problem.B, problem.dy, problem.p
+    x, W, A, B, dy, dropout = (
+        problem.x.detach(),
+        problem.W,
+        problem.A.detach(),
+        problem.B.detach(),
+        problem.dy,
+        problem.dropout(),
+    )
     (M, K), (N, R), s = x.shape, B.shape, 2.0
-    seed = torch.full((), SEED, dtype=torch.int64, device=x.device)
     h, wide = torch.empty(M, R, dtype=A.dtype, device=x.device).normal_(), x.element_size()
-    both, flops = Needs(True, True, False, False), 2 * M * N * K
-    X, Y, narrow = wide * M * K, wide * M * N, h.numel() * h.element_size()
+    flops, X, Y, narrow = 2 * M * N * K, wide * M * K, wide * M * N, h.numel() * h.element_size()
 
     def prefill_backward() -> Tensor:
-        dx, _ = backward.grad_x(None, h, A, p, seed, Needs(True, False, False, False), x.dtype)
+        dx, _ = grad_x(None, h, A, dropout, x.dtype, need_x=True, need_A=False)
         return add_product(dx, dy, W)
 
     return {
         "copy": (lambda: x.clone(), 2 * X, 0),
-        "project": (lambda: forward.project(x, A, p, seed), X + narrow, 0),
-        "prefill": (lambda: forward.prefill(h, B, s, None, x.dtype), Y + narrow, 0),
-        "grad_dy": (lambda: backward.grad_dy(dy, h, B, s, Needs(True, True, True, False)), Y + 2 * narrow, 0),
-        "grad_x": (lambda: backward.grad_x(x, h, A, p, seed, both, x.dtype), 2 * X + narrow, 0),
+        "project": (lambda: project(x, A, dropout), X + narrow, 0),
+        "prefill": (lambda: prefill(h, B, s, None, x.dtype), Y + narrow, 0),
+        "grad_dy": (lambda: grad_dy(dy, h, B, s, need_g=True, need_B=True, need_c=False), Y + 2 * narrow, 0),
+        "grad_x": (lambda: grad_x(x, h, A, dropout, x.dtype, need_x=True, need_A=True), 2 * X + narrow, 0),
         "forward bare": (lambda: x @ W.T, 0, flops),
-        "forward prefill": (lambda: add_product(forward.prefill(h, B, s, None, x.dtype), x, W.T), 0, flops),
-        "forward fused": (lambda: gemm.forward(x, W, h, B, s, None), 0, flops),
+        "forward prefill": (lambda: add_product(prefill(h, B, s, None, x.dtype), x, W.T), 0, flops),
+        "forward lowrank_product": (lambda: lowrank_product.forward(x, W, h, B, s, None), 0, flops),
         "backward bare": (lambda: dy @ W, 0, flops),
         "backward prefill": (prefill_backward, 0, flops),
-        "backward fused": (lambda: gemm.backward(dy, W, h, A, p, seed), 0, flops),
+        "backward lowrank_product": (lambda: lowrank_product.backward(dy, W, h, A, dropout), 0, flops),
     }
 
 
@@ -137,7 +147,8 @@ def cases(shapes: tuple, tokens: tuple, ranks: tuple, device: torch.device) -> I
             for R in ranks:
                 for p in (0.0, 0.1):
                     dtype = torch.float16 if device.type == "cpu" else torch.bfloat16  # the interpreter's bfloat16 is wrong
-                    problem = Problem.draw(M, K, N, R, p, dtype, device, SEED)
+                    case = Case(M, K, N, R, p, bias=False, dtype=dtype, needs=("x", "A", "B"), seed=SEED, device=device)
+                    problem = case.draw(torch.Generator(device).manual_seed(SEED))
                     yield problem, dtype_name(dtype)
                     yield problem.with_adapters(torch.float32), "float32"
 
@@ -155,7 +166,7 @@ def main() -> int:
     chosen = TINY if device.type == "cpu" else QUICK if options.quick else FULL if options.full else USUAL
     rows: list[Row] = []
     failed, header = 0, environment()
-    names = f"{'variant':18} {'M':>6} {'K→N':>13} rank, p, adapters"
+    names = f"{'variant':24} {'M':>6} {'K→N':>13} rank, p, adapters"
     sys.stdout.write(f"{names}        median       p20       p80    rate   over\n")
     for problem, adapter in cases(*chosen, device):
         without = refused(problem)
@@ -164,10 +175,10 @@ def main() -> int:
         sys.stdout.write("".join(f"{row}\n" for row in new))
         rows += new
         if options.json:
-            rejected = [f"{key}: {reason}" for key, reason in tuning.rejected.items()]
+            rejected = [f"{key}: {reason}" for key, reason in compilation.rejected.items()]
             found = {"environment": header, "rejected": rejected, "rows": [asdict(row) for row in rows]}
             options.json.write_text(json.dumps(found, indent=1))
-    sys.stdout.write("".join(f"did not compile: {key}: {reason}\n" for key, reason in tuning.rejected.items()))
+    sys.stdout.write("".join(f"did not compile: {key}: {reason}\n" for key, reason in compilation.rejected.items()))
     return 1 if failed else 0
 
 

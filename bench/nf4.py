@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import LoRALinear, NF4Weight, dequantize_nf4, quantize_nf4
-from lora_kernels.commands.accuracy_gate import violations
+from lora_kernels.cases.rule import violations
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.timing import interleaved
 

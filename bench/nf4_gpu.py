@@ -1,12 +1,12 @@
 """4-bit weights on a GPU: dequantising, products of few and of some hundred tokens, QLoRA forward and backward.
 
 dequantise   GB/s of codes, absmax and W, and that over the GB/s of copying W; bitsandbytes where it is installed
-product      y with its adapter: skinny, loop, concat and scratch (backends/nf4_plan.py) beside the bare product with a dense W,
+product      y with its adapter: skinny, loop and scratch (backends/nf4_paths.py) beside the bare product with a dense W,
              and the part of the time that the bytes alone would take at the copy's bandwidth
 training     lora_linear forward and backward over 4-bit and dense W, over the time of the bare products
 
 Nothing is timed whose values are wrong: dequantised W bit for bit, products and gradients by the tolerance rule. L2 is cold,
-variants are interleaved; medians with p20 and p80. The rows tell which lines belong into nf4_plan.TABLE.
+variants are interleaved; medians with p20 and p80. The rows tell which lines belong into nf4_paths.TABLE.
 
     PYTHONPATH=. python bench/nf4_gpu.py [--quick] [--json FILE] [--device cpu|cuda] [--repeats N]
 
@@ -18,7 +18,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,15 @@ import torch
 from torch import Tensor
 
 from lora_kernels import lora_linear, use_backend
-from lora_kernels import plan as backends
-from lora_kernels.backends import nf4_paths as nf4_plan
-from lora_kernels.commands.accuracy_gate import Problem, truth, violations
+from lora_kernels.backends import nf4_paths
+from lora_kernels.cases.linear import Case, Problem, plain, truth
+from lora_kernels.cases.rule import violations
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.measure import peak_bytes
 from lora_kernels.commands.timing import Timing, interleaved
-from lora_kernels.nf4.weight import NF4Weight, dequantize_nf4, quantize_nf4
+from lora_kernels.functional.nf4 import dequantize_nf4, quantize_nf4
+from lora_kernels.nf4 import NF4Weight
+from lora_kernels.plan import load
 
 LLAMA = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672))
 FEW, SOME, MANY = (1, 2, 4, 8, 16), (32, 64, 128, 256, 512, 1024, 1536), (2048, 8192)
@@ -74,7 +76,7 @@ def available() -> dict[str, Any]:
     """The GPU backends that are there; the reason is printed for one that is not."""
     found = {}
     for name in ("cuda", "triton"):
-        module = backends.load(name)
+        module = load(name, "linear")
         if isinstance(module, str):
             sys.stdout.write(f"without {name}: {module}\n")
         else:
@@ -90,6 +92,18 @@ def peer() -> Any:
 # ---- dequantise ----
 
 
+def dequantize_by(backend: str, W: NF4Weight, out: Tensor | None = None) -> Tensor:
+    """W in bf16 by this backend."""
+    with use_backend(backend):
+        return dequantize_nf4(W, None if out is not None else BF16, out=out)
+
+
+def layer_by(backend: str, problem: Problem, W: NF4Weight | Tensor) -> Tensor:
+    """y by this backend."""
+    with use_backend(backend), torch.no_grad():
+        return lora_linear(problem.x, W, problem.A, problem.B, scaling=SCALING)
+
+
 def plain_dequantize(W: NF4Weight, **options: Any) -> Tensor:
     """W by PyTorch operations."""
     with use_backend("torch"):
@@ -103,9 +117,9 @@ def dequantise_calls(W: NF4Weight, flat: NF4Weight, modules: dict[str, Any]) -> 
     for name, weight in (("nested", W), ("plain", flat)):
         moved = weight.nbytes + dense.nbytes
         if "cuda" in modules:
-            calls[f"cuda {name}"] = (lambda weight=weight: modules["cuda"].nf4_dequantize(weight, out=out), moved)
+            calls[f"cuda {name}"] = (lambda weight=weight: dequantize_by("cuda", weight, out), moved)
         if "triton" in modules:
-            calls[f"triton {name}"] = (lambda weight=weight: modules["triton"].nf4.dequantize(weight, out=out), moved)
+            calls[f"triton {name}"] = (lambda weight=weight: dequantize_by("triton", weight, out), moved)
     calls["torch nested"] = (lambda: plain_dequantize(W, out=out), W.nbytes + dense.nbytes)
     if (bitsandbytes := peer()) is not None:
         codes, state = W.to_bnb()
@@ -133,23 +147,23 @@ def dequantise_rows(K: int, N: int, modules: dict[str, Any], device: torch.devic
 
 def product_calls(problem: Problem, W: NF4Weight, dense: Tensor, modules: dict[str, Any]) -> Calls:
     """y with its adapter by each path that can compute it."""
-    x, A, B = problem.x.detach(), problem.A, problem.B
+    x, A, B = (t.detach() for t in (problem.x, problem.A, problem.B))
     M, N = len(x), len(B)
     ends = x.nbytes + 2 * M * N + A.nbytes + B.nbytes
     calls: Calls = {"bare dense": (lambda: x @ dense.T, dense.nbytes + x.nbytes + 2 * M * N)}
     if "triton" in modules:
         triton = modules["triton"]
-        arguments = A, B, SCALING, None, 0.0, None
-        unpack = modules["cuda"].nf4_dequantize if "cuda" in modules else triton.nf4.dequantize
-        calls["scratch"] = (lambda: triton.lora_forward(x, unpack(W, BF16), *arguments)[0], W.nbytes + 2 * dense.nbytes + ends)
-        if max(FEW) < M and triton.nf4.refusal(x, W, R) is None:
-            calls["loop"] = (lambda: triton.nf4.lora_forward(x, W, *arguments)[0], W.nbytes + ends)
-            calls["concat"] = (lambda: triton.nf4.concat_forward(x, W, *arguments)[0], W.nbytes + 2 * dense.nbytes + ends)
+        unpack = "cuda" if "cuda" in modules else "triton"
+        calls["scratch"] = (
+            lambda: layer_by("triton", problem, dequantize_by(unpack, W)), W.nbytes + 2 * dense.nbytes + ends,
+        )  # fmt: skip
+        if max(FEW) < M and triton.nf4_product.refusal(x, W, R) is None:
+            h = triton.project(x, A, None)
+            calls["loop, h given"] = (lambda: triton.nf4_product.product(x, W, h, B, SCALING, None), W.nbytes + ends)
         if "cuda" in modules and modules["cuda"].skinny_refusal(x, W, R) is None:
-            cuda = modules["cuda"]
-            h = triton.forward.project(x, A, 0.0, None)
-            calls["skinny, h given"] = (lambda: cuda.skinny(x, W, h, B, SCALING, None), W.nbytes + ends)
-            calls["skinny"] = (lambda: cuda.lora_forward(x, W, *arguments)[0], W.nbytes + ends)
+            h = triton.project(x, A, None)
+            calls["skinny, h given"] = (lambda: modules["cuda"].skinny(x, W, h, B, SCALING, None), W.nbytes + ends)
+            calls["skinny"] = (lambda: layer_by("cuda", problem, W), W.nbytes + ends)
     if (bitsandbytes := peer()) is not None:
         codes, state = W.to_bnb()
         calls["bitsandbytes base"] = (lambda: bitsandbytes.matmul_4bit(x, codes.t(), state), W.nbytes + x.nbytes + 2 * M * N)
@@ -167,10 +181,10 @@ def product_rows(
     for M in tokens:
         problem = problem_of(M, K, N, 0.0, dense, device)
         calls = product_calls(problem, W, dense, modules)
-        x, exact = problem.x.detach(), wide(problem, dense)
-        plain = x @ dense.T + SCALING * (x @ problem.A.T) @ problem.B.T
-        for name in [name for name in calls if name in ("scratch", "loop", "concat", "skinny", "skinny, h given")]:
-            if wrong := violations({"y": calls[name][0]()}, {"y": plain}, {"y": exact}, BF16):
+        exact = truth(problem)["y"]
+        expected = plain(problem)["y"]
+        for name in [name for name in calls if name in ("scratch", "loop, h given", "skinny", "skinny, h given")]:
+            if wrong := violations({"y": calls[name][0]()}, {"y": expected}, {"y": exact}, BF16):
                 sys.stdout.write(f"FAILED, not timed: {name} M={M} {K}→{N}: {wrong}\n")
                 del calls[name]
         timings = interleaved({name: call for name, (call, _) in calls.items()}, repeats=repeats, device=device)
@@ -178,12 +192,6 @@ def product_rows(
         for name, (call, moved) in calls.items():
             over = moved * copy / (2 * dense.nbytes) / timings[name].median
             yield Row("product", name, M, K, N, 0.0, timings[name], moved, over, peak_bytes(call, device))
-
-
-def wide(problem: Problem, dense: Tensor) -> Tensor:
-    """y in float64; on the device, for on a CPU it would take longer than all that is timed."""
-    x, A, B, W = (t.detach().double() for t in (problem.x, problem.A, problem.B, dense))
-    return (x @ W.T + SCALING * (x @ A.T) @ B.T).cpu()
 
 
 # ---- training ----
@@ -202,9 +210,7 @@ def training_rows(K: int, N: int, tokens: tuple[int, ...], device: torch.device,
     dense = plain_dequantize(W, dtype=BF16)
     for p in (0.0, 0.1):
         small = problem_of(CHECKED, K, N, p, dense, device)
-        with use_backend("torch"):
-            plain = step(small, dense)
-        if wrong := violations(step(small, W), plain, truth(small, SEED), BF16):
+        if wrong := violations(step(small, W), plain(small), truth(small), BF16):
             sys.stdout.write(f"FAILED, not timed: training {K}→{N} p={p}: {wrong}\n")
             continue
         for M in tokens:
@@ -226,8 +232,9 @@ def weight_values(K: int, N: int, device: torch.device) -> Tensor:
 
 
 def problem_of(M: int, K: int, N: int, p: float, dense: Tensor, device: torch.device) -> Problem:
-    drawn = Problem.draw(M, K, N, R, p, BF16, device, SEED)
-    return Problem(drawn.x, dense, drawn.A, drawn.B, drawn.dy, p)
+    needs = ("x", "A", "B")
+    case = Case(M, K, N, R, p, SCALING, bias=False, dtype=BF16, needs=needs, seed=SEED, device=device)
+    return replace(case.draw(torch.Generator(device).manual_seed(SEED)), W=dense)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -240,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     device, modules = torch.device(options.device), available()
     tiny = options.quick or device.type == "cpu"
     shapes, few, some, many = QUICK[device.type] if tiny else (LLAMA, FEW, SOME, MANY)
-    sys.stdout.write(f"{nf4_plan.table()}\n\n{'section':10} {'variant':22} {'M':>6} {'K→N':>13}" + " " * 10)
+    sys.stdout.write(f"{nf4_paths.table()}\n\n{'section':10} {'variant':22} {'M':>6} {'K→N':>13}" + " " * 10)
     sys.stdout.write("median       p20       p80    rate            over\n")
     rows = []
     for K, N in shapes:

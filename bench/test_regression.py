@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lora_kernels.commands.bench import peers
-from lora_kernels.commands.blocks import BlockProblem
-from lora_kernels.commands.cases import FORWARD, Case, Shape
+from lora_kernels.commands.bench.blocks import BlockProblem
+from lora_kernels.commands.bench.suites import FORWARD, Shape, Workload
 from lora_kernels.mask import dropout_mask
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,7 +39,7 @@ def test_training_step(benchmark, name, shape, p):
     if name == "peft":
         pytest.importorskip("peft")
     benchmark.group = f"{shape} p={p}"
-    problem = BlockProblem.draw(Case(256, SHAPES[shape], 8, p, torch.float32), DEVICE, seed=0)
+    problem = BlockProblem.draw(Workload(256, SHAPES[shape], 8, p, torch.float32), DEVICE, seed=0)
     (variant, *_) = peers.variants(name, problem)
     benchmark(synchronized(problem.step(variant.module)))
 
@@ -48,7 +48,7 @@ def test_training_step(benchmark, name, shape, p):
 @pytest.mark.parametrize("M", [1, 8])
 def test_forward_of_few_tokens(benchmark, name, M):
     benchmark.group = f"forward M={M}"
-    problem = BlockProblem.draw(Case(M, SHAPES["linear"], 8, 0.0, torch.float32, FORWARD), DEVICE, seed=0)
+    problem = BlockProblem.draw(Workload(M, SHAPES["linear"], 8, 0.0, torch.float32, FORWARD), DEVICE, seed=0)
     (variant,) = peers.variants(name, problem)
     benchmark(synchronized(problem.step(variant.module)))
 

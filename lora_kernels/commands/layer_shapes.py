@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..functional.nf4 import quantize_nf4
 from ..layers.linear import LoRALinear
 from ..models.config import LoRAConfig
 from ..models.surgery import add_lora
-from ..nf4.weight import quantize_nf4
 from .console import CommandError
 
 SEED_BYTES = 8

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..functional.nf4 import quantize_nf4
 from ..models.config import LoRAConfig
 from ..models.surgery import add_lora
 from ..nf4.state_dict import to_params4bit
-from ..nf4.weight import quantize_nf4
 
 
 def shared_copy(model: nn.Module) -> Any:

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from ..accuracy_gate import gate, truth
-from ..blocks import BlockProblem
-from ..cases import FORWARD, Case, Suite
+from ...cases.linear import wrong as wrong_results
 from ..console import Output, first_line
 from ..measure import kernel_launches, peak_bytes, saved_bytes
 from ..timing import cuda_graph, interleaved
-from . import peer_layers, peers
+from . import peers
+from .blocks import BlockProblem
 from .header import Refusals, new_header, print_refusals
 from .peers import Variant
 from .rows import new_row, print_case
+from .suites import FORWARD, Suite, Workload
 
 GRAPH_TOKENS = 512  # up to so many tokens launches cost more than kernels: on a GPU they are timed as CUDA graphs
 CAPTION = (
@@ -46,7 +46,7 @@ def run(
     rows: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
     result = {"header": header, "rows": rows, "failures": failures, "peers_not_measured": refusals}
-    for case in suite.cases():
+    for case in suite.workloads():
         case_rows, wrong, refused = measure_case(case, device, repeats, present, lorafusion, seed)
         rows += case_rows
         refusals += refused
@@ -63,7 +63,7 @@ def run(
 
 
 def measure_case(
-    case: Case,
+    case: Workload,
     device: torch.device,
     repeats: int,
     compare: tuple[str, ...] = ("peft",),
@@ -86,21 +86,16 @@ def measure_case(
         variants += new
         if reason:
             refusals.append({"peer": name, "case": str(case), "reason": reason})
-    wrong = [reason for variant in variants if variant.ours for reason in _gate(variant, seed)]
+    wrong = [reason for variant in variants if variant.ours for reason in _gate(variant)]
     return ([], wrong, refusals) if wrong else (_measure(problem, variants, device, repeats), [], refusals)
 
 
-def _gate(variant: Variant, seed: int) -> list[str]:
+def _gate(variant: Variant) -> list[str]:
     """The gate's reasons for each different layer of a variant of this package."""
     assert variant.ours is not None
     different = {(layer.in_features, layer.out_features): layer for layer in variant.ours.layers.values()}
-    reasons = []
-    for layer in different.values():
-        weight = None
-        if variant.nf4:
-            layer, weight = peer_layers.nf4_problem(layer)
-        reasons += [f"{variant.name}: {reason}" for reason in gate(layer, seed, truth(layer, seed), weight)]
-    return reasons
+    problems = [layer.quantized() if variant.nf4 else layer for layer in different.values()]
+    return [f"{variant.name}: {reason}" for problem in problems for reason in wrong_results(problem)]
 
 
 def _measure(problem: BlockProblem, variants: list[Variant], device: torch.device, repeats: int) -> list[dict[str, Any]]:

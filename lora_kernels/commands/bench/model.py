@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...cases.linear import Case
+from ...cases.linear import wrong as wrong_results
 from ...dtypes import dtype_name
 from ...models.config import LoRAConfig
 from .. import model_step, pretrained
-from ..accuracy_gate import Problem, gate
 from ..console import Output
 from ..layer_shapes import check_rank, group_layers
 from ..measure import held_bytes, kernel_launches, peak_bytes, saved_bytes
 from ..timing import interleaved
-from . import peer_layers, peers
+from . import peers
 from .header import Refusals, new_header, print_refusals
 from .model_rows import print_rows, times
 from .model_settings import Settings
@@ -115,10 +116,12 @@ def _wrong(
     adapter = next(parameter.dtype for parameter in models[name].parameters() if parameter.requires_grad)
     reasons = []
     for group in groups:
-        shape = min(GATE_TOKENS, ids.numel()), group.K, group.N, group.R
-        problem = Problem.draw(*shape, config.lora_dropout, settings.dtype, device, seed).with_adapters(adapter)
-        problem, weight = peer_layers.nf4_problem(problem) if settings.quantize else (problem, None)
-        reasons += [f"{name} {group.K}→{group.N}: {reason}" for reason in gate(problem, seed, weight=weight)]
+        case = Case(
+            min(GATE_TOKENS, ids.numel()), group.K, group.N, group.R, config.lora_dropout, dtype=settings.dtype, seed=seed,
+            adapter_dtype=adapter, bias=False, device=device, quant_type=settings.quantize,
+        )  # fmt: skip
+        problem = case.draw(torch.Generator(device).manual_seed(seed))
+        reasons += [f"{name} {group.K}→{group.N}: {reason}" for reason in wrong_results(problem)]
     with torch.no_grad():
         for name, model in models.items():
             value = model_step.loss(model, ids).item()

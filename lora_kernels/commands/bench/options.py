@@ -34,9 +34,9 @@ def bench(
     json_file: Json = None,
 ) -> None:
     """Time LoRA layers beside the bare linear and other implementations; exit 1 if a result is wrong."""
-    from ..cases import BOTH, FORWARD, Shape, choose_suite
     from ..layer_shapes import parse_shapes
     from . import layers, peers
+    from .suites import BOTH, FORWARD, Shape, choose_suite
 
     out = Output(json_file)
     on = parse_device(device)

@@ -1,17 +1,15 @@
 """The layers that the benchmark times, one of each kind, over the tensors of a Problem."""
 
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...cases.linear import Problem
 from ...layers.linear import LoRALinear
-from ...nf4.weight import NF4Weight, quantize_nf4
-from ..accuracy_gate import Problem
-from ..blocks import Block, BlockProblem
 from . import unsloth_order
+from .blocks import Block, BlockProblem
 
 
 def frozen(problem: Problem) -> nn.Linear:
@@ -34,18 +32,12 @@ def ours_nf4(problem: Problem) -> nn.Module:
     return ours(problem, quantize="nf4")
 
 
-def nf4_problem(problem: Problem) -> tuple[Problem, NF4Weight]:
-    """(the problem with the values that W has in 4 bits, the NF4Weight): truth for `ours_nf4`, and what it is given."""
-    weight = quantize_nf4(problem.W, blocksize=64, double_quant=True)
-    return replace(problem, W=weight.dequantize(problem.W.dtype)), weight
-
-
 def peft(problem: Problem, linear: nn.Module | None = None) -> nn.Module:
     """PEFT's own layer over `linear`, with its adapters in the dtype of `problem`'s: float32 is PEFT's default."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=problem.r, lora_alpha=problem.lora_alpha, lora_dropout=problem.p, target_modules=["linear"], bias="none"
+        r=problem.r, lora_alpha=int(problem.lora_alpha), lora_dropout=problem.p, target_modules=["linear"], bias="none"
     )
     model: Any = nn.ModuleDict({"linear": frozen(problem) if linear is None else linear})
     model.is_loaded_in_4bit = linear is not None  # PEFT asks the model, not the layer
@@ -69,9 +61,9 @@ def with_adapter(layer: Any, problem: Problem) -> nn.Module:
     for adapters, value in ((layer.lora_A, problem.A), (layer.lora_B, problem.B)):
         adapter = adapters["default"]
         if isinstance(adapter, nn.Linear):  # PEFT keeps a module, this package a parameter
-            adapter.weight = nn.Parameter(value.clone())
+            adapter.weight = nn.Parameter(value.detach().clone())
         else:
-            adapters["default"] = nn.Parameter(value.clone())
+            adapters["default"] = nn.Parameter(value.detach().clone())
     return layer.train()
 
 
@@ -79,7 +71,7 @@ class UnslothBlock(Block):
     """Single layers, and q, k, v and the MLP as one function each."""
 
     def __init__(self, problem: BlockProblem):
-        self.s = float(next(iter(problem.layers.values())).lora_alpha_over_r)
+        self.s = float(next(iter(problem.layers.values())).case.scaling)
         layers = {name: unsloth_order.Linear(p.W, p.A, p.B, self.s) for name, p in problem.layers.items()}
         super().__init__(problem.case.shape.block, layers)  # type: ignore[arg-type]
 
@@ -97,7 +89,7 @@ class LoRAFusionLinear(unsloth_order.Linear):
     """Holds the tensors; its call is LoRAFusion's fused_linear_lora, which takes [batch, length, features]."""
 
     def __init__(self, problem: Problem, kernels: ModuleType):
-        super().__init__(problem.W, problem.A, problem.B, float(problem.lora_alpha_over_r))
+        super().__init__(problem.W, problem.A, problem.B, float(problem.case.scaling))
         self.p, self.kernels = problem.p, kernels
 
     def forward(self, x: Tensor) -> Tensor:

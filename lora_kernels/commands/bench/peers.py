@@ -20,11 +20,11 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from ..accuracy_gate import Problem
-from ..blocks import Block, BlockProblem
-from ..cases import BOTH, Case
+from ...cases.linear import Problem
 from ..console import CommandError
 from . import peer_layers
+from .blocks import Block, BlockProblem
+from .suites import BOTH, Workload
 
 PEERS = ("peft", "peft-compile", "unsloth-style", "bnb", "lorafusion")
 BARE, OURS = "bare frozen linear", "lora_kernels"
@@ -75,7 +75,7 @@ def why_not(name: str, lorafusion: Path | None = None) -> str | None:
     return None
 
 
-def why_not_here(name: str, case: Case) -> str | None:
+def why_not_here(name: str, case: Workload) -> str | None:
     """None if peer `name` has a path for `case`, otherwise the reason."""
     if name == "unsloth-style" and case.p > 0 and case.passes == BOTH:
         return "its fused path has no dropout: it leaves this case to PEFT"

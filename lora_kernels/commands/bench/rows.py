@@ -3,15 +3,14 @@
 from typing import Any
 
 from ...dtypes import dtype_name
-from ...plan import backend_report
-from ..cases import Case
+from ...functional.linear import backend_report
 from ..console import Output, format_bytes
 from ..timing import Timing
-from . import peer_layers
 from .peers import BARE, HEADINGS, Variant
+from .suites import Workload
 
 
-def new_row(case: Case, variant: Variant, timings: dict[str, Timing]) -> dict[str, Any]:
+def new_row(case: Workload, variant: Variant, timings: dict[str, Timing]) -> dict[str, Any]:
     """What JSON holds of one variant of a case: how it was measured, its time, and the rates that follow."""
     timing = timings[variant.name]
     shape = case.shape
@@ -37,11 +36,11 @@ def _backend(variant: Variant) -> str | None:
     if variant.ours is None:
         return None
     layer = next(iter(variant.ours.layers.values()))
-    weight = peer_layers.nf4_problem(layer)[1] if variant.nf4 else layer.W
-    return next(row.backend for row in backend_report(layer.x, weight, layer.A, layer.B) if row.used)
+    layer = layer.quantized() if variant.nf4 else layer
+    return next(row.backend for row in backend_report(layer.x, layer.W, layer.A, layer.B) if row.used)
 
 
-def print_case(case: Case, rows: list[dict[str, Any]], output: Output) -> None:
+def print_case(case: Workload, rows: list[dict[str, Any]], output: Output) -> None:
     """The case's table."""
     others = [name for name in HEADINGS if name in rows[0]["faster_than"]]
     columns = ["variant", "backend", "median µs", "p20–p80", "TFLOP/s", "GB/s", "x bare", *(HEADINGS[name] for name in others)]

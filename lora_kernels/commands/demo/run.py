@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...models.surgery import add_lora, load_lora_state_dict, lora_state_dict
+from ...models.state_dict import load_lora_state_dict, lora_state_dict
+from ...models.surgery import add_lora
 from .. import pretrained
 from ..bench.peers import OURS, PEFT
 from ..console import CommandError, Output, require

@@ -6,7 +6,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from ...models.surgery import lora_parameters
+from ...models.parameters import lora_parameters
 from ..console import Output
 from ..model_step import loss as model_loss
 from .corpus import Corpus

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ...dtypes import dtype_name
-from ...plan import backend_report
+from ...functional.linear import backend_report
 from ..console import Output, format_bytes
 from ..environment import environment
 

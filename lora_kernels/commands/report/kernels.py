@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...backends import nf4_paths as nf4_plan
+from ...backends import nf4_paths
 from ..console import CommandError, Output
 
 TABLE = Path(__file__).parents[2] / "backends/triton/kernels.json"
 ISSUE = 132 * 128 * 1.7e9  # instructions per second: processors × lanes × clock, H100 and H200
-PRODUCTS = ("fused", "fused_tma", "nf4_product")
+PRODUCTS = ("lowrank_product", "lowrank_product_tma", "nf4_product")
 MATRIX = 790e12  # bf16 multiply-adds ·2 per second that the vendor's product reaches on them
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second of a device copy
 
@@ -69,8 +69,8 @@ def _work(kernel: str, M: int, K: int, N: int, R: int, data: int, adapter: int) 
         "prefill": (M * N, dy + narrow, 0),
         "grad_dy": (M * N, dy + 2 * narrow, 0),
         "grad_x": (M * K, 2 * x + narrow, 0),
-        "fused": (M * K, x + dy + W + narrow, 2 * M * N * K),
-        "fused_tma": (M * K, x + dy + W + narrow, 2 * M * N * K),
+        "lowrank_product": (M * K, x + dy + W + narrow, 2 * M * N * K),
+        "lowrank_product_tma": (M * K, x + dy + W + narrow, 2 * M * N * K),
         "nf4_product": (M * K, x + dy + N * K // 2 + narrow, 2 * M * N * K),
         "nf4_dequantize": (N * K, N * K // 2 + W, 0),
         "drop": (M * K, 2 * x, 0),
@@ -85,7 +85,7 @@ def choices(target: str) -> list[tuple[str, ...]]:
     """
     from ...plan import load
 
-    if isinstance(load("triton"), str):
+    if isinstance(load("triton", "linear"), str):
         return []
     from ...backends.triton import tuned
 
@@ -101,7 +101,7 @@ def measured_tiles(target: str) -> list[tuple[str, ...]]:
     """(kernel, dtypes, rank class, tile, evidence) that differ from the table's because a measurement says so."""
     from ...plan import load
 
-    if isinstance(load("triton"), str):
+    if isinstance(load("triton", "linear"), str):
         return []
     return [
         (*map(str, key), str(row["tile"]), f"{device}: {row['us']:.1f} µs, {len(row['measured_us'])} tried, {found.source}")
@@ -142,7 +142,7 @@ def run(M: int, K: int, N: int, target: str, dtypes: str, out: Output) -> dict[s
         out.table(f"Dataflow on {target}", ("direction", "contraction", "tokens", "dataflow", "reason"), chosen)
     if tiles := measured_tiles(target):
         out.table(f"Measured tiles on {target}", ("kernel", "dtypes", "rank to", "tile", "reason"), tiles)
-    out.table("Products with a 4-bit weight", ("path", "tokens", "GPU", "evidence"), nf4_plan.cells())
+    out.table("Products with a 4-bit weight", ("path", "tokens", "GPU", "evidence"), nf4_paths.cells())
     return {"kernels": [asdict(row) for row in rows], "dataflow": chosen, "tiles": tiles}
 
 

@@ -1,4 +1,4 @@
-"""Dataflows, prefill or fused: their times, and the choice."""
+"""Dataflows, prefill and the vendor's product or both in one kernel: their times, and the choice."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from ..timing import interleaved
 from . import calls
 
-FUSE = 0.99  # the fused kernel must take at most this part of prefill's time, at every dtype class
+FUSE = 0.99  # one kernel must take at most this part of prefill's time, at every dtype class
 Seconds = dict[str, float]
 
 
@@ -31,12 +31,12 @@ def time_flows(
 
 
 def choose_flow(direction: str, contraction: str, tokens: str, times: dict[str, Seconds]) -> dict[str, Any]:
-    """Fused where it is ahead of prefill by more than noise at every dtype class."""
-    wins = all(seconds["fused"] <= FUSE * seconds["prefill"] for seconds in times.values())
+    """One kernel where it is ahead of prefill by more than noise at every dtype class."""
+    wins = all(seconds["lowrank_product"] <= FUSE * seconds["prefill"] for seconds in times.values())
     return {
         "direction": direction,
         "contraction": contraction,
         "tokens": tokens,
-        "choice": "fused" if wins else "prefill",
-        **{f"{flow}_us": {kind: 1e6 * t[flow] for kind, t in times.items()} for flow in ("prefill", "fused")},
+        "choice": "lowrank_product" if wins else "prefill",
+        **{f"{flow}_us": {kind: 1e6 * t[flow] for kind, t in times.items()} for flow in ("prefill", "lowrank_product")},
     }

@@ -1,7 +1,7 @@
 """`lora-kernels tune`: measure this GPU's tiles and dataflows, and write the file that dispatch reads (triton/tuned.py).
 
-For each side kernel and fused product, dtype class and rank class, candidate tiles in turns; for each direction, contraction
-and number of tokens, prefill and the vendor's product beside the fused kernel. A choice must be ahead by more than noise, and
+For each side kernel and product, dtype class and rank class, candidate tiles in turns; for each direction, contraction
+and number of tokens, prefill and the vendor's product beside both in one kernel. A choice must be ahead by more than noise, and
 its results must pass the correctness gate. The same measurements give the same file.
 """
 
@@ -40,10 +40,10 @@ def run(output: Output, folder: Path | None, quick: bool) -> dict[str, Any]:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         raise CommandError(f"tune: there is nothing to tune: torch {torch.__version__} sees no CUDA device")
-    if isinstance(triton := load("triton"), str):
+    if isinstance(triton := load("triton", "linear"), str):
         raise CommandError(f"tune: the Triton backend is not there: {triton}")
     device = torch.device("cuda", torch.cuda.current_device())
-    if reason := triton.why_not(torch.empty(16, 16, dtype=torch.bfloat16, device=device), None, None, None):
+    if reason := triton.gpu.why_not(device, "auto"):
         raise CommandError(f"tune: the Triton backend cannot compute here: {reason}")
     return device
 
@@ -55,7 +55,7 @@ def tune(
     from ...backends.triton import tuned, tuning
 
     chosen: dict[str, list[dict[str, Any]]] = {"dataflow": [], "tiles": []}
-    products = "fused_tma" if tuning.gpu(device).capability in tuning.TMA_GPUS else "fused"
+    products = "lowrank_product_tma" if tuning.gpu(device).capability in tuning.TMA_GPUS else "lowrank_product"
     for kernel in ("project", "prefill", "grad_dy", "grad_x", products):
         for arithmetic in DTYPES:
             for rank in ranks:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from ...cases.linear import wrong as wrong_results
 from ...plan import use_backend
-from ..accuracy_gate import gate
 from ..timing import interleaved
 from . import calls
 
@@ -18,8 +18,8 @@ CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
     "prefill": ((64, 128, 4), (128, 128, 8), (64, 256, 8), (32, 256, 4), (128, 64, 8)),
     "grad_dy": ((32, 128, 8, 3), (64, 128, 8, 3), (64, 256, 8, 2), (32, 256, 8, 3), (64, 128, 4, 3)),
     "grad_x": ((32, 128, 8, 3), (64, 128, 8, 2), (64, 64, 8, 3), (32, 256, 8, 2), (64, 128, 4, 2)),
-    "fused": ((128, 128, 8, 4, 32), (128, 256, 8, 3, 64), (64, 256, 8, 3, 64), (64, 128, 4, 4, 64)),
-    "fused_tma": ((128, 256, 8, 4, 64), (128, 128, 8, 4, 64), (256, 128, 8, 3, 64), (128, 128, 4, 4, 64)),
+    "lowrank_product": ((128, 128, 8, 4, 32), (128, 256, 8, 3, 64), (64, 256, 8, 3, 64), (64, 128, 4, 4, 64)),
+    "lowrank_product_tma": ((128, 256, 8, 4, 64), (128, 128, 8, 4, 64), (256, 128, 8, 3, 64), (128, 128, 4, 4, 64)),
 }
 
 
@@ -37,7 +37,8 @@ def time_tiles(
     kernel: str, arithmetic: str, rank: int, options: list[Any], sizes: calls.Sizes, device: torch.device
 ) -> dict[Any, float]:
     """tile -> median seconds of the kernel at M tokens; tiles that do not compile are left out."""
-    from ...backends.triton.tuning import compile_failure, trial
+    from ...backends.triton.compilation import compile_failure
+    from ...backends.triton.tuning import trial
 
     problem = calls.draw(sizes.M, sizes.width, sizes.width, calls.RANK[rank], arithmetic, device)
     call = calls.kernel_call(kernel, problem)
@@ -77,10 +78,10 @@ def choose_tile(
         if tile not in seconds:
             continue
         problem = calls.draw(384, 512, 384, calls.RANK[rank], arithmetic, device)
-        trial.update({kernel: tile, **({"dataflow": "fused"} if kernel.startswith("fused") else {})})
+        trial.update({kernel: tile, **({"dataflow": "lowrank_product"} if kernel.startswith("lowrank_product") else {})})
         try:
             with use_backend("triton"):
-                wrong = gate(problem, calls.SEED)
+                wrong = wrong_results(problem)
         finally:
             trial.clear()
         if not wrong:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ..dtypes import dtype_name
-from .console import CommandError
+from ...cases.linear import Case
+from ...dtypes import dtype_name
+from ..console import CommandError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BOTH, FORWARD = "forward+backward", "forward"  # the passes that are timed
 
 
@@ -48,7 +48,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Case:
+class Workload:
     """`shape` with adapters of rank R and dropout p on M tokens; `passes` is BOTH or FORWARD (evaluation mode)."""
 
     M: int
@@ -61,22 +61,23 @@ class Case:
     def __str__(self) -> str:
         return f"{self.shape} M={self.M} r={self.R} p={self.p} {dtype_name(self.dtype)}"
 
+    def cases(self, device: torch.device | None = None, seed: int = 0) -> dict[str, Case]:
+        """The case of each linear layer by name."""
+        on = device or torch.device("cpu")
+        about: dict[str, Any] = {"M": self.M, "R": self.R, "p": self.p, "dtype": self.dtype, "device": on, "seed": seed}
+        layers = self.shape.layers().items()
+        return {name: Case(K=K, N=N, bias=False, needs=("x", "A", "B"), **about) for name, (K, N) in layers}
+
     def flops(self, adapted: bool) -> int:
-        """Multiply-adds count two. x·Wᵀ and dy·W; with an adapter also h, h·Bᵀ, g, g·A, dA, dB."""
-        base, low_rank = (4, 12) if self.passes == BOTH else (2, 4)
-        layers = self.shape.layers().values()
-        total = sum(base * self.M * K * N for K, N in layers)
-        return total + sum(low_rank // 2 * self.M * self.R * (K + N) for K, N in layers) if adapted else total
+        return sum(case.flops(self.passes == BOTH, adapted) for case in self.cases().values())
 
     def bytes(self) -> int:
-        """What the frozen layers must move: x, W and y once, and for both passes dy, W and dx once."""
-        elements = sum(self.M * (K + N) + K * N for K, N in self.shape.layers().values())
-        return (2 if self.passes == BOTH else 1) * elements * self.dtype.itemsize
+        return sum(case.bytes(self.passes == BOTH) for case in self.cases().values())
 
 
 @dataclass(frozen=True)
 class Suite:
-    """The cases of a run: every combination of its axes."""
+    """What a run times: every combination of its axes."""
 
     shapes: tuple[Shape, ...]
     tokens: tuple[int, ...]
@@ -85,10 +86,10 @@ class Suite:
     dtypes: tuple[torch.dtype, ...]
     passes: str = BOTH
 
-    def cases(self) -> Iterator[Case]:
+    def workloads(self) -> Iterator[Workload]:
         axes = (self.dtypes, self.dropouts, self.ranks, self.tokens, self.shapes)
         for dtype, p, R, M, shape in itertools.product(*axes):
-            yield Case(M, shape, R, p, dtype, self.passes)
+            yield Workload(M, shape, R, p, dtype, self.passes)
 
 
 def _linears(*shapes: tuple[int, int]) -> tuple[Shape, ...]:
@@ -127,7 +128,7 @@ def choose_suite(name: str, device: torch.device, passes: str = BOTH, **axes: tu
     if name not in SUITES:
         raise CommandError(f"--suite: got {name!r}, expected one of {', '.join(('auto', *SUITES))}")
     suite = replace(SUITES[name], passes=passes, **{axis: values for axis, values in axes.items() if values})
-    for case in suite.cases():
+    for case in suite.workloads():
         smallest = min(min(layer) for layer in case.shape.layers().values())
         if case.M < 1:
             raise CommandError(f"--tokens: got {case.M}, expected at least 1")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .accuracy_gate import Problem
-from .cases import FORWARD, Case
+from ...cases.linear import Problem
+from .suites import FORWARD, Workload
 
 
 class Block(nn.Module):
@@ -39,17 +39,17 @@ class Block(nn.Module):
 class BlockProblem:
     """One problem per layer; what the call reads and the gradients of what it returns."""
 
-    case: Case
+    case: Workload
     layers: dict[str, Problem]
     inputs: tuple[Tensor, ...]
     dys: tuple[Tensor, ...]
 
     @classmethod
-    def draw(cls, case: Case, device: torch.device, seed: int) -> "BlockProblem":
+    def draw(cls, case: Workload, device: torch.device, seed: int) -> "BlockProblem":
         """Every layer with weights of its own. Layers that share an input share it here too."""
         layers: dict[str, Problem] = {}
-        for number, (name, (K, N)) in enumerate(case.shape.layers().items()):
-            problem = Problem.draw(case.M, K, N, case.R, case.p, case.dtype, device, seed + number)
+        for number, (name, one) in enumerate(case.cases(device, seed).items()):
+            problem = one.draw(torch.Generator(device).manual_seed(seed + number))
             shared = {"k": "q", "v": "q", "up": "gate"}.get(name)
             layers[name] = replace(problem, x=layers[shared].x) if shared else problem
         ends = [name for name in layers if name not in ("gate", "up")]
