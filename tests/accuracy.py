@@ -1,169 +1,139 @@
-"""Cases of lora_linear for the one tolerance rule, which lora_kernels/commands/accuracy_gate.py states.
+"""The tolerance rule over lora_kernels.cases.linear: through the public function, and through a backend's own two functions."""
 
-err(tested) <= 1.5 · err(PyTorch at that dtype) + tiny, for each output and gradient apart; err is ‖· − truth‖ / ‖truth‖, and
-also the largest element error over the largest magnitude; truth is float64 on the CPU.
-"""
-
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import dropout_mask, lora_linear
-from lora_kernels.commands.accuracy_gate import errors, violations
-from lora_kernels.mask import keep_scale
+from lora_kernels import lora_linear
+from lora_kernels.cases.linear import LETTERS, Case, Problem, ours, plain, truth
+from lora_kernels.cases.rule import Results, errors, violations
+from lora_kernels.functional.linear import kept
+from lora_kernels.plan import choose, describe, use_backend
+from lora_kernels.reference import linear as reference
+from lora_kernels.values import Needs
 
-__all__ = ["Case", "check", "check_checkpoint", "check_compiled", "errors", "ours", "pytorch", "run", "truth", "violations"]
-NAMES = ("x", "W", "A", "B", "c")
+__all__ = ["Case", "Problem", "check", "check_contract", "contract", "errors", "ours", "plain", "truth", "violations"]
 DRAWS, TINY_RESULT = 8, 32  # draws of a case that has a result, or h and g, of fewer elements
 
 
-@dataclass
-class Case:
-    """One call of lora_linear with everything that it depends on. dtype is of x, W and c; adapter_dtype of A and B."""
-
-    M: int | tuple[int, ...] = 17
-    K: int = 24
-    N: int = 33
-    R: int = 4
-    p: float = 0.0
-    scaling: float | Tensor = 2.0
-    bias: bool = True
-    dtype: torch.dtype = torch.float32
-    adapter_dtype: torch.dtype | None = None
-    needs: tuple[str, ...] = ("x", "A", "B", "c")
-    seed: int = 20260
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    strided: bool = False
-    autocast: torch.dtype | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Freshly drawn inputs and the gradient dy, leaves where the case wants their gradient."""
-        shape = (self.M,) if isinstance(self.M, int) else self.M
-        wide, adapter = self.dtype, self.adapter_dtype or self.dtype
-        values = {
-            "x": self._draw(*shape, self.K).to(wide),
-            "W": (self._draw(self.N, self.K) / self.K**0.5).to(wide),
-            "A": (torch.randn(self.R, self.K) / self.K**0.5).to(adapter),
-            "B": (torch.randn(self.N, self.R) / self.R**0.5).to(adapter),
-            "c": torch.randn(self.N).to(wide),
-            "dy": self._draw(*shape, self.N).to(self.autocast or wide),
-        }
-        if not self.bias:
-            del values["c"]
-        values = {name: value.to(self.device) for name, value in values.items()}
-        for name in self.needs:
-            if name in values:
-                values[name].requires_grad_()
-        return values
-
-    def _draw(self, *shape: int) -> Tensor:
-        """Normal values; if `strided`, a view whose rows lie apart and which does not start where its memory does."""
-        if not self.strided:
-            return torch.randn(*shape)
-        return torch.randn(*shape[:-1], shape[-1] + 5)[..., 3:-2]
-
-    def mask(self) -> Tensor:
-        rows = torch.Size((self.M,) if isinstance(self.M, int) else self.M).numel()
-        return dropout_mask(rows, self.K, self.p, self.seed)
-
-
-Outputs = dict[str, Tensor]
-
-
-def run(case: Case, tensors: dict[str, Tensor], compute: Callable[..., Tensor]) -> Outputs:
-    """y and the wanted gradients of compute(x, W, A, B, c)."""
-    leaves = [tensors[name] for name in NAMES if name in case.needs and name in tensors]
-    with torch.autocast(case.device.type, case.autocast or torch.bfloat16, enabled=case.autocast is not None):
-        y = compute(*(tensors.get(name) for name in NAMES))
-    grads = torch.autograd.grad(y, leaves, tensors["dy"].to(y.dtype)) if leaves else ()
-    names = [f"d{name}" for name in NAMES if name in case.needs and name in tensors]
-    return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
-
-
-def ours(case: Case, tensors: dict[str, Tensor]) -> Outputs:
-    return run(case, tensors, lambda *args: lora_linear(*args, scaling=case.scaling, dropout_p=case.p, seed=case.seed))
-
-
-def pytorch(case: Case, tensors: dict[str, Tensor]) -> Outputs:
-    """Plain PyTorch operations at the case's dtypes, in the order that PEFT uses."""
-
-    def compute(x: Tensor, W: Tensor, A: Tensor, B: Tensor, c: Tensor | None) -> Tensor:
-        keep = case.mask().view(x.shape).to(x.device)
-        dropped = (x * keep * keep_scale(case.p)).to(A.dtype)
-        low_rank = F.linear(F.linear(dropped, A), B) * case.scaling
-        y = F.linear(x, W, c)
-        return (y + low_rank).to(y.dtype)
-
-    return run(case, tensors, compute)
-
-
-def truth(case: Case, tensors: dict[str, Tensor]) -> Outputs:
-    exact = replace(case, autocast=None, device=torch.device("cpu"), scaling=float(case.scaling))
-    wide = {name: t.detach().cpu().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
-    return pytorch(exact, wide)
-
-
-def check(case: Case) -> None:
+def check(case: Case, compute: Callable[[Problem], Results] = ours) -> None:
     """Assert the rule for lora_linear, that dtypes are PyTorch's, and that no input was written to.
 
     The error of a result of few elements is luck, above all where its terms cancel, and h and g, of M·R elements, are in every
-    result: such a case is drawn several times and judged over all its draws.
+    result; so is the largest error, where one element decides. A case with such a result, or with an error, is drawn several
+    times and judged over all its draws, the first among them: luck does not last, a mistake does.
     """
-    judged = [_draw_and_run(case)]
-    rows = case.M if isinstance(case.M, int) else math.prod(case.M)
-    if any(0 < size < TINY_RESULT for size in (rows * case.R, *(t.numel() for t in judged[0][2].values()))):
-        judged += [_draw_and_run(case) for _ in range(DRAWS - 1)]
+    judged = [_draw_and_run(case, compute)]
+    sizes = (case.rows * case.R, *(t.numel() for t in judged[0][2].values()))
+    if any(0 < size < TINY_RESULT for size in sizes) or violations(*judged[0], case.read_dtype):
+        judged += [_draw_and_run(case, compute) for _ in range(DRAWS - 1)]
     results = [{name: torch.cat([draw[name] for draw in draws]) for name in draws[0]} for draws in zip(*judged, strict=True)]
-    broken = violations(*results, case.autocast or case.dtype)
+    broken = violations(*results, case.read_dtype)
     assert not broken, f"{case}: {broken}"
 
 
-def check_checkpoint(tensors: dict[str, Any], use_reentrant: bool) -> None:
+def _draw_and_run(case: Case, compute: Callable[[Problem], Results]) -> tuple[Results, Results, Results]:
+    problem = case.draw()
+    tensors = {name: t for name, t in vars(problem).items() if isinstance(t, Tensor)}
+    before = {name: t.detach().clone() for name, t in tensors.items()}
+    with nan_in_fresh_memory():
+        tested = compute(problem)
+    expected, exact = plain(problem), truth(problem)
+    assert {name: (t.dtype, t.shape) for name, t in tested.items()} == {
+        name: (t.dtype, t.shape) for name, t in expected.items()
+    }
+    assert all(torch.equal(t, before[name]) for name, t in tensors.items()), "an input was written to"
+    return tested, expected, exact
+
+
+@contextmanager
+def nan_in_fresh_memory() -> Iterator[None]:
+    """torch.empty holds NaN: an element that nothing writes is seen, where stale memory may hold the right value."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        yield
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def allocate_nan(*args: Any, **options: Any) -> Tensor:
+        tensor = allocate(*args, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return allocate_nan
+
+
+# ---- the contract: a backend's forward and backward, without autograd ----
+
+
+def contract(problem: Problem) -> Results:
+    """y, h and the wanted gradients of the backend that is set; backward is given only what they must read."""
+    x, member, dropout = problem.x.detach(), problem.member(), problem.dropout()
+    x, dy = x.reshape(-1, x.shape[-1]), problem.dy.reshape(-1, problem.dy.shape[-1])
+    plan = choose(describe("linear", use_backend.current, x.dtype, x, (member,), dropout, ()))
+    needs = Needs("x" in problem.leaves, (tuple(LETTERS[name] for name in problem.leaves if name != "x"),))
+    with nan_in_fresh_memory(), torch.no_grad():
+        (y,), (h,) = plan.forward(x, (member,), dropout)
+        x, members, hs, dropout = kept(x, (member,), (h,), dropout, needs)
+        dx, (found,) = plan.backward((dy,), x, members, hs, dropout, needs)
+    assert (dx is not None) == needs.x
+    assert set(found) == set(needs.members[0])
+    gradients = {f"d{name}": dx if name == "x" else found[LETTERS[name]] for name in problem.leaves}
+    return {"y": y, "h": h, **gradients}
+
+
+def expected_contract(problem: Problem) -> Results:
+    """The same by the reference, h among the results, in the dtypes of the contract."""
+    results = plain(problem)
+    _, (h,) = reference.forward(problem.x.detach(), (problem.member(),), problem.dropout())
+    return {"y": results.pop("y"), "h": h.detach(), **results}
+
+
+def check_contract(problem: Problem, results: Results | None = None) -> None:
+    """Assert the rule and the contract's dtypes for a backend's own functions; results: of them, if at hand."""
+    results = contract(problem) if results is None else results
+    for name, tensor in results.items():
+        adapters = problem.A.dtype if name in ("h", "dA", "dB") else torch.float32 if name == "dc" else problem.x.dtype
+        assert tensor.dtype == adapters, f"{name}: {tensor.dtype}, expected {adapters}"
+    assert not (broken := broken_results(problem, results)), broken
+
+
+def broken_results(problem: Problem, results: Results) -> dict[str, list[str]]:
+    """The results that break the rule, and how."""
+    expected = expected_contract(problem)
+    exact = truth(problem)
+    wide = problem.dequantized()
+    _, (h,) = reference.forward(wide.x.detach().double(), (wide.member()._replace(**_double(wide)),), wide.dropout())
+    exact["h"] = h
+    found = {name: violations({name: t}, {name: expected[name]}, {name: exact[name]}, t.dtype) for name, t in results.items()}
+    return {name: lines for name, lines in found.items() if lines}
+
+
+def _double(problem: Problem) -> dict[str, Tensor]:
+    fields = {LETTERS[name]: t for name, t in problem.inputs.items() if name != "x" and t is not None}
+    return {name: t.detach().double() for name, t in fields.items()}
+
+
+# ---- what the public function must do however it computes ----
+
+
+def check_checkpoint(problem: Problem, use_reentrant: bool) -> None:
     """Assert that torch.utils.checkpoint changes no bit of the gradients, dropout's drawn mask included."""
+    leaves = list(problem.leaves.values())
 
     def layer(x: Tensor) -> Tensor:
-        return lora_linear(x, *(tensors[name] for name in "WABc"), dropout_p=0.4)
+        return lora_linear(x, *list(problem.inputs.values())[1:], dropout_p=0.4)
 
     gradients = []
     for compute in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
         torch.manual_seed(3)
-        for name in "xABc":
-            tensors[name].grad = None
-        compute(tensors["x"]).backward(tensors["dy"])
-        gradients.append([tensors[name].grad.clone() for name in "xABc"])
+        for leaf in leaves:
+            leaf.grad = None
+        compute(problem.x).backward(problem.dy)
+        gradients.append([leaf.grad.clone() for leaf in leaves])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def check_compiled(case: Case, draw: Callable[[Case], dict[str, Any]]) -> None:
-    """Assert that forward and backward as one graph each give eager's results, with dropout, for several batch sizes."""
-    torch._dynamo.reset()
-
-    def compute(x: Tensor, W: Any, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
-        return lora_linear(x, W, A, B, c, scaling=0.5, dropout_p=0.3, seed=case.seed)
-
-    compiled = torch.compile(compute, fullgraph=True)
-    for M in (17, 5, (2, 3)):
-        case.M = M
-        tensors = draw(case)
-        expected = ours(case, tensors)
-        y = compiled(*(tensors[name] for name in "xWABc"))
-        grads = torch.autograd.grad(y, [tensors[name] for name in "xABc"], tensors["dy"])
-        for name, value in zip(("y", "dx", "dA", "dB", "dc"), (y, *grads), strict=True):
-            assert value.dtype == expected[name].dtype
-            torch.testing.assert_close(value, expected[name])
-
-
-def _draw_and_run(case: Case) -> tuple[Outputs, Outputs, Outputs]:
-    tensors = case.tensors()
-    before = {name: t.detach().clone() for name, t in tensors.items()}
-    tested, plain, exact = ours(case, tensors), pytorch(case, tensors), truth(case, tensors)
-    assert {name: (t.dtype, t.shape) for name, t in tested.items()} == {name: (t.dtype, t.shape) for name, t in plain.items()}
-    for name, t in tensors.items():
-        assert torch.equal(t, before[name]), f"{name} was written to"
-    return tested, plain, exact

@@ -1,9 +1,12 @@
-import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import triton_interpreter
 from csrc_emulator import cuda  # noqa: F401
+from kinds import Kind
 
 from lora_kernels import cpu_extension, use_backend
 from lora_kernels.plan import load
@@ -15,25 +18,45 @@ if triton_interpreter.DEVICE.type == "cpu":  # Triton's kernels then run in its 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where the tests compute: LORA_KERNELS_TEST_DEVICE, by default the CPU. Truth is always computed on the CPU."""
-    return torch.device(os.environ.get("LORA_KERNELS_TEST_DEVICE", "cpu"))
+    """Where the tests compute, truth included: LORA_KERNELS_TEST_DEVICE, by default a GPU where there is one."""
+    return triton_interpreter.DEVICE
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The backend that "auto" takes wherever it can compute, Triton's interpreter included."""
-    if request.param == "torch":
-        monkeypatch.setattr(use_backend, "current", "torch")
-    else:
-        triton = load("triton")
-        why_not = triton.why_not
+@pytest.fixture
+def kind(request: pytest.FixtureRequest) -> Iterator[Kind]:
+    """The backend that computes everything in the test, by name, and the kind of base weight that it computes over."""
+    if request.param.backend == "cuda":
+        request.getfixturevalue("cuda")
+    with use_backend(request.param.backend):
+        yield request.param
 
-        def why_not_if_asked_for(*tensors: torch.Tensor | None) -> str | None:
-            with use_backend("triton"):
-                return why_not(*tensors)
 
-        monkeypatch.setattr(triton, "why_not", why_not_if_asked_for)
-    return request.param
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a kind of call does not compute in is no test of it."""
+    items[:] = [item for item in items if not _is_refused(getattr(item, "callspec", None))]
+
+
+def _is_refused(callspec: Any) -> bool:
+    kind = None if callspec is None else callspec.params.get("kind")
+    if not isinstance(kind, Kind):
+        return False
+    dtypes = [value for value in callspec.params.values() if isinstance(value, torch.dtype) and value.is_floating_point]
+    return any(dtype not in kind.dtypes for dtype in dtypes)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_replaced() -> Iterator[None]:
+    """Fails the test under which a tile was rejected or a backend given up: what it tested would not be what it names.
+
+    A test that provokes this puts dictionaries of its own in the place of these.
+    """
+    yield
+    triton = load("triton", "linear")
+    if isinstance(triton, ModuleType):
+        replaced = dict(triton.gpu.compilation.rejected), dict(triton.gpu.compilation.broken)
+        for found in (triton.gpu.compilation.rejected, triton.gpu.compilation.broken):
+            found.clear()
+        assert replaced == ({}, {}), "kernels did not compile, and others took their place"
 
 
 @pytest.fixture(params=["extension", "operations"])

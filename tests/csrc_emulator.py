@@ -19,8 +19,9 @@ from types import ModuleType
 import pytest
 import torch
 
-import lora_kernels.backends.cuda
-from lora_kernels import plan as backends
+from lora_kernels import NF4Weight, use_backend
+from lora_kernels.functional.nf4 import quantize
+from lora_kernels.plan import load
 
 ROOT = Path(__file__).parents[1]
 HEADERS = ROOT / "tests/cuda_emulator"
@@ -40,20 +41,39 @@ def emulated(replace: tuple[str, str, str] | None = None) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def cuda(device: torch.device) -> Iterator[ModuleType]:
-    """lora_kernels.backends.cuda.linear: over the built extension on a GPU, otherwise over the emulated one."""
+    """lora_kernels.backends.cuda.linear: over the built extension on a GPU, over the emulated one on a CPU, never crosswise."""
     pytest.importorskip("triton")
+    package = "lora_kernels.backends.cuda"
     with pytest.MonkeyPatch.context() as patch:
         if device.type == "cpu":
             patch.setitem(sys.modules, "lora_kernels._C", emulated())
-            patch.delitem(sys.modules, "lora_kernels.backends.cuda.linear", raising=False)
-            patch.delattr(lora_kernels.backends.cuda, "linear", raising=False)
-            backends.load.cache_clear()
-        module = backends.load("cuda")
+            _forget(package)
+        module = load("cuda", "linear")
+        if device.type == "cuda" and isinstance(module, str):
+            pytest.skip(module)
         assert isinstance(module, ModuleType), module
         yield module
-        if device.type == "cpu":
-            del sys.modules["lora_kernels.backends.cuda.linear"]
-    backends.load.cache_clear()
+    if device.type == "cpu":
+        _forget(package)
+
+
+def _forget(package: str) -> None:
+    """Import the backend anew when it is asked for next."""
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        del sys.modules[name]
+    load.cache_clear()
+
+
+def quantised(values: torch.Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
+    """`values` in 4 bits, by the CUDA backend."""
+    with use_backend("cuda"):
+        return quantize(values, quant_type, blocksize, double_quant)
+
+
+def dequantised(w: NF4Weight, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+    """W by the CUDA backend."""
+    with use_backend("cuda"):
+        return w.dequantize(dtype, out)
 
 
 def compiled(replace: tuple[str, str, str] | None = None) -> Path:

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels.commands import accuracy_gate
-from lora_kernels.commands.accuracy_gate import Problem, gate
+from lora_kernels.cases import linear as cases
+from lora_kernels.cases.linear import Case, truth, wrong
 from lora_kernels.commands.bench import layers as benchmark
 from lora_kernels.commands.bench.layers import measure_case
 from lora_kernels.commands.bench.peers import BARE, OURS, OURS_FP32, PEFT, PEFT_FP32
-from lora_kernels.commands.cases import FORWARD, LLAMA_8B, SUITES, Case, Shape, choose_suite
+from lora_kernels.commands.bench.suites import FORWARD, LLAMA_8B, SUITES, Shape, Workload, choose_suite
 from lora_kernels.commands.console import CommandError, Output
 from lora_kernels.mask import dropout_mask
 
@@ -20,48 +20,42 @@ CPU = torch.device("cpu")
 
 
 def problem(dtype=torch.float32, p=0.25, adapters=None):
-    drawn = Problem.draw(33, 40, 24, 4, p, dtype, CPU, seed=1)
-    return drawn if adapters is None else drawn.with_adapters(adapters)
+    case = Case(33, 40, 24, 4, p, bias=False, dtype=dtype, adapter_dtype=adapters, needs=("x", "A", "B"), seed=5)
+    return case.draw(torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gate_accepts_the_kernels(dtype, p):
-    assert gate(problem(dtype, p), seed=5) == []
-    assert gate(problem(dtype, p, adapters=torch.float32), seed=5) == []
+    assert wrong(problem(dtype, p)) == []
+    assert wrong(problem(dtype, p, adapters=torch.float32)) == []
+    assert wrong(problem(dtype, p).with_adapters(torch.float32)) == []
+    assert wrong(problem(dtype, p).quantized()) == []
 
 
 def test_truth_is_what_autograd_gives_in_float64():
     small = problem(torch.float64, p=0.5)
-    keep = dropout_mask(33, 40, 0.5, seed=3)
+    keep = dropout_mask(33, 40, 0.5, seed=5)
     x, A, B = (t.detach().clone().requires_grad_() for t in (small.x, small.A, small.B))
     y = x @ small.W.T + 2.0 * ((x * keep * 2) @ A.T @ B.T)
     dx, dA, dB = torch.autograd.grad(y, (x, A, B), small.dy)
     expected = {"y": y.detach(), "dx": dx, "dA": dA, "dB": dB}
-    found = accuracy_gate.truth(small, seed=3)
+    found = truth(small)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
-
-
-def test_only_some_rows_of_a_long_problem_are_multiplied_in_float64_and_the_ends_are_among_them(monkeypatch):
-    monkeypatch.setattr(accuracy_gate, "CHECKED_ROWS", 4)
-    found = accuracy_gate.truth(problem(), seed=3)
-    whole = {name: value.shape[0] for name, value in found.items()}
-    assert whole == {"y": 4, "dx": 4, "dA": 4, "dB": 24}
-    assert accuracy_gate._checked_rows(problem()).tolist() == [0, 11, 21, 32]
 
 
 def broken(scale_y=1.0, gradient=None, seed_offset=0):
     """lora_linear with one defect."""
 
-    def function(x, W, A, B, *, scaling, dropout_p, seed):
-        y = real(x, W, A, B, scaling=scaling, dropout_p=dropout_p, seed=seed + seed_offset) * scale_y
+    def function(x, W, A, B, c, *, scaling, dropout_p, seed):
+        y = real(x, W, A, B, c, scaling=scaling, dropout_p=dropout_p, seed=seed + seed_offset) * scale_y
         tensor = {"dx": x, "dA": A, "dB": B}.get(gradient)
         if tensor is not None:
             y = y + 0.01 * (tensor.sum() - tensor.sum().detach())  # the value of y stays, one gradient changes
         return y
 
-    real = accuracy_gate.lora_linear
+    real = cases.lora_linear
     return function
 
 
@@ -77,12 +71,12 @@ def broken(scale_y=1.0, gradient=None, seed_offset=0):
     ],
 )
 def test_gate_refuses_a_defect_and_names_what_is_wrong(monkeypatch, defect, failing):
-    monkeypatch.setattr(accuracy_gate, "lora_linear", broken(**defect))
-    assert any(reason.startswith(failing) for reason in gate(problem(), seed=5))
+    monkeypatch.setattr(cases, "lora_linear", broken(**defect))
+    assert any(reason.startswith(failing) for reason in wrong(problem()))
 
 
 def test_a_wrong_result_gets_no_times(monkeypatch, capsys):
-    monkeypatch.setattr(accuracy_gate, "lora_linear", broken(scale_y=1.01))
+    monkeypatch.setattr(cases, "lora_linear", broken(scale_y=1.01))
     suite = choose_suite("small", CPU, shapes=(Shape(32, 16),), tokens=(8,), ranks=(2,))
     result = benchmark.run(suite, CPU, repeats=1, output=Output())
     assert result["rows"] == []
@@ -92,9 +86,9 @@ def test_a_wrong_result_gets_no_times(monkeypatch, capsys):
 
 def test_rows_hold_every_variant_with_consistent_ratios():
     pytest.importorskip("peft")
-    case = Case(64, Shape(48, 32), R=4, p=0.1, dtype=torch.bfloat16)
-    rows, wrong, refusals = measure_case(case, CPU, repeats=3)
-    assert (wrong, refusals) == ([], [])
+    case = Workload(64, Shape(48, 32), R=4, p=0.1, dtype=torch.bfloat16)
+    rows, failed, refusals = measure_case(case, CPU, repeats=3)
+    assert (failed, refusals) == ([], [])
     by_name = {row["variant"]: row for row in rows}
     assert list(by_name) == [BARE, OURS, OURS_FP32, PEFT, PEFT_FP32]
     assert by_name[BARE]["times_bare"] == 1.0
@@ -113,7 +107,7 @@ def test_rows_hold_every_variant_with_consistent_ratios():
 
 def test_saved_bytes_are_h_and_a_seed_while_peft_saves_tensors_of_the_size_of_x():
     pytest.importorskip("peft")
-    case = Case(64, Shape(48, 32), R=4, p=0.1, dtype=torch.float32)
+    case = Workload(64, Shape(48, 32), R=4, p=0.1, dtype=torch.float32)
     rows, *_ = measure_case(case, CPU, repeats=1)
     saved = {row["variant"]: row["saved_bytes"] for row in rows}
     assert saved[BARE] == 0
@@ -149,7 +143,7 @@ def test_what_was_measured_is_in_the_file_when_a_later_case_does_not_end(monkeyp
 
 
 def test_flops_count_six_low_rank_products():
-    case = Case(10, Shape(7, 5), R=2, p=0.0, dtype=torch.float32)
+    case = Workload(10, Shape(7, 5), R=2, p=0.0, dtype=torch.float32)
     assert case.flops(adapted=False) == 2 * 2 * 10 * 7 * 5
     assert case.flops(adapted=True) - case.flops(adapted=False) == 2 * 10 * 2 * 3 * (7 + 5)
     forward = replace(case, passes=FORWARD)
@@ -158,7 +152,7 @@ def test_flops_count_six_low_rank_products():
 
 
 def test_bytes_are_those_of_the_frozen_layers():
-    case = Case(10, Shape(7, 5), R=2, p=0.0, dtype=torch.bfloat16)
+    case = Workload(10, Shape(7, 5), R=2, p=0.0, dtype=torch.bfloat16)
     assert replace(case, passes=FORWARD).bytes() == 2 * (10 * 7 + 7 * 5 + 10 * 5)
     assert case.bytes() == 2 * replace(case, passes=FORWARD).bytes()
 
@@ -168,14 +162,14 @@ def test_blocks_have_the_layers_of_a_decoder_layer():
     assert list(shape.layers()) == ["q", "k", "v", "o", "gate", "up", "down"]
     assert shape.layers()["v"] == (8, 4)
     assert shape.layers()["down"] == (20, 8)
-    linears = sum(Case(10, Shape(K, N), 2, 0.0, torch.float32).flops(True) for K, N in shape.layers().values())
-    assert Case(10, shape, 2, 0.0, torch.float32).flops(True) == linears
+    linears = sum(Workload(10, Shape(K, N), 2, 0.0, torch.float32).flops(True) for K, N in shape.layers().values())
+    assert Workload(10, shape, 2, 0.0, torch.float32).flops(True) == linears
 
 
 def test_suites_follow_the_device_and_take_other_axes():
     assert choose_suite("auto", CPU) == SUITES["small"]
     assert choose_suite("auto", torch.device("cuda")) == SUITES["llama"]
-    cases = list(choose_suite("llama", CPU, tokens=(16, 32), dropouts=(0.5,)).cases())
+    cases = list(choose_suite("llama", CPU, tokens=(16, 32), dropouts=(0.5,)).workloads())
     assert len(cases) == 2 * len(LLAMA_8B)
     assert {(case.M, case.p, case.R) for case in cases} == {(16, 0.5, 16), (32, 0.5, 16)}
 

@@ -131,10 +131,10 @@ def test_bench_runs_a_small_case(run, tmp_path):
 
 
 def test_bench_exits_with_1_when_a_result_is_wrong(run, monkeypatch):
-    from lora_kernels.commands import accuracy_gate
+    from lora_kernels.cases import linear as cases
 
-    real = accuracy_gate.lora_linear
-    monkeypatch.setattr(accuracy_gate, "lora_linear", lambda *args, **kwargs: 1.01 * real(*args, **kwargs))
+    real = cases.lora_linear
+    monkeypatch.setattr(cases, "lora_linear", lambda *args, **kwargs: 1.01 * real(*args, **kwargs))
     code, out, _ = run("bench", "--shape", "48x32", "--tokens", 16, "--rank", 4, "--device", "cpu", "--repeats", 1)
     assert code == 1
     assert "no times reported" in out

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels import backend_report, cpu_extension, dequantize_nf4, dropout_mask, lora_linear, quantize_nf4
+from lora_kernels.backends.torch.nf4 import column_tiles, tiles
 from lora_kernels.mask import KeepRows
-from lora_kernels.nf4.weight import NF4Weight, column_tiles, tiles
+from lora_kernels.nf4 import NF4Weight
 
 SOURCES = Path(__file__).parents[1] / "csrc/cpu"
 CPUINFO = Path("/proc/cpuinfo")
@@ -138,7 +139,7 @@ def test_dequantised_weights(extension, threads, both, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_tiles_of_rows_and_columns(extension, threads, both, monkeypatch, dtype):
-    monkeypatch.setattr("lora_kernels.nf4.weight.tile_size", lambda w: 4096)
+    monkeypatch.setattr("lora_kernels.backends.torch.nf4.tile_size", lambda w: 4096)
     w = weights()[2]
     for make in (
         lambda: [bits(tile) for _, tile in tiles(w, dtype, dtype)],

@@ -1,89 +1,77 @@
-"""The CUDA backend as a layer: every option against float64, which path a call takes, what stays in memory."""
+"""The CUDA backend as a layer: which path a call takes, what stays in memory. Its numbers are in test_linear.py."""
 
 import gc
-import itertools
 from types import ModuleType
 
 import pytest
 import torch
-import triton_case
-from accuracy import Case
-from test_nf4_linear import check as check_layer
-from test_triton_nf4 import NF4Case
+from accuracy import Case, check, check_contract
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from triton_case import BF16, FP16, FP32
 
-from lora_kernels import backend_report, lora_linear, use_backend
-from lora_kernels import plan as backends
-from lora_kernels.backends import nf4_paths as nf4_plan
-from lora_kernels.backends.torch.linear import Needs
-from lora_kernels.nf4 import weight as nf4
+from lora_kernels import NF4Weight, backend_report, dequantize_nf4, lora_linear, plan, quantize_nf4, use_backend
+from lora_kernels.backends import nf4_paths
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @pytest.fixture(autouse=True)
-def _backend(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_case, "backend", cuda)
+def _backend(cuda: ModuleType) -> None:
+    """Over the emulated extension on a CPU."""
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("M", [1, 8, 16, 17, 40])
 @pytest.mark.parametrize(("dtype", "adapter"), [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32), (FP32, FP32)])
-def test_every_dtype(M: int, dtype: torch.dtype, adapter: torch.dtype, p: float) -> None:
-    case = NF4Case.draw_nf4(M, 160, 72, 12, dtype, adapter, p)
-    case.check(case.run())
-
-
-@pytest.mark.parametrize("needs", [Needs(*n) for n in itertools.product([False, True], repeat=4)])
-@pytest.mark.parametrize("M", [5, 24])
-def test_only_the_wanted_gradients(M: int, needs: Needs) -> None:
-    case = NF4Case.draw_nf4(M, 64, 40, 8)
-    case.check(case.run(needs=needs))
+def test_every_dtype_on_every_path(M: int, dtype: torch.dtype, adapter: torch.dtype, p: float, device: torch.device) -> None:
+    case = Case(M=M, K=160, N=72, R=12, p=p, dtype=dtype, adapter_dtype=adapter, quant_type="nf4", device=device)
+    with use_backend("cuda"):
+        check_contract(case.draw())
 
 
 @pytest.mark.parametrize(("M", "K", "R"), [(0, 64, 8), (3, 33, 8), (3, 64, 80)])
-def test_what_the_skinny_product_leaves_to_others(M: int, K: int, R: int) -> None:
-    case = NF4Case.draw_nf4(M, K, 24, R)
-    if M:
-        case.check(case.run())
-    else:
-        assert case.run()["y"].shape == (0, 24)
+def test_what_the_skinny_product_leaves_to_others(M: int, K: int, R: int, device: torch.device) -> None:
+    with use_backend("cuda"):
+        check(Case(M=M, K=K, N=24, R=R, p=0.3, dtype=FP16, quant_type="nf4", device=device))
 
 
 def test_the_path_of_a_call(cuda: ModuleType, device: torch.device) -> None:
-    W, A = nf4.quantize_nf4(torch.randn(24, 64)).to(device), torch.randn(8, 64, device=device)
+    W, A = quantize_nf4(torch.randn(24, 64)).to(device), torch.randn(8, 64, device=device)
 
-    def path(x: Tensor, W: nf4.NF4Weight = W, A: Tensor = A) -> str:
-        return "; ".join(cuda.plan(x, W, A))
+    def path(x: Tensor, W: NF4Weight = W, A: Tensor = A) -> str:
+        return "; ".join(cuda.path_of(x, W, A))
 
-    x = torch.randn(40, 64, device=device).to(BF16)
+    x = torch.randn(300, 64, device=device).to(BF16)
     assert path(x[:16]).startswith("skinny; ")
+    assert path(x[:17]).startswith("loop; ")
     assert path(x).startswith("scratch; ")
     assert path(x[:4].float()).startswith("scratch; not skinny: it multiplies bf16 and fp16")
     assert path(x[:4], A=torch.randn(65, 64)).startswith("scratch; not skinny: adapters of rank above 64")
     assert "not aligned" in path(torch.randn(4, 65, device=device).to(BF16)[:, 1:])
     assert "not aligned" in path(x[:4], W.with_tensors(codes=torch.cat([W.codes[:1], W.codes])[1:]))
-    odd = nf4.quantize_nf4(torch.randn(24, 40)).to(device)
+    odd = quantize_nf4(torch.randn(24, 40)).to(device)
     assert "multiple of 16 codes" in path(x[:4, :40].contiguous(), odd)
 
 
-def test_decoding_in_the_loop_where_the_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nf4_plan, "TABLE", (nf4_plan.Row("loop", 20, 30, None, "a test"), *nf4_plan.TABLE))
-    from lora_kernels.backends.triton import nf4 as kernels
-
+def test_decoding_in_the_loop_where_the_table_says_so(
+    cuda: ModuleType, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = nf4_paths.Row("loop", 20, 30, None, "a test")
+    monkeypatch.setattr(nf4_paths, "TABLE", (row, nf4_paths.TABLE[0], nf4_paths.TABLE[-1]))
+    kernels = cuda.triton.nf4_product
     called, product = [], kernels.product
     monkeypatch.setattr(kernels, "product", lambda *args: called.append(len(args[0])) or product(*args))
     for M in (19, 20, 30, 31):
-        case = NF4Case.draw_nf4(M, 64, 40, 8)
-        case.check(case.run())
+        with use_backend("cuda"):
+            check(Case(M=M, K=64, N=40, R=8, p=0.3, dtype=FP16, quant_type="nf4", device=device))
     assert called == [20, 30]
 
 
-@pytest.mark.parametrize("M", [3, 40])
-def test_no_dequantised_weight_survives(cuda: ModuleType, M: int, device: torch.device) -> None:
+@pytest.mark.parametrize("M", [3, 40, 300])
+def test_no_dequantised_weight_survives(M: int, device: torch.device) -> None:
     """Between forward and backward there is nothing of W's dense size, neither saved nor alive."""
     N, K = 136, 192
-    W = nf4.quantize_nf4(torch.randn(N, K)).to(device)
+    W = quantize_nf4(torch.randn(N, K)).to(device)
     x = torch.randn(M, K, device=device).to(BF16).requires_grad_()
     A, B = (torch.randn(shape, device=device).to(BF16).requires_grad_() for shape in ((8, K), (N, 8)))
     saved: list[Tensor] = []
@@ -98,63 +86,74 @@ def test_no_dequantised_weight_survives(cuda: ModuleType, M: int, device: torch.
     assert not [t for t in gc.get_objects() if type(t) is Tensor and t.is_floating_point() and t.numel() == N * K]
 
 
-def test_reports_and_requests(cuda: ModuleType, device: torch.device) -> None:
+def test_reports_and_requests(device: torch.device) -> None:
     x, dense = torch.randn(3, 64, device=device, dtype=FP16), torch.randn(24, 64, device=device, dtype=FP16)
-    W, A, B = nf4.quantize_nf4(dense), torch.randn(8, 64, device=device), torch.randn(24, 8, device=device)
-    rows = {row.backend: row for row in backend_report(x, W, A, B)}
-    assert rows["cuda"].used if device.type == "cuda" else "emulation" in rows["cuda"].reason
-    assert "kernels are for 4-bit weights" in backends.why_not("cuda", x, dense, A, B)
-    assert "no 4-bit weight" in backends.why_not("cuda", x, None, A, B)
+    W, A, B = quantize_nf4(dense), torch.randn(8, 64, device=device), torch.randn(24, 8, device=device)
+
+    def row(*tensors: Tensor | NF4Weight) -> plan.BackendRow:
+        return next(row for row in backend_report(x, *tensors) if row.backend == "cuda")
+
+    assert row(W, A, B).used if device.type == "cuda" else "emulation" in row(W, A, B).reason
+    assert "kernels are for 4-bit weights" in row(dense, A, B).reason
+    assert "no 4-bit weight" in row().reason
     with use_backend("cuda"):
-        assert backends.choose(x, W, A, B) is cuda
-        assert backends.choose(x, None, A, B) is cuda  # a backward pass without dx
+        assert row(W, A, B).used
+        assert row(None, A, B).used  # a backward pass without dx
         with pytest.raises(RuntimeError, match="kernels are for 4-bit weights"):
             lora_linear(x, dense, A, B)
 
 
+def test_the_emulation_is_never_handed_a_gpu_s_addresses(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda.extension, "EMULATED", True)
+    assert "runs on CPU tensors only" in cuda.extension.why_not(torch.device("cuda"), "cuda")
+    assert cuda.extension.why_not(torch.device("cpu"), "cuda") is None
+    monkeypatch.setattr(cuda.extension, "EMULATED", False)
+    assert cuda.extension.why_not(torch.device("cpu"), "cuda") == "needs CUDA tensors, got cpu"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("M", [1, 16, 512])
-def test_peak_memory_on_a_gpu(cuda: ModuleType, M: int) -> None:
+def test_peak_memory_on_a_gpu(M: int) -> None:
     """Few tokens: y alone. Many: y and one dequantised W."""
     N, K = 4096, 4096
     x = torch.randn(M, K, device="cuda", dtype=BF16)
-    W = nf4.quantize_nf4(torch.randn(N, K, device="cuda"))
+    W = quantize_nf4(torch.randn(N, K, device="cuda"))
     A, B = torch.randn(16, K, device="cuda", dtype=BF16), torch.randn(N, 16, device="cuda", dtype=BF16)
     for _ in range(2):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        y, _ = cuda.lora_forward(x, W, A, B, 2.0, None, 0.0, None)
+        with use_backend("cuda"):
+            y = lora_linear(x, W, A, B, scaling=2.0)
         extra = torch.cuda.max_memory_allocated() - before - y.nbytes
-    dense = 2 * N * K if M > 16 else 0
+    dense = 2 * N * K if M > 256 else 0
     assert extra <= dense + (8 << 20)
 
 
 def test_the_public_functions_take_the_kernels(cuda: ModuleType, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU quantize_nf4 and dequantize_nf4 are one launch; use_backend("torch") keeps PyTorch's operations."""
-    values = torch.randn(24, 100, device=device)
+    """quantize_nf4 and dequantize_nf4 are one launch; use_backend("torch") keeps PyTorch's operations."""
+    values, kernels = torch.randn(24, 100, device=device), plan.load("cuda", "nf4")
     with use_backend("cuda"):
-        assert backends.nf4_kernels(values, "nf4_quantize") is cuda
-        assert backends.nf4_kernels(values, "nf4_dequantize") is cuda
+        assert next(plan.modules("nf4")) is kernels
+        assert kernels.why_not(values) is None
     with use_backend("torch"):
-        assert backends.nf4_kernels(values, "nf4_dequantize") is None
+        assert next(plan.modules("nf4")) is plan.load("torch", "nf4")
     with use_backend("triton"):
-        assert backends.nf4_kernels(values, "nf4_dequantize") is backends.load("triton")
-        assert backends.nf4_kernels(values, "nf4_quantize") is None
+        first, second = plan.modules("nf4")
+        assert first is plan.load("triton", "nf4")
+        assert not hasattr(first, "quantize")
+        assert second is plan.load("torch", "nf4")
     called = []
-    for name in ("nf4_quantize", "nf4_dequantize"):
-        kernel = getattr(cuda, name)
-        monkeypatch.setattr(
-            cuda, name, lambda *args, name=name, kernel=kernel, **options: called.append(name) or kernel(*args, **options)
-        )
-    monkeypatch.setattr(nf4, "_kernels", backends.nf4_kernels)  # as for a CUDA tensor
+    for name in ("quantize", "dequantize"):
+        kernel = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args, name=name, kernel=kernel: called.append(name) or kernel(*args))
     with use_backend("cuda"):
-        W = nf4.quantize_nf4(values)
-        dense = nf4.dequantize_nf4(W, out=torch.empty(24, 100, device=device))
-    assert called == ["nf4_quantize", "nf4_dequantize"]
+        W = quantize_nf4(values)
+        dense = dequantize_nf4(W, out=torch.empty(24, 100, device=device))
+    assert called == ["quantize", "dequantize"]
     with use_backend("torch"):
-        assert torch.equal(dense, nf4.dequantize_nf4(W))
-        assert torch.equal(W.codes, nf4.quantize_nf4(values).codes)
+        assert torch.equal(dense, dequantize_nf4(W))
+        assert torch.equal(W.codes, quantize_nf4(values).codes)
 
 
 OPTIONS = {
@@ -178,12 +177,12 @@ def test_options_of_the_layer(option: str, p: float, M: int, device: torch.devic
     if option == "scaling in a tensor":
         options["scaling"] = options["scaling"].to(device)
     with use_backend("cuda"):
-        check_layer(Case(K=96, N=40, R=8, p=p, device=device, **options))
+        check(Case(K=96, N=40, R=8, p=p, device=device, quant_type="nf4", **options))
 
 
 @pytest.mark.parametrize("M", [6, 21])
 def test_checkpointing_and_compiling(M: int, device: torch.device) -> None:
-    W = nf4.quantize_nf4(torch.randn(40, 64)).to(device)
+    W = quantize_nf4(torch.randn(40, 64)).to(device)
     x = torch.randn(M, 64, device=device).to(BF16).requires_grad_()
     A, B = (torch.randn(shape, device=device).to(BF16).requires_grad_() for shape in ((8, 64), (40, 8)))
 

@@ -4,16 +4,16 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_triton_nf4 import NF4Case
-from triton_case import BF16, S, refusing_synchronisation
+from accuracy import Case, Problem
+from csrc_emulator import dequantised
+from test_triton_gpu import layer, refusing_synchronisation
 from triton_interpreter import DEVICE
 
-from lora_kernels import lora_linear, use_backend
-from lora_kernels.nf4 import weight as nf4
-from lora_kernels.nf4.weight import NF4Weight
+from lora_kernels import NF4Weight, dequantize_nf4, quantize_nf4, use_backend
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-TOKENS = (4, 16, 257)
+BF16 = torch.bfloat16
+TOKENS = (4, 16, 64, 257)
 
 
 @pytest.fixture(autouse=True)
@@ -22,16 +22,13 @@ def _only_cuda(cuda: ModuleType):
         yield
 
 
-def layer(case: NF4Case, p: float = 0.1) -> tuple[torch.Tensor, ...]:
-    """y, dx, dA, dB of lora_linear with a drawn seed."""
-    leaves = [t.detach().requires_grad_() for t in (case.x, case.A, case.B)]
-    y = lora_linear(leaves[0], case.W, *leaves[1:], case.c, scaling=S, dropout_p=p)
-    return (y.detach(), *torch.autograd.grad(y, leaves, case.dy))
+def draw(M: int, K: int, N: int) -> Problem:
+    return Case(M=M, K=K, N=N, R=16, p=0.1, dtype=BF16, quant_type="nf4", device=DEVICE).draw()
 
 
 @pytest.mark.parametrize("M", TOKENS)
 def test_reruns_and_a_side_stream_give_the_same_bits(M: int) -> None:
-    case = NF4Case.draw_nf4(M, 4096, 1000, 16, BF16, BF16)
+    case = draw(M, 4096, 1000)
     want = layer(case, p=0.0)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -44,7 +41,7 @@ def test_reruns_and_a_side_stream_give_the_same_bits(M: int) -> None:
 
 @pytest.mark.parametrize("M", TOKENS)
 def test_nothing_synchronises_and_a_graph_replays(M: int) -> None:
-    case = NF4Case.draw_nf4(M, 512, 264, 16, BF16, BF16)
+    case = draw(M, 512, 264)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -61,9 +58,9 @@ def test_nothing_synchronises_and_a_graph_replays(M: int) -> None:
 def test_a_device_that_is_not_the_current_one(cuda: ModuleType) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    W = nf4.quantize_nf4(torch.randn(264, 512, dtype=BF16)).to("cuda:1")
+    W = quantize_nf4(torch.randn(264, 512, dtype=BF16)).to("cuda:1")
     assert torch.cuda.current_device() == 0
-    assert torch.equal(cuda.nf4_dequantize(W).cpu(), nf4.dequantize_nf4(W.to("cpu")))
+    assert torch.equal(dequantised(W).cpu(), dequantize_nf4(W.to("cpu")))
 
 
 def test_more_than_two_to_the_31_elements(cuda: ModuleType) -> None:
@@ -71,20 +68,20 @@ def test_more_than_two_to_the_31_elements(cuda: ModuleType) -> None:
     if torch.cuda.get_device_properties(0).total_memory < 30 << 30:
         pytest.skip("needs 30 GiB")
     K, N, last = 1 << 15, (1 << 16) + 24, 24
-    end = nf4.quantize_nf4(torch.randn(last, K, device=DEVICE), double_quant=False)
+    end = quantize_nf4(torch.randn(last, K, device=DEVICE), double_quant=False)
     codes = torch.full((N * K // 2,), 0x77, dtype=torch.uint8, device=DEVICE)
     absmax = torch.ones(N * K // 64, device=DEVICE)
     codes[-len(end.codes) :], absmax[-len(end.absmax) :] = end.codes, end.absmax
     W = NF4Weight(codes, absmax, None, None, None, torch.Size((N, K)), BF16)
-    want = nf4.dequantize_nf4(end.to("cpu"), BF16).to(DEVICE)
-    out = cuda.nf4_dequantize(W)
+    want = dequantize_nf4(end.to("cpu"), BF16).to(DEVICE)
+    out = dequantised(W)
     assert torch.equal(out[-last:], want)
     assert not out[:-last].any()
-    again = nf4.quantize_nf4(out, double_quant=False)
-    assert torch.equal(again.codes[-len(end.codes) :], nf4.quantize_nf4(want, double_quant=False).codes)
+    again = quantize_nf4(out, double_quant=False)
+    assert torch.equal(again.codes[-len(end.codes) :], quantize_nf4(want, double_quant=False).codes)
     memory = out.new_full((N, K + 3), 7.0)
     del out
-    cuda.nf4_dequantize(W, out=memory[:, :K])
+    dequantised(W, out=memory[:, :K])
     assert torch.equal(memory[-last:, :K], want)
     assert (memory[:, K:] == 7).all()
     del memory

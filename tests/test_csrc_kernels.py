@@ -1,4 +1,4 @@
-"""The CUDA kernels' values: bit for bit those of lora_kernels/nf4.py, which tests/test_nf4.py compares with bitsandbytes.
+"""The CUDA kernels' values: bit for bit the reference's, which tests/test_nf4.py compares with bitsandbytes.
 
 Without a GPU their source runs in the emulator; with LORA_KERNELS_TEST_DEVICE=cuda the built extension runs.
 """
@@ -8,14 +8,17 @@ from types import ModuleType
 import pytest
 import torch
 from accuracy import violations
+from csrc_emulator import dequantised, quantised
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_kernels.functional.nf4 import quantize
+from lora_kernels.nf4 import NF4Weight
 from lora_kernels.nf4 import tables as nf4_tables
-from lora_kernels.nf4 import weight as nf4
-from lora_kernels.nf4.weight import NF4Weight
+from lora_kernels.nf4.weight import BLOCKSIZES
+from lora_kernels.reference.nf4 import dequantize
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CANARY = 7.0
@@ -39,12 +42,12 @@ def hostile(n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 def weight(shape: tuple[int, ...], dtype: torch.dtype, blocksize: int, nested: bool, kind: str, device: torch.device):
     values = hostile(torch.Size(shape).numel(), dtype).view(shape)
     values[values.abs() > 1e30] = 3.0  # nested, the largest float32 would be all that is left of its neighbours
-    return nf4.quantize(values, kind, blocksize, nested).to(device)
+    return quantize(values, kind, blocksize, nested).to(device)
 
 
 def exact(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
     """W by PyTorch operations on the CPU, on w's device."""
-    return nf4.dequantize_nf4(w.to("cpu"), dtype).to(w.device)
+    return dequantize(w.to("cpu"), dtype or w.dtype).to(w.device)
 
 
 def bits(t: Tensor) -> Tensor:
@@ -63,20 +66,20 @@ def test_dequantise_is_exact(
 ) -> None:
     w = weight(shape, FP32, 64, nested, kind, device)
     want = bits(exact(w, dtype))
-    assert torch.equal(bits(cuda.nf4_dequantize(w, dtype)), want)
+    assert torch.equal(bits(dequantised(w, dtype)), want)
     for extra in (8, 3):  # aligned rows, and rows that are not
         memory = torch.full((shape[0], shape[1] + extra), CANARY, dtype=dtype, device=device)
         out = memory[:, : shape[1]]
-        assert cuda.nf4_dequantize(w, out=out) is out
+        assert dequantised(w, out=out) is out
         assert torch.equal(bits(out), want)
         assert (memory[:, shape[1] :] == CANARY).all()
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("blocksize", nf4.BLOCKSIZES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_dequantise_every_blocksize(cuda: ModuleType, blocksize: int, nested: bool, device: torch.device) -> None:
     w = weight((37, 272), BF16, blocksize, nested, "nf4", device)  # blocks cross rows
-    assert torch.equal(bits(cuda.nf4_dequantize(w)), bits(exact(w)))
+    assert torch.equal(bits(dequantised(w)), bits(exact(w)))
 
 
 def test_dequantise_from_and_to_any_address(cuda: ModuleType, device: torch.device) -> None:
@@ -84,22 +87,22 @@ def test_dequantise_from_and_to_any_address(cuda: ModuleType, device: torch.devi
     w = weight((24, 1024), BF16, 64, True, "nf4", device)
     want = bits(exact(w))
     odd = torch.cat([w.codes[:1], w.codes])[1:]
-    assert torch.equal(bits(cuda.nf4_dequantize(w.with_tensors(codes=odd))), want)
+    assert torch.equal(bits(dequantised(w.with_tensors(codes=odd))), want)
     memory = torch.full((1 + w.numel() + 1,), CANARY, dtype=BF16, device=device)
-    cuda.nf4_dequantize(w, out=memory[1:-1].view(24, 1024))
+    dequantised(w, out=memory[1:-1].view(24, 1024))
     assert torch.equal(bits(memory[1:-1].view(24, 1024)), want)
     assert memory[0] == memory[-1] == CANARY
     big = weight((64, 1024), BF16, 64, True, "nf4", device)
-    assert torch.equal(bits(cuda.nf4_dequantize(big)), bits(exact(big)))
+    assert torch.equal(bits(dequantised(big)), bits(exact(big)))
 
 
 def test_dequantise_to_other_layouts(cuda: ModuleType, device: torch.device) -> None:
     w = weight((12, 40), FP32, 64, True, "nf4", device)
     want = exact(w)
-    assert torch.equal(cuda.nf4_dequantize(w, out=torch.empty(40, 12, device=device).T), want)
-    assert torch.equal(cuda.nf4_dequantize(w, torch.float64), want.double())
+    assert torch.equal(dequantised(w, out=torch.empty(40, 12, device=device).T), want)
+    assert torch.equal(dequantised(w, torch.float64), want.double())
     empty = weight((0, 40), FP32, 64, False, "nf4", device)
-    assert cuda.nf4_dequantize(empty).shape == (0, 40)
+    assert dequantised(empty).shape == (0, 40)
 
 
 # ---- quantise ----
@@ -113,20 +116,20 @@ def test_quantise_is_exact(cuda: ModuleType, n: int, kind: str, dtype: torch.dty
     values = hostile(n, dtype, seed=n)
     if nested:
         values[values.abs() > 1e30] = 3.0
-    same(cuda.nf4_quantize(values.to(device), kind, 64, nested), nf4.quantize(values, kind, 64, nested))
+    same(quantised(values.to(device), kind, 64, nested), quantize(values, kind, 64, nested))
 
 
-@pytest.mark.parametrize("blocksize", nf4.BLOCKSIZES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_quantise_every_blocksize(cuda: ModuleType, blocksize: int, device: torch.device) -> None:
     values = hostile(9_999, BF16).view(99, 101)
     values[values.abs() > 1e30] = 3.0
-    same(cuda.nf4_quantize(values.to(device), "nf4", blocksize, True), nf4.quantize(values, "nf4", blocksize, True))
+    same(quantised(values.to(device), "nf4", blocksize, True), quantize(values, "nf4", blocksize, True))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 300)),
-    blocksize=st.sampled_from(nf4.BLOCKSIZES),
+    blocksize=st.sampled_from(BLOCKSIZES),
     kind=st.sampled_from(["nf4", "fp4"]),
     dtype=st.sampled_from([BF16, FP16, FP32]),
     nested=st.booleans(),
@@ -139,11 +142,11 @@ def test_random_shapes(
     """There and back, over rows that lie apart."""
     values = hostile(shape[0] * shape[1], dtype, seed=blocksize).view(shape)
     values[values.abs() > 1e30] = 3.0
-    want = nf4.quantize(values, kind, blocksize, nested)
-    same(cuda.nf4_quantize(values.to(device), kind, blocksize, nested), want)
+    want = quantize(values, kind, blocksize, nested)
+    same(quantised(values.to(device), kind, blocksize, nested), want)
     memory = torch.full((shape[0], shape[1] + extra), CANARY, dtype=dtype, device=device)
-    out = cuda.nf4_dequantize(want.to(device), out=memory[:, : shape[1]])
-    assert torch.equal(bits(out), bits(nf4.dequantize_nf4(want, dtype)))
+    out = dequantised(want.to(device), out=memory[:, : shape[1]])
+    assert torch.equal(bits(out), bits(dequantize(want, dtype)))
     assert (memory[:, shape[1] :] == CANARY).all()
 
 
@@ -152,7 +155,7 @@ def test_quantise_names_the_first_bad_value(cuda: ModuleType, bad: float, device
     values = torch.randn(40, 100, device=device)
     values[31, 5] = values[7, 99] = values[39, 0] = bad
     with pytest.raises(ValueError, match=r"at \(7, 99\), expected finite"):
-        cuda.nf4_quantize(values)
+        quantised(values)
 
 
 def same(got: NF4Weight, want: NF4Weight) -> None:
@@ -164,6 +167,24 @@ def same(got: NF4Weight, want: NF4Weight) -> None:
             mine.view(torch.uint8) if mine.ndim else mine, tensor.view(torch.uint8) if tensor.ndim else tensor
         ), name
     got.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
+def test_the_bytes_are_bitsandbytes_own(cuda, kind: str, dtype: torch.dtype, blocksize: int, device: torch.device) -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    values = torch.randn(37, 8 * blocksize // 4).mul_(torch.logspace(-3, 3, 37)[:, None]).to(dtype)
+    for nested in (False, True):
+        codes, state = functional.quantize_4bit(values, blocksize=blocksize, quant_type=kind, compress_statistics=nested)
+        w = quantised(values.to(device), kind, blocksize, nested)
+        assert torch.equal(w.codes.cpu(), codes.flatten())
+        assert torch.equal(w.absmax.cpu(), state.absmax)
+        if nested:
+            assert torch.equal(w.nested_absmax.cpu(), state.state2.absmax)
+            assert torch.equal(w.nested_offset.cpu(), state.offset)
+        else:  # 0.0 and -0.0 are equal here: bitsandbytes has either, by the number of columns
+            assert torch.equal(dequantised(w).cpu(), functional.dequantize_4bit(codes, state))
 
 
 # ---- the product for few tokens ----
@@ -178,7 +199,7 @@ class Product:
     ):  # fmt: skip
         torch.manual_seed(M * K + N)
         self.x = torch.randn(M, K, device=device).to(dtype)
-        self.W = nf4.quantize(torch.randn(N, K) * K**-0.5, kind, blocksize, nested).to(device)
+        self.W = quantize(torch.randn(N, K) * K**-0.5, kind, blocksize, nested).to(device)
         self.h, self.B = torch.randn(M, R, device=device).to(adapter), torch.randn(N, R, device=device).to(adapter)
         self.c = torch.randn(N, device=device).to(dtype)
 

@@ -1,13 +1,15 @@
 """A suite that cannot fail is a defect: kernels with one deliberate mistake each, which the comparisons must see."""
 
+import sys
 from types import ModuleType
 
 import pytest
 import torch
-from csrc_emulator import emulated
+from csrc_emulator import dequantised, emulated, quantised
 
+from lora_kernels import quantize_nf4
 from lora_kernels.nf4 import tables as nf4_tables
-from lora_kernels.nf4 import weight as nf4
+from lora_kernels.reference.nf4 import dequantize
 
 WRONG = {
     "nibbles swapped": (
@@ -57,15 +59,15 @@ def agrees(cuda: ModuleType) -> bool:
     bounds = nf4_tables.thresholds("nf4", torch.device("cpu"))[0]
     cut_off = [torch.cat([bounds * largest, torch.tensor([largest])]) for largest in (1.1, 1.3, 2.7, 0.9)]
     for x in (values, odd, *cut_off):
-        want, got = nf4.quantize_nf4(x), cuda.nf4_quantize(x)
+        want, got = quantize_nf4(x), quantised(x)
         if any(not torch.equal(got.tensors()[name], tensor) for name, tensor in want.tensors().items()):
             return False
-        if not torch.equal(cuda.nf4_dequantize(want), nf4.dequantize_nf4(want)):
+        if not torch.equal(dequantised(want), dequantize(want, want.dtype)):
             return False
-    W, unit = nf4.quantize_nf4(values), torch.eye(160, dtype=torch.bfloat16)
+    W, unit = quantize_nf4(values), torch.eye(160, dtype=torch.bfloat16)
     zero = torch.zeros(160, 1), torch.zeros(24, 1)
     products = [cuda.skinny(unit[m : m + 16], W, zero[0][:16], zero[1], 1.0, None) for m in range(0, 160, 16)]
-    return torch.equal(torch.cat(products), nf4.dequantize_nf4(W, torch.bfloat16).T)
+    return torch.equal(torch.cat(products), dequantize(W, torch.bfloat16).T)
 
 
 @pytest.mark.parametrize("mistake", [None, *WRONG])
@@ -76,6 +78,7 @@ def test_mistakes_are_seen(
         pytest.skip("mistakes are made in the emulator")
     extension = emulated(WRONG[mistake] if mistake else None)
     dtypes = {torch.bfloat16: extension.Dtype.bf16, torch.float16: extension.Dtype.fp16, torch.float32: extension.Dtype.fp32}
-    monkeypatch.setattr(cuda, "extension", extension)
-    monkeypatch.setattr(cuda, "DTYPES", dtypes)
+    for module in (cuda, cuda.extension, sys.modules[cuda.dequantize.__module__]):
+        monkeypatch.setattr(module, "C", extension)
+        monkeypatch.setattr(module, "DTYPES", dtypes)
     assert agrees(cuda) == (mistake is None)

@@ -2,20 +2,21 @@
 
 import pytest
 import torch
+from kinds import every_dense_kind
 from layer_case import layer
 from torch import nn
 
 from lora_kernels import lora_linear
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = every_dense_kind
 
 
-def test_scaling():
+def test_scaling(kind):
     assert layer(r=4, lora_alpha=6).adapters["default"].scaling == 1.5
     assert layer(r=4, lora_alpha=6, use_rslora=True).adapters["default"].scaling == 3.0
 
 
-def test_scaling_may_become_a_tensor():
+def test_scaling_may_become_a_tensor(kind):
     made, x = layer(), torch.randn(3, 12)
     expected = made(x)
     made.adapters["default"].scaling = torch.tensor(1.5)
@@ -26,7 +27,7 @@ def test_scaling_may_become_a_tensor():
     assert torch.equal(made.weight, made._unmerged[0])
 
 
-def test_adapters_are_switched(device):
+def test_adapters_are_switched(kind, device):
     made, x = layer(device=device), torch.randn(3, 12, device=device)
     made.add_adapter("other", 2, 4, init_lora_weights=False)
     first = made(x)
@@ -46,7 +47,7 @@ def test_adapters_are_switched(device):
     assert sorted(made.state_dict()) == ["bias", "lora_A.other", "lora_B.other", "weight"]
 
 
-def test_a_matrix_frozen_on_purpose_stays_frozen():
+def test_a_matrix_frozen_on_purpose_stays_frozen(kind):
     made = layer()
     made.lora_A["default"].requires_grad_(False)
     made.set_adapter(None)
@@ -55,7 +56,7 @@ def test_a_matrix_frozen_on_purpose_stays_frozen():
     assert made.lora_B["default"].requires_grad
 
 
-def test_only_adapter_of_a_rewritten_weight():
+def test_only_adapter_of_a_rewritten_weight(kind):
     made = layer(init_lora_weights="pissa", trained=False)
     with pytest.raises(ValueError, match="must be the layer's only adapter"):
         made.add_adapter("other", 2, 4)
@@ -81,7 +82,7 @@ def test_only_adapter_of_a_rewritten_weight():
         ({"init_lora_weights": "pissa", "r": 11}, "r: got 11, expected at most 10"),
     ],
 )
-def test_bad_adapters_change_nothing(arguments, words):
+def test_bad_adapters_change_nothing(kind, arguments, words):
     made = layer()
     before = sorted(made.state_dict())
     with pytest.raises(ValueError, match=words):
@@ -90,7 +91,7 @@ def test_bad_adapters_change_nothing(arguments, words):
     assert list(made.adapters) == ["default"]
 
 
-def test_unknown_adapter():
+def test_unknown_adapter(kind):
     made = layer()
     for action in (made.set_adapter, made.delete_adapter, made.reset_lora_parameters):
         with pytest.raises(KeyError, match=r"adapter 'x': not found; adapters here: \['default'\]"):

@@ -4,19 +4,20 @@ import copy
 
 import pytest
 import torch
+from kinds import every_dense_kind
 from layer_case import layer
 from torch import nn
 
 from lora_kernels import LoRALinear
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = every_dense_kind
 
 INITS = [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_8", "olora"]
 
 
 @pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "pissa", "pissa_niter_8", "olora"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_initialisation_leaves_the_function_unchanged(init, dtype):
+def test_initialisation_leaves_the_function_unchanged(kind, init, dtype):
     linear = nn.Linear(12, 10, dtype=dtype)
     x = torch.randn(5, 12, dtype=dtype)
     expected = linear(x)
@@ -29,7 +30,7 @@ def test_initialisation_leaves_the_function_unchanged(init, dtype):
 
 
 @pytest.mark.parametrize("init", [False, "orthogonal", "pissa", "olora"])
-def test_initialisation_is_pefts(init):
+def test_initialisation_is_pefts(kind, init):
     """From the same random numbers or the same weight, up to the signs of singular vectors."""
     peft = pytest.importorskip("peft")
     linear = nn.Linear(12, 10)
@@ -44,7 +45,7 @@ def test_initialisation_is_pefts(init):
     assert torch.allclose(ours.weight, theirs.base_layer.weight, atol=1e-6)
 
 
-def test_random_initialisations():
+def test_random_initialisations(kind):
     """Kaiming-uniform is uniform in ±1/√K, "gaussian" has the deviation 1/r; a sketched PiSSA is near the exact one."""
     A = LoRALinear(400, 10, r=16).lora_A["default"]
     assert A.abs().max() <= 400**-0.5
@@ -56,7 +57,7 @@ def test_random_initialisations():
     assert sketched.weight.norm() < 1.02 * exact.weight.norm(), "the residual of the best approximation is the smallest"
 
 
-def test_reset_lora_parameters():
+def test_reset_lora_parameters(kind):
     for init in INITS:
         made = layer(init_lora_weights=init)
         x = torch.randn(3, 12)
@@ -66,7 +67,7 @@ def test_reset_lora_parameters():
             assert torch.allclose(made(x), base, atol=1e-5)
 
 
-def test_meta_device_then_materialised():
+def test_meta_device_then_materialised(kind):
     made = LoRALinear(12, 10, r=4, device="meta")
     assert made.weight.is_meta
     assert made.lora_A["default"].is_meta

@@ -6,23 +6,24 @@ import pickle
 import pytest
 import torch
 from accuracy import errors
+from kinds import every_dense_kind
 from layer_case import DTYPES, dense, layer
 from torch import nn
 
 from lora_kernels import LoRALinear, lora_linear
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = every_dense_kind
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_is_the_equation(dtype, device):
+def test_forward_is_the_equation(kind, dtype, device):
     made = layer(dtype, device).eval()
     x = torch.randn(5, 12, device=device, dtype=dtype)
     exact = (x.double() @ dense(made).T + made.bias.double()).cpu()
     assert errors(made(x), exact)[0] < torch.finfo(dtype).eps * (1 if dtype.itemsize == 2 else 8)
 
 
-def test_dropout_only_in_training(device):
+def test_dropout_only_in_training(kind, device):
     made = layer(device=device, lora_dropout=0.5)
     x = torch.randn(5, 12, device=device)
     assert not torch.equal(made(x), made(x))
@@ -36,7 +37,7 @@ def test_dropout_only_in_training(device):
     assert torch.equal(made.train()(x), expected)
 
 
-def test_only_the_adapter_is_trainable():
+def test_only_the_adapter_is_trainable(kind):
     made = layer(bias=True)
     assert sorted(name for name, p in made.named_parameters() if p.requires_grad) == ["lora_A.default", "lora_B.default"]
     assert sorted(made.state_dict()) == ["bias", "lora_A.default", "lora_B.default", "weight"]
@@ -44,7 +45,7 @@ def test_only_the_adapter_is_trainable():
     assert made.weight.grad is None
 
 
-def test_from_linear_shares_and_freezes():
+def test_from_linear_shares_and_freezes(kind):
     linear = nn.Linear(12, 10).eval()
     made = LoRALinear.from_linear(linear, r=3)
     assert made.weight is linear.weight
@@ -56,7 +57,7 @@ def test_from_linear_shares_and_freezes():
     assert torch.equal(made(x), linear(x))
 
 
-def test_from_linear_keeps_hooks():
+def test_from_linear_keeps_hooks(kind):
     linear = nn.Linear(12, 10)
     handle = linear.register_forward_hook(lambda module, args, output: output * 0)
     made = LoRALinear.from_linear(linear, r=3)
@@ -65,14 +66,14 @@ def test_from_linear_keeps_hooks():
     assert made(torch.ones(1, 12)).any()
 
 
-def test_from_linear_refuses_other_layers():
+def test_from_linear_refuses_other_layers(kind):
     with pytest.raises(TypeError, match=r"linear: got Embedding, expected nn\.Linear"):
         LoRALinear.from_linear(nn.Embedding(3, 4))
     with pytest.raises(TypeError, match="linear: got Conv1D, expected"):  # another one than transformers'
         LoRALinear.from_linear(type("Conv1D", (nn.Module,), {})())
 
 
-def test_conv1d():
+def test_conv1d(kind):
     """transformers' Conv1D stores [in, out]; the parameter keeps that layout and name."""
     from transformers.pytorch_utils import Conv1D
 
@@ -93,7 +94,7 @@ def test_conv1d():
     assert type(made.to_linear()) is Conv1D
 
 
-def test_a_base_checkpoint_loads_unchanged():
+def test_a_base_checkpoint_loads_unchanged(kind):
     linear, made = nn.Linear(12, 10), layer()
     result = made.load_state_dict(linear.state_dict(), strict=False)
     assert result.missing_keys == ["lora_A.default", "lora_B.default"]
@@ -102,13 +103,14 @@ def test_a_base_checkpoint_loads_unchanged():
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_dtype_conversions(merged):
+def test_dtype_conversions(kind, merged):
     made = layer().eval()
     x = torch.randn(3, 12)
     expected = made(x)
     if merged:
         made.merge()
-    assert torch.allclose(made.double()(x.double()).float(), expected, atol=1e-5)
+    wide = kind.dtypes[-1]
+    assert torch.allclose(made.to(wide)(x.to(wide)).float(), expected, atol=1e-5)
     assert torch.allclose(made.half()(x.half()).float(), expected, atol=0.05)
     if merged:
         made.unmerge()
@@ -118,7 +120,7 @@ def test_dtype_conversions(merged):
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
 @pytest.mark.parametrize("init", [True, "olora"])
-def test_copies(clone, init):
+def test_copies(kind, clone, init):
     made, x = layer(init_lora_weights=init), torch.randn(3, 12)
     made.merge()
     other = clone(made)
@@ -130,14 +132,14 @@ def test_copies(clone, init):
     assert torch.equal(other.to_linear().weight, made.to_linear().weight)
 
 
-def test_state_dict_round_trip(tmp_path):
+def test_state_dict_round_trip(kind, tmp_path):
     made, other, x = layer(), layer(), torch.randn(3, 12)
     torch.save(made.state_dict(), tmp_path / "layer.pt")
     other.load_state_dict(torch.load(tmp_path / "layer.pt"))
     assert torch.equal(other(x), made(x))
 
 
-def test_to_linear():
+def test_to_linear(kind):
     made, x = layer(), torch.randn(3, 12)
     plain = made.to_linear()
     assert type(plain) is nn.Linear
@@ -146,12 +148,12 @@ def test_to_linear():
     assert torch.equal(made.to_linear()(x), made(x))
 
 
-def test_repr_names_the_adapters():
+def test_repr_names_the_adapters(kind):
     assert "default: r=4, lora_alpha=6" in repr(layer())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_agrees_with_peft(dtype):
+def test_agrees_with_peft(kind, dtype):
     """Same numbers as PEFT's layer without dropout: outputs and gradients within rounding."""
     peft = pytest.importorskip("peft")
     linear = nn.Linear(48, 40, dtype=dtype)
@@ -169,7 +171,7 @@ def test_agrees_with_peft(dtype):
     assert errors(ours(x), theirs(x).double())[0] < 2 * torch.finfo(dtype).eps
 
 
-def test_compiles_as_one_graph():
+def test_compiles_as_one_graph(kind):
     torch._dynamo.reset()
     made, x = layer(lora_dropout=0.2), torch.randn(3, 12)
     made.eval()

@@ -3,17 +3,18 @@
 import pytest
 import torch
 from accuracy import errors
+from kinds import every_dense_kind
 from layer_case import DTYPES, dense, layer
 from torch import nn
 
 from lora_kernels import LoRALinear
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = every_dense_kind
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("init", [True, "pissa"])
-def test_merge_and_unmerge(dtype, init):
+def test_merge_and_unmerge(kind, dtype, init):
     made = layer(dtype, init_lora_weights=init, trained=False).eval()
     nn.init.normal_(made.lora_B["default"], std=0.1)
     before, parameter = made.weight.clone(), made.weight
@@ -28,7 +29,7 @@ def test_merge_and_unmerge(dtype, init):
     assert torch.equal(made.weight, before), "unmerging is bit-exact in every dtype"
 
 
-def test_errors_while_merged():
+def test_errors_while_merged(kind):
     made = layer()
     made.merge()
     for action in (made.merge, lambda: made.set_adapter(None), lambda: made.delete_adapter("default"), made.reset_parameters):
@@ -46,7 +47,7 @@ def test_errors_while_merged():
         made.merge()
 
 
-def test_merging_does_not_write_to_a_shared_weight():
+def test_merging_does_not_write_to_a_shared_weight(kind):
     embedding, head = nn.Embedding(10, 12), nn.Linear(12, 10, bias=False)
     head.weight = embedding.weight
     made = LoRALinear.from_linear(head, r=2, init_lora_weights=False)

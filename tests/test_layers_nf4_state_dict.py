@@ -8,7 +8,7 @@ from layer_4bit_case import K, N, bnb, layer4, linear4bit
 from torch import nn
 
 from lora_kernels import LoRALinear, quantize_nf4
-from lora_kernels.nf4.weight import NF4Weight
+from lora_kernels.nf4 import NF4Weight
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])

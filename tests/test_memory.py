@@ -11,7 +11,8 @@ from lora_kernels.commands.memory.footprints import SIZES, footprints
 from lora_kernels.commands.memory.run import run
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.models.config import LoRAConfig
-from lora_kernels.models.surgery import add_lora, lora_parameters
+from lora_kernels.models.parameters import lora_parameters
+from lora_kernels.models.surgery import add_lora
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

@@ -67,7 +67,7 @@ def test_a_model_in_4_bits_beside_bitsandbytes_under_peft(directory):
 
 
 def test_a_wrong_layer_gets_no_times(directory, monkeypatch):
-    monkeypatch.setattr(model_benchmark, "gate", lambda problem, seed, weight: ["y: norm error 1"])
+    monkeypatch.setattr(model_benchmark, "wrong_results", lambda problem: ["y: norm error 1"])
     result = model_benchmark.run(settings(directory), CPU, 1, Output(), compare=())
     assert result["rows"] == []
     assert "y: norm error 1" in result["failures"][0]["reason"]

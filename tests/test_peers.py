@@ -9,10 +9,12 @@ from accuracy import violations
 from torch import nn
 from torch.nn import functional as F
 
+from lora_kernels import NF4Weight
+from lora_kernels.cases import linear as cases
 from lora_kernels.commands.bench import peer_layers, peers
+from lora_kernels.commands.bench.blocks import Block, BlockProblem
 from lora_kernels.commands.bench.layers import measure_case
-from lora_kernels.commands.blocks import Block, BlockProblem
-from lora_kernels.commands.cases import FORWARD, Case, Shape
+from lora_kernels.commands.bench.suites import FORWARD, Shape, Workload
 from lora_kernels.commands.console import CommandError
 
 CPU = torch.device("cpu")
@@ -45,7 +47,7 @@ def results(module, problem, dtype):
 def test_a_peer_computes_the_layer(name, shape):
     if name == "peft":
         pytest.importorskip("peft")
-    problem = BlockProblem.draw(Case(200, shape, 4, 0.0, torch.float32), CPU, seed=1)
+    problem = BlockProblem.draw(Workload(200, shape, 4, 0.0, torch.float32), CPU, seed=1)
     exact, plain = (
         Block(shape.block, {key: Plain(layer, dtype) for key, layer in problem.layers.items()})
         for dtype in (torch.float64, torch.float32)
@@ -57,16 +59,16 @@ def test_a_peer_computes_the_layer(name, shape):
 
 
 def test_the_unsloth_order_saves_its_inputs_alone_and_the_mlp_recomputes_the_product():
-    rows, *_ = measure_case(Case(64, Shape(40, 24), 4, 0.0, torch.float32), CPU, 1, ("unsloth-style",))
+    rows, *_ = measure_case(Workload(64, Shape(40, 24), 4, 0.0, torch.float32), CPU, 1, ("unsloth-style",))
     assert {row["variant"]: row["saved_bytes"] for row in rows}[peers.UNSLOTH] == 0
-    rows, *_ = measure_case(Case(64, Shape(40, 72, "mlp"), 4, 0.0, torch.float32), CPU, 1, ("unsloth-style",))
+    rows, *_ = measure_case(Workload(64, Shape(40, 72, "mlp"), 4, 0.0, torch.float32), CPU, 1, ("unsloth-style",))
     assert {row["variant"]: row["saved_bytes"] for row in rows}[peers.UNSLOTH] == 2 * 64 * 72 * 4  # e and g
 
 
 def test_bitsandbytes_is_measured_under_its_own_peft_layer():
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-    problem = BlockProblem.draw(Case(32, Shape(128, 64), 4, 0.1, torch.float32), CPU, seed=1)
+    problem = BlockProblem.draw(Workload(32, Shape(128, 64), 4, 0.1, torch.float32), CPU, seed=1)
     (variant, *_) = peers.variants("bnb", problem)
     assert type(variant.module.layers["linear"]).__name__ == "Linear4bit"
     assert "peft" in type(variant.module.layers["linear"]).__module__
@@ -78,20 +80,21 @@ def test_bitsandbytes_is_measured_under_its_own_peft_layer():
 
 def test_beside_bitsandbytes_stands_this_package_in_4_bits_behind_the_gate(monkeypatch):
     pytest.importorskip("bitsandbytes")
-    case = Case(32, Shape(128, 64), 4, 0.1, torch.float32)
+    case = Workload(32, Shape(128, 64), 4, 0.1, torch.float32)
     rows, wrong, refusals = measure_case(case, CPU, 1, ("bnb",))
     assert (wrong, refusals) == ([], [])
     assert [row["variant"] for row in rows] == [peers.BARE, peers.OURS, peers.BNB, peers.OURS_NF4]
     assert rows[3]["backend"] == "torch"
-    # Truth in full precision, which four bits cannot reach.
-    monkeypatch.setattr(peer_layers, "nf4_problem", lambda layer: (layer, peer_layers.quantize_nf4(layer.W)))
+    real = cases.lora_linear
+    percent = {NF4Weight: 1.01}  # wrong over 4 bits alone
+    monkeypatch.setattr(cases, "lora_linear", lambda x, W, *rest, **o: percent.get(type(W), 1.0) * real(x, W, *rest, **o))
     rows, wrong, _ = measure_case(case, CPU, 1, ("bnb",))
     assert rows == []
     assert all(reason.startswith("lora_kernels, NF4: ") for reason in wrong)
 
 
 def test_without_dropout_there_is_an_unsloth_row_and_with_it_a_reason():
-    with_dropout = Case(16, Shape(24, 16), 4, 0.1, torch.float32)
+    with_dropout = Workload(16, Shape(24, 16), 4, 0.1, torch.float32)
     rows, _, refusals = measure_case(with_dropout, CPU, 1, ("unsloth-style",))
     assert peers.UNSLOTH not in {row["variant"] for row in rows}
     assert refusals == [{"peer": "unsloth-style", "case": str(with_dropout), "reason": refusals[0]["reason"]}]
@@ -103,7 +106,7 @@ def test_a_peer_that_raises_is_listed_and_the_others_are_measured(monkeypatch):
         raise ValueError("their kernel\ndoes not like this shape")
 
     monkeypatch.setattr(peer_layers.unsloth_order, "project", broken)
-    case = Case(16, Shape(24, 16), 4, 0.0, torch.float32)
+    case = Workload(16, Shape(24, 16), 4, 0.0, torch.float32)
     rows, wrong, refusals = measure_case(case, CPU, 1, ("unsloth-style",))
     assert [row["variant"] for row in rows] == [peers.BARE, peers.OURS]
     assert wrong == []
@@ -111,7 +114,7 @@ def test_a_peer_that_raises_is_listed_and_the_others_are_measured(monkeypatch):
 
 
 def test_the_forward_pass_alone_saves_nothing_and_takes_no_dropout():
-    case = Case(16, Shape(24, 16), 4, 0.5, torch.float32, FORWARD)
+    case = Workload(16, Shape(24, 16), 4, 0.5, torch.float32, FORWARD)
     rows, wrong, refusals = measure_case(case, CPU, 1, ("unsloth-style",))
     assert (wrong, refusals) == ([], [])
     assert {row["op"] for row in rows} == {"forward"}

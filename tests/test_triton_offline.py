@@ -18,8 +18,8 @@ SPILLS: dict[str, int] = {
     "grad_dy | fp32 fp32 | r64 | sm_80 | 32x64 w8s2": 4,
     "grad_dy | fp16 fp32 | r64 | sm_80 | 32x64 w8s2": 28,
     "grad_dy | fp32 fp32 | r64 | sm_90 | 32x64 w8s2": 10,
-    "fused_tma | bf16 bf16 | r16 | sm_100 | 128x256x64 w8s3 drop": 6,
-    "fused_tma | fp16 fp16 | r16 | sm_100 | 128x256x64 w8s3 drop": 6,
+    "lowrank_product_tma | bf16 bf16 | r16 | sm_100 | 128x256x64 w8s3 drop": 6,
+    "lowrank_product_tma | fp16 fp16 | r16 | sm_100 | 128x256x64 w8s3 drop": 6,
     "grad_dy | fp32 fp32 | r64 | sm_120 | 32x64 w8s2": 6,
     "grad_dy | fp16 fp32 | r64 | sm_120 | 32x64 w8s2": 29,
     "nf4_product | bf16 bf16 | r16 | sm_86 | 64x128x64 w8s3": 2,
@@ -64,7 +64,7 @@ def test_the_products_use_the_matrix_instructions_of_their_gpu(written: dict[str
     instruction = {90: "wgmma", 100: "tcgen05"}
     for key, row in written.items():
         capability = int(key.split("sm_")[1].split()[0])
-        if key.startswith("fused_tma"):
+        if key.startswith("lowrank_product_tma"):
             assert row["matrix"] == instruction[capability], key
         elif key.startswith(("sum", "drop", "nf4_dequantize")):
             assert row["matrix"] == "none", key
@@ -91,7 +91,7 @@ def test_compiled_anew_it_is_the_same(written: dict[str, dict], job: tuple) -> N
 
 def test_the_report_reads_it() -> None:
     rows = kernel_report.kernel_rows()
-    assert {row.kernel for row in rows} >= {"project", "prefill", "grad_dy", "grad_x", "fused_tma", "sum", "drop"}
+    assert {row.kernel for row in rows} >= {"project", "prefill", "grad_dy", "grad_x", "lowrank_product_tma", "sum", "drop"}
     project = next(row for row in rows if row.kernel == "project")
     assert project.megabytes == pytest.approx(8192 * (4096 + 16) * 2 / 1e6)
     assert project.h100_us_predicted >= 1e6 * project.megabytes * 1e6 / 3.0e12
@@ -102,7 +102,7 @@ def test_the_report_prints_it(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "kernels.json").read_text())
-    assert {row["kernel"] for row in found["kernels"]} >= {"project", "fused"}
+    assert {row["kernel"] for row in found["kernels"]} >= {"project", "lowrank_product"}
     assert {row[3] for row in found["dataflow"]} == {"prefill"}
     assert "grad_dy" in result.output
     bad = CliRunner().invoke(app, ["report", "--kernels", "--target", "sm_75"])

@@ -6,11 +6,12 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from triton_case import BF16, FP16, Case
+from accuracy import Case, check_contract
 from triton_interpreter import DEVICE
 
-from lora_kernels import cli
-from lora_kernels.backends.triton import tuned, tuning
+from lora_kernels import cli, use_backend
+from lora_kernels.backends.triton import compilation, tuned, tuning
+from lora_kernels.backends.triton.kernels import grad_dy, grad_x, lowrank_product, prefill, project
 from lora_kernels.backends.triton.tuned import Tile
 from lora_kernels.commands.console import CommandError, Output
 from lora_kernels.commands.report import kernels as kernel_report
@@ -18,6 +19,7 @@ from lora_kernels.commands.tune import calls, flows, tiles
 from lora_kernels.commands.tune import report as tune_report
 from lora_kernels.commands.tune import run as tune
 
+BF16, FP16 = torch.bfloat16, torch.float16
 NAME, CAPABILITY = "Test GPU 80GB", (8, 0)
 CPU = torch.device("cpu")
 
@@ -35,11 +37,11 @@ def gpu(monkeypatch, tmp_path):
 
 def content(**changes):
     """A file with one measurement of each kind."""
-    flow = {"direction": "forward", "contraction": "<=4096", "tokens": "<=1024", "choice": "fused"}
-    times = {"prefill_us": {"16": 10.0, "mixed": 10.0}, "fused_us": {"16": 9.0, "mixed": 9.5}}
+    flow = {"direction": "forward", "contraction": "<=4096", "tokens": "<=1024", "choice": "lowrank_product"}
+    times = {"prefill_us": {"16": 10.0, "mixed": 10.0}, "lowrank_product_us": {"16": 9.0, "mixed": 9.5}}
     tile = {"kernel": "project", "arithmetic": "16", "rank": 32, "tile": asdict(Tile(32, 64, 4, 2)), "us": 5.0,
             "measured_us": {"32x64 w4s2": 5.0}}  # fmt: skip
-    whole = {"format": 1, "device": NAME, "capability": list(CAPABILITY), "dataflow": [{**flow, **times}], "tiles": [tile]}
+    whole = {"format": 2, "device": NAME, "capability": list(CAPABILITY), "dataflow": [{**flow, **times}], "tiles": [tile]}
     return {**whole, **changes}
 
 
@@ -53,28 +55,29 @@ def test_dispatch_follows_the_file(gpu):
     before = tuning.candidates("project", "16", 8, CPU)
     assert tuning.dataflow(x, W, "forward") == "prefill"
     write(gpu, content())
-    assert tuning.dataflow(x, W, "forward") == "fused"
+    assert tuning.dataflow(x, W, "forward") == "lowrank_product"
     assert tuning.dataflow(x, W, "backward") == "prefill"
     assert tuning.dataflow(torch.empty(2000, 128, dtype=BF16), W, "forward") == "prefill"  # another class of tokens
     assert tuning.dataflow(torch.empty(64, 5000, dtype=BF16), torch.empty(96, 5000, dtype=BF16), "forward") == "prefill"
-    assert tuning.dataflow(x.float(), W.float(), "forward") == "prefill"  # there is no fused kernel for float32
+    assert tuning.dataflow(x.float(), W.float(), "forward") == "prefill"  # there is no such kernel for float32
     assert tuning.candidates("project", "16", 8, CPU) == (Tile(32, 64, 4, 2), *before)
     assert tuning.candidates("project", "16", 40, CPU) == tuning.tiles("project", "16", 40)  # another class of ranks
 
 
 def test_a_call_takes_the_measured_tile_and_dataflow_and_is_right(gpu, monkeypatch):
     write(gpu, content())
-    case, launched = Case.draw(40, 48, 56, 8, FP16, FP16), []
-    launch = tuning.first_that_compiles
+    launched, launch = [], compilation.first_that_compiles
 
     def spy(kernel, kind, R, device, run):
         return launch(kernel, kind, R, device, lambda tile: launched.append((kernel, tile)) or run(tile))
 
-    monkeypatch.setattr(tuning, "first_that_compiles", spy)
-    case.check(case.run())
+    for module in (project, prefill, grad_dy, grad_x, lowrank_product):
+        monkeypatch.setattr(module, "first_that_compiles", spy)
+    with use_backend("triton"):
+        check_contract(Case(M=40, K=48, N=56, R=8, p=0.3, dtype=FP16).draw())
     assert ("project", Tile(32, 64, 4, 2)) in launched
     kernels = {kernel for kernel, _ in launched}
-    assert "fused" in kernels
+    assert "lowrank_product" in kernels
     assert "prefill" not in kernels
 
 
@@ -83,10 +86,10 @@ def test_a_call_takes_the_measured_tile_and_dataflow_and_is_right(gpu, monkeypat
     [
         ("{", "JSONDecodeError"),
         ([], "TypeError"),
-        (content(format=99), "format: got 99, expected 1"),
+        (content(format=99), "format: got 99, expected 2"),
         (content(device="Other GPU"), "device: got 'Other GPU'"),
         (content(capability=[9, 0]), "capability: got"),
-        ({"format": 1, "device": NAME, "capability": list(CAPABILITY)}, "KeyError: 'dataflow'"),
+        ({"format": 2, "device": NAME, "capability": list(CAPABILITY)}, "KeyError: 'dataflow'"),
         (content(dataflow=[{**content()["dataflow"][0], "choice": "magic"}]), "choice: got 'magic'"),
         (content(tiles=[{**content()["tiles"][0], "tile": asdict(Tile(48, 64, 4, 2))}]), "powers of two"),
         (content(tiles=[{**content()["tiles"][0], "tile": {"rows": 32}}]), "TypeError"),
@@ -107,7 +110,7 @@ def test_a_bad_file_is_ignored_with_one_warning(gpu, data, reason):
 def test_the_packages_file_is_read_where_the_user_has_none(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(tuned, "COMMITTED", tmp_path / "committed")
     write(tmp_path / "committed" / gpu.name, content())
-    assert tuning.measured(CPU).flow("forward", "<=4096", "<=1024") == "fused"
+    assert tuning.measured(CPU).flow("forward", "<=4096", "<=1024") == "lowrank_product"
     write(gpu, content(dataflow=[]))
     assert tuning.measured(CPU).source == str(gpu)
     assert tuning.measured(CPU).flow("forward", "<=4096", "<=1024") == "prefill"
@@ -130,9 +133,9 @@ def test_the_interpreter_and_cpus_read_no_file(monkeypatch):
         ("project", "16", Tile(64, 64, 3), "3 warps"),
         ("project", "16", Tile(64, 64, 8, 0), "0 stages"),
         ("project", "16", Tile(64, 64, 8, 3, 64), "belong to matrix products"),
-        ("fused", "16", Tile(64, 64, 8, 3), "powers of two"),
-        ("fused", "16", Tile(64, 64, 8, 3, 64, True), "belong to matrix products"),
-        ("fused_tma", "mixed", Tile(128, 256, 8, 3, 64, True), "tensor memory"),
+        ("lowrank_product", "16", Tile(64, 64, 8, 3), "powers of two"),
+        ("lowrank_product", "16", Tile(64, 64, 8, 3, 64, True), "belong to matrix products"),
+        ("lowrank_product_tma", "mixed", Tile(128, 256, 8, 3, 64, True), "tensor memory"),
     ],
 )
 def test_illegal_tiles(kernel, kind, tile, reason):
@@ -153,7 +156,7 @@ def test_every_tile_of_the_tables_and_every_candidate_is_legal():
 def fabricated(monkeypatch, tile_seconds, flow_seconds):
     monkeypatch.setattr(tune, "time_tiles", tile_seconds)
     monkeypatch.setattr(tune, "time_flows", flow_seconds)
-    monkeypatch.setattr(tiles, "gate", lambda problem, seed: [])
+    monkeypatch.setattr(tiles, "wrong_results", lambda problem: [])
     monkeypatch.setattr(calls, "DTYPES", {"16": (FP16, FP16), "mixed": (FP16, torch.float32)})
     header = {"lora_kernels": "0", "commit": "c", "packages": {}, "gpus": []}
     about = {"device": NAME, "capability": list(CAPABILITY)}
@@ -175,7 +178,7 @@ def test_choices_follow_the_measurements_and_are_read_back(gpu, monkeypatch):
     def flow_seconds(direction, contraction, M, best, sizes, device):
         fused = 0.8 if (direction, M) == ("forward", 512) else 0.995
         mixed = 1.2 if contraction == 14336 else fused  # it must win at both dtypes
-        return {"16": {"prefill": 1.0, "fused": fused}, "mixed": {"prefill": 1.0, "fused": mixed}}
+        return {"16": {"prefill": 1.0, "lowrank_product": fused}, "mixed": {"prefill": 1.0, "lowrank_product": mixed}}
 
     measure = fabricated(monkeypatch, tile_seconds, flow_seconds)
     result = measure()
@@ -186,7 +189,7 @@ def test_choices_follow_the_measurements_and_are_read_back(gpu, monkeypatch):
     assert found.tile("project", "16", 32) == options["project"][2]
     assert found.tile("grad_x", "16", 32) == options["grad_x"][0]
     assert found.tile("grad_dy", "16", 32) == options["grad_dy"][1]
-    fused = {key for key, row in found.dataflow.items() if row["choice"] == "fused"}
+    fused = {key for key, row in found.dataflow.items() if row["choice"] == "lowrank_product"}
     assert fused == {("forward", "<=4096", "<=1024"), ("forward", "<=8192", "<=1024")}
     assert len(found.dataflow) == 12
 
@@ -194,11 +197,11 @@ def test_choices_follow_the_measurements_and_are_read_back(gpu, monkeypatch):
 def test_a_fast_tile_with_wrong_results_is_not_chosen(gpu, monkeypatch):
     monkeypatch.setattr(calls, "DTYPES", {"16": (FP16, FP16)})
     own, fast, *_ = options = tiles.candidate_tiles("project", "16", 32)
-    monkeypatch.setattr(tiles, "gate", lambda problem, seed: ["y: wrong"] if tuning.trial["project"] == fast else [])
+    monkeypatch.setattr(tiles, "wrong_results", lambda problem: ["y: wrong"] if tuning.trial["project"] == fast else [])
     row = tiles.choose_tile("project", "16", 32, options, {own: 2e-6, fast: 1e-6}, CPU)
     assert Tile(**row["tile"]) == own
     assert tuning.trial == {}
-    monkeypatch.setattr(tiles, "gate", lambda problem, seed: ["y: wrong"])
+    monkeypatch.setattr(tiles, "wrong_results", lambda problem: ["y: wrong"])
     assert tiles.choose_tile("project", "16", 32, options, {own: 2e-6, fast: 1e-6}, CPU) is None
 
 
@@ -207,7 +210,7 @@ def test_what_is_timed_runs(gpu, monkeypatch):
     """Every kernel with a tile on trial, the gate behind a choice, and both dataflows, at tiny sizes."""
     monkeypatch.setattr(calls, "DTYPES", {"16": (FP16, FP16)})
     sizes = calls.Sizes(M=32, width=64, contractions=(64,), tokens=(32,), repeats=1)
-    for kernel in ("project", "prefill", "grad_dy", "grad_x", "fused"):
+    for kernel in ("project", "prefill", "grad_dy", "grad_x", "lowrank_product"):
         own = tuning.TILES[kernel, "16", 32]
         small = Tile(32, 64, 4, 2, 32 if own.depth else 0)
         seconds = tiles.time_tiles(kernel, "16", 32, [own, small], sizes, CPU)
@@ -216,7 +219,7 @@ def test_what_is_timed_runs(gpu, monkeypatch):
         assert Tile(**row["tile"]) == small
     for direction in tuned.DIRECTIONS:
         times = flows.time_flows(direction, 64, 32, {("project", "16", 32): Tile(32, 64, 4, 2)}, sizes, CPU)
-        assert set(times["16"]) == {"prefill", "fused"}
+        assert set(times["16"]) == {"prefill", "lowrank_product"}
 
 
 def test_the_report_prints_choices_with_their_numbers(gpu, monkeypatch, tmp_path, capsys):
@@ -224,7 +227,7 @@ def test_the_report_prints_choices_with_their_numbers(gpu, monkeypatch, tmp_path
     assert kernel_report.choices("sm_80") == [("both", "any", "any", "prefill", kernel_report.choices("sm_80")[0][4])]
     write(tmp_path / "committed" / gpu.name, content())
     (row,) = kernel_report.choices("sm_80")
-    assert row[:4] == ("forward", "<=4096", "<=1024", "fused")
+    assert row[:4] == ("forward", "<=4096", "<=1024", "lowrank_product")
     assert "9.5" in row[4]
     assert NAME in row[4]
     assert kernel_report.choices("sm_90")[0][0] == "both"  # another capability

@@ -1,7 +1,8 @@
 """Triton's interpreter with bfloat16 made right: kernels run on a CPU, slowly, in NumPy.
 
 Triton 3.6 and 3.9 store bfloat16 as uint16 and multiply those integers in `tl.dot`, and truncate float32 to bfloat16
-where a GPU rounds to nearest even. Both are replaced here; tests/test_triton_interpreter.py checks that they are.
+where a GPU rounds to nearest even. Both are replaced here, and a check of tensor descriptors;
+tests/test_triton_interpreter.py checks that they are.
 """
 
 import os
@@ -9,7 +10,8 @@ import os
 import numpy as np
 import torch
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Where the tests compute: on a GPU where there is one.
+DEVICE = torch.device(os.environ.get("LORA_KERNELS_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined, so set before they are imported
 
@@ -29,7 +31,7 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
 def install() -> None:
     """Replace the interpreter's bfloat16 dot and float32 <-> bfloat16 casts."""
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, TensorDescHandle, TensorHandle
 
     dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
@@ -48,4 +50,13 @@ def install() -> None:
             return TensorHandle(to_bfloat16(source.data), tl.bfloat16)
         return cast(self, source, target)
 
+    def validate(self):
+        """Of a tensor descriptor: Triton 3.4 takes its strides, in elements, for bytes."""
+        *outer, last = (stride.data.item() for stride in self.strides)
+        itemsize = self.base.dtype.element_ty.primitive_bitwidth // 8
+        assert self.base.data.item() % 16 == 0, "base must be 16-byte aligned"
+        assert all(stride * itemsize % 16 == 0 for stride in outer), "stride must be 16-byte aligned"
+        assert last == 1, "last dim must be contiguous"
+
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
+    TensorDescHandle.validate = validate

@@ -117,9 +117,14 @@ def tuning_calls(pair: str, R: int) -> None:
     """Every kernel with its tile for this pair of dtypes, with dropout; at rank 16 without it, at rank 64 with safe tiles."""
     import torch
 
-    from lora_kernels.backends.torch.linear import Needs
-    from lora_kernels.backends.triton import backward, dropout, forward, gemm, nf4, tuning
-    from lora_kernels.nf4.weight import NF4Weight
+    from lora_kernels.backends.triton import tuning
+    from lora_kernels.backends.triton.kernels import lowrank_product, mask, nf4_dequantize, nf4_product
+    from lora_kernels.backends.triton.kernels.grad_dy import grad_dy
+    from lora_kernels.backends.triton.kernels.grad_x import grad_x
+    from lora_kernels.backends.triton.kernels.prefill import prefill
+    from lora_kernels.backends.triton.kernels.project import project
+    from lora_kernels.nf4 import NF4Weight
+    from lora_kernels.values import Dropout
 
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     dtype, adapter = (types[name] for name in pair.split()[:2])
@@ -133,18 +138,18 @@ def tuning_calls(pair: str, R: int) -> None:
     tiles = tuning.tiles
     for best in (True, False) if R == 64 else (True,):
         tuning.tiles = lambda *call, best=best: tiles(*call)[:1] if best else tiles(*call)[1:]
-        for p in (0.1, 0.0) if R == 16 and best else (0.1,):
-            forward.project(x, A, p, seed)
-            backward.grad_x(x, h, A, p, seed, Needs(True, True, True, False), dtype)
+        for dropout in (Dropout(0.1, seed), None) if R == 16 and best else (Dropout(0.1, seed),):
+            project(x, A, dropout)
+            grad_x(x, h, A, dropout, dtype, need_x=True, need_A=True)
             if dtype != torch.float32:
-                gemm.backward(dy, W, h, A, p, seed)
-        forward.prefill(h, B, 2.0, c, dtype)
-        backward.grad_dy(dy, h, B, 2.0, Needs(True, True, True, best))
+                lowrank_product.backward(dy, W, h, A, dropout)
+        prefill(h, B, 2.0, c, dtype)
+        grad_dy(dy, h, B, 2.0, need_g=True, need_B=True, need_c=best)
         if dtype != torch.float32:
-            gemm.forward(x, W, h, B, 2.0, c)
-            nf4.product(x, W4, h, B, 2.0, c)
-    nf4.dequantize(W4, dtype)
-    dropout.drop(x, 0.1, seed, out=torch.empty(M, K, dtype=adapter))
+            lowrank_product.forward(x, W, h, B, 2.0, c)
+            nf4_product.product(x, W4, h, B, 2.0, c)
+    nf4_dequantize.dequantize(W4, torch.empty(1, N * K, dtype=dtype))
+    mask.drop(x, 0.1, seed, out=torch.empty(M, K, dtype=adapter))
     tuning.tiles = tiles
 
 

@@ -4,8 +4,11 @@ import pytest
 import torch
 from triton_interpreter import DEVICE
 
-from lora_kernels.backends.triton import backward, dropout, forward
-from lora_kernels.mask import KeepRows, dropout_mask
+from lora_kernels.backends.triton.kernels import mask
+from lora_kernels.backends.triton.kernels.grad_x import grad_x
+from lora_kernels.backends.triton.kernels.project import project
+from lora_kernels.mask import KeepRows, dropout_mask, threshold
+from lora_kernels.values import Dropout
 
 SEEDS = [0, 1, -1, 2**62 + 12345, -(2**63), 0x9E3779B97F4A7C15 - 2**64]
 
@@ -18,12 +21,12 @@ def seed_tensor(seed: int) -> torch.Tensor:
 @pytest.mark.parametrize(("M", "K"), [(1, 1), (3, 7), (17, 129), (33, 520)])
 def test_every_p_and_shape(M: int, K: int, p: float) -> None:
     seed = seed_tensor(SEEDS[3])
-    assert torch.equal(dropout.mask_bits(M, K, p, seed), dropout_mask(M, K, p, seed))
+    assert torch.equal(mask.mask_bits(M, K, p, seed), dropout_mask(M, K, p, seed))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_seed(seed: int) -> None:
-    assert torch.equal(dropout.mask_bits(9, 40, 0.3, seed_tensor(seed)), dropout_mask(9, 40, 0.3, seed_tensor(seed)))
+    assert torch.equal(mask.mask_bits(9, 40, 0.3, seed_tensor(seed)), dropout_mask(9, 40, 0.3, seed_tensor(seed)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -32,11 +35,10 @@ def test_the_kernels_that_use_it(dtype: torch.dtype) -> None:
     M, K, p, seed = 67, 64, 0.3, seed_tensor(SEEDS[3])
     keep, eye = dropout_mask(M, K, p, seed), torch.eye(K, dtype=dtype, device=DEVICE)
     x = torch.ones(M, K, dtype=dtype, device=DEVICE)
-    assert torch.equal(forward.project(x, eye, p, seed) != 0, keep)
-    needs = backward.Needs(dx=True, dA=True, dB=False, dc=False)
-    dx, dA = backward.grad_x(x, x, eye, p, seed, needs, dtype)
+    assert torch.equal(project(x, eye, Dropout(p, seed)) != 0, keep)
+    dx, dA = grad_x(x, x, eye, Dropout(p, seed), dtype, need_x=True, need_A=True)
     assert torch.equal(dx != 0, keep)
-    assert torch.equal((dA[0].double() * (1 - dropout.threshold(p) / 65536)).round(), keep.double().sum(0).round())
+    assert torch.equal((dA[0].double() * (1 - threshold(p) / 65536)).round(), keep.double().sum(0).round())
 
 
 def test_wide_k_splits_see_the_same_mask() -> None:
@@ -46,17 +48,17 @@ def test_wide_k_splits_see_the_same_mask() -> None:
     pick = torch.zeros(8, K, device=DEVICE)
     columns = torch.tensor([0, 7, 8, 255, 256, 511, 1024, 1031], device=DEVICE)
     pick[torch.arange(8), columns] = 1
-    assert torch.equal(forward.project(x, pick, p, seed) != 0, dropout_mask(M, K, p, seed)[:, columns])
+    assert torch.equal(project(x, pick, Dropout(p, seed)) != 0, dropout_mask(M, K, p, seed)[:, columns])
 
 
 def test_rows_beyond_2_to_the_31() -> None:
     """Row counters are unsigned 32-bit words on both sides."""
     p, seed, start = 0.4, seed_tensor(11), 2**31 - 3
     ones = torch.ones(5, 24, device=DEVICE)
-    kept = dropout.drop(ones, p, seed, first_row=start, out=torch.empty_like(ones)) != 0
+    kept = mask.drop(ones, p, seed, first_row=start, out=torch.empty_like(ones)) != 0
     assert torch.equal(kept, KeepRows(24, p, seed)(slice(start, start + 5)))
 
 
 def test_p_below_half_a_lane_drops_nothing() -> None:
-    assert not dropout.drops(2**-18)
-    assert dropout.drops(2**-16)
+    assert not mask.drops(2**-18)
+    assert mask.drops(2**-16)

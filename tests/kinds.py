@@ -1,0 +1,40 @@
+"""The kinds of call that the matrix of tests runs over: a backend by name, and the base weight."""
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+import torch
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Kind(NamedTuple):
+    backend: str
+    quant_type: str | None
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.quant_type or 'dense'}"
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """What this backend computes in; float64 is PyTorch's alone."""
+        return DTYPES if self.backend == "torch" else DTYPES[:3]
+
+
+KINDS = tuple(Kind(b, q) for b, q in (("torch", None), ("torch", "nf4"), ("triton", None), ("triton", "nf4"), ("cuda", "nf4")))
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
+every_dense_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.quant_type is None], ids=str, indirect=True)
+every_dtype = pytest.mark.parametrize(
+    ("kind", "dtype"), [(kind, dtype) for kind in KINDS for dtype in kind.dtypes], ids=str, indirect=["kind"]
+)
+
+
+def every_needs(letters: str = "xWABc") -> pytest.MarkDecorator:
+    """Every kind with every set of wanted gradients; a 4-bit weight has none."""
+    pairs = []
+    for kind in KINDS:
+        own = letters if kind.quant_type is None else letters.replace("W", "")
+        sets = itertools.chain.from_iterable(itertools.combinations(own, n) for n in range(len(own) + 1))
+        pairs += [pytest.param(kind, needs, id=f"{kind}-{''.join(needs)}") for needs in sets]
+    return pytest.mark.parametrize(("kind", "needs"), pairs, indirect=["kind"])
