@@ -17,8 +17,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from . import backends as backends  # registers them
+from . import plan as registry
 from .nf4 import NF4Weight
-from .plan import Plan, choose, describe, use_backend
+from .plan import Plan, choose, describe
 from .values import Dropout, Grads, LoRAWeights, Needs, flatten, unflatten
 
 Members = tuple[LoRAWeights, ...]
@@ -52,14 +53,14 @@ def call(
     dtype = compute_dtype(x, members)
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        members = tuple(m._replace(scaling=_as_tensor(m.scaling, wide, x.device)) for m in members)
-        pieces = flatten((use_backend.current, dtype, x, members, dropout, options))
+        members = tuple([_with_tensor_scaling(m, wide, x.device) for m in members])
+        pieces = flatten((registry.setting, dtype, x, members, dropout, options))
         results = getattr(torch.ops.lora_kernels, operation.name)(*pieces)
         return tuple(results[: len(operation.shapes(x, members, *options)[0])])
     needs = wanted(x, members) if torch.is_grad_enabled() else Needs(False, ((),) * len(members))
     arguments = x, members, dropout, options
     if not (own := leaves(x, members, needs)):
-        return compute(operation, use_backend.current, dtype, *arguments)[1]
+        return compute(operation, registry.setting, dtype, *arguments)[1]
     return OperationFunction.apply(operation, dtype, needs, arguments, *own)
 
 
@@ -103,9 +104,11 @@ def _read_as(member: LoRAWeights, dtype: torch.dtype) -> LoRAWeights:
     return member if bias is None or bias.dtype == dtype else member._replace(bias=bias.to(dtype))
 
 
-def _as_tensor(scaling: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A compiler's scaling: a number would be a part of the graph, and another one a new graph."""
-    return scaling if isinstance(scaling, Tensor) else torch.full((), scaling, dtype=dtype, device=device)
+def _with_tensor_scaling(member: LoRAWeights, dtype: torch.dtype, device: torch.device) -> LoRAWeights:
+    """A number would be a part of the graph, and another one a new graph. torch 2.8 traces no _replace."""
+    s = member.scaling if isinstance(member.scaling, Tensor) else torch.full((), member.scaling, dtype=dtype, device=device)
+    values: list[Any] = [s if name == "scaling" else v for name, v in zip(LoRAWeights._fields, member, strict=True)]
+    return LoRAWeights(*values)
 
 
 # ---- gradients ----
@@ -167,7 +170,7 @@ class OperationFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operation: Operation, dtype: torch.dtype, needs: Needs, arguments: tuple, *own: Tensor) -> Any:
         x, members, dropout, options = arguments
-        plan, results, saved = compute(operation, use_backend.current, dtype, *arguments)
+        plan, results, saved = compute(operation, registry.setting, dtype, *arguments)
         kept, *ctx.pieces = flatten(operation.kept(x, members, saved, dropout, needs))
         ctx.save_for_backward(*kept)  # a setup_context of its own would cost 50 µs per call (torch 2.13)
         ctx.set_materialize_grads(False)

@@ -41,7 +41,17 @@ def load(name: str, operation: str) -> ModuleType | str:
         return str(error)
 
 
-class use_backend:
+setting = os.environ.get(ENVIRONMENT_VARIABLE, "auto")  # use_backend's: a global, which a compiled graph has a guard on
+
+
+class _Current(type):
+    @property
+    def current(cls) -> str:
+        """The backend that is set."""
+        return setting
+
+
+class use_backend(metaclass=_Current):
     """Make `name` the backend of every call: "auto" (the default), "torch", "triton" or "cuda".
 
     A plain call sets it for the process, threads included; as a context manager it is restored at the end. A backward pass
@@ -50,20 +60,20 @@ class use_backend:
     environment variable LORA_KERNELS_BACKEND sets the initial value.
     """
 
-    current = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-
     def __init__(self, name: str):
         if name not in ("auto", *BACKENDS):
             raise ValueError(f"backend: got {name!r}, expected 'auto', " + ", ".join(map(repr, BACKENDS)))
         if name != "auto" and isinstance(missing := load(name, "linear"), str):
             raise RuntimeError(f"backend {name!r} is not available: {missing}; use 'auto' or 'torch'")
-        self.previous, use_backend.current = use_backend.current, name
+        global setting
+        self.previous, setting = setting, name
 
     def __enter__(self) -> "use_backend":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        use_backend.current = self.previous
+        global setting
+        setting = self.previous
 
 
 class Layout(NamedTuple):
