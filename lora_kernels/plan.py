@@ -179,7 +179,7 @@ def _plan(name: str, call: Call) -> Plan | str:
 
 def modules(operation: str) -> Iterator[ModuleType]:
     """The modules of an operation without gradients, such as "nf4": those asked for, then PyTorch's, which can do all."""
-    for name in dict.fromkeys((*_asked(use_backend.current), "torch")):
+    for name in dict.fromkeys((*_asked(setting), "torch")):
         module = load(name, operation)
         if not isinstance(module, str):
             yield module

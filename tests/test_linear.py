@@ -1,5 +1,7 @@
 """lora_linear against float64: every backend by name, dense and 4-bit weights, every option that changes the mathematics."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accuracy import Case, check, check_contract, contract, ours
@@ -193,8 +195,6 @@ def test_reruns_are_bit_identical(kind, device):
 @pytest.mark.parametrize("R", [8, 80])
 def test_views(kind, R, device):
     """Row-strided, transposed, shifted and expanded tensors give what their contiguous copies give."""
-    from dataclasses import replace
-
     problem = Case(M=40, K=48, N=56, R=R, p=0.3, dtype=FP16, device=device, quant_type=kind.quant_type).draw()
     want = contract(problem)
     x, A, B, c, dy = (getattr(problem, name).detach() for name in ("x", "A", "B", "c", "dy"))
