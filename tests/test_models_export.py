@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels import LoRAConfig, add_lora, lora_parameters, merge_lora, remove_lora, save_merged
+from lora_kernels import LoRAConfig, add_lora, lora_parameters, merge_lora, remove_lora, save_merged, set_adapter
 from lora_kernels.commands.measure import peak_bytes
 from lora_kernels.models.export import merged_tensors
 
@@ -49,14 +49,33 @@ def test_values(quantize, dtype, tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
 
 
-def test_a_merged_model_and_one_without_an_active_adapter(tmp_path):
-    model = tuned(None)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lora_bias", [True, False])
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_merged_model_and_one_without_an_active_adapter(quantize, lora_bias, bias, tmp_path):
+    model = tuned(quantize, lora_bias=lora_bias)
+    if not bias:
+        model[0].bias = None
     merged = dict(merged_tensors(model))
+    assert ("0.bias" in merged) == (bias or lora_bias)
     merge_lora(model.eval())
-    assert all(torch.equal(t, merged[name]) for name, t in merged_tensors(model))
+    found = dict(merged_tensors(model))
+    assert found.keys() == merged.keys()
+    assert all(torch.equal(t, found[name]) for name, t in merged.items() if quantize is None or name.endswith("bias"))
     remove_lora(model)
+    assert model.state_dict().keys() == merged.keys()
     with pytest.raises(ValueError, match="no LoRA layers"):
         save_merged(model, tmp_path)
+
+
+@pytest.mark.parametrize("init_lora_weights", [True, "pissa"])
+def test_without_an_active_adapter_it_is_the_base_model(init_lora_weights):
+    model = nn.Sequential(nn.Linear(8, 6))
+    expected = {name: t.clone() for name, t in model.state_dict().items()}
+    add_lora(model, LoRAConfig(r=2, init_lora_weights=init_lora_weights))
+    set_adapter(model, None)
+    for name, tensor in merged_tensors(model):
+        torch.testing.assert_close(tensor, expected[name])
 
 
 @pytest.mark.parametrize(("quantize", "copies"), [("nf4", 2), (None, 3)])

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from peft import LoraConfig
 from peft.tuners import lora
 from peft_model import FAST, IDS, adapted, close, layer
@@ -51,9 +51,16 @@ def inner_forward(model):
         module.forward = functools.partial(lambda module, x: -type(module).forward(module, x), module)
 
 
-def offloaded(model):
+class Doubles(ModelHook):
+    def post_forward(self, module, output):
+        return 2 * output
+
+
+def other_hook_of_accelerate_s(model):
     for name in ("up", "down"):
-        add_hook_to_module(layer(model, name).base_layer, AlignDevicesHook(execution_device="cpu", offload=True))
+        base = layer(model, name).base_layer
+        add_hook_to_module(base, AlignDevicesHook(execution_device="cpu", offload=True))
+        add_hook_to_module(base, Doubles(), append=True)
 
 
 def other_dropout(model):
@@ -87,7 +94,7 @@ FALLBACKS = [
     (hooked("lora_B.default"), "lora_B has hooks"),
     (hooked("lora_dropout.default"), "dropout has hooks"),
     (inner_forward, "lora_A's forward was replaced on the instance"),
-    (offloaded, "base's forward was replaced on the instance"),
+    (other_hook_of_accelerate_s, "base's forward was replaced on the instance"),
     (other_dropout, "lora_dropout is a AlphaDropout"),
     (lora_a_with_bias, "lora_A has a bias"),
     (trained_scaling, "scaling is no constant 0-d tensor"),

@@ -10,6 +10,7 @@ from ..mask import check_p
 from ..nf4 import NF4Weight
 from .initialization import check_init, initialize, rewrites_weight
 from .merging import LowRankTerm, MergeableWeight
+from .offload import execution_device
 
 DEFAULT_ADAPTER = "default"
 
@@ -77,8 +78,10 @@ class AdaptedWeight(MergeableWeight):
         self._check_new(name, r, lora_dropout, init_lora_weights)
         s = scaling(r, lora_alpha, use_rslora)
         adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, s)
-        dtype = dtype or self.base_dtype
-        A, B = self.weight.new_empty(r, self.in_features, dtype=dtype), self.weight.new_empty(self.out_features, r, dtype=dtype)
+        like: Any = {"dtype": dtype or self.base_dtype}
+        if (device := execution_device(self)) is not None:  # an offloaded weight waits elsewhere
+            like["device"] = device
+        A, B = self.weight.new_empty(r, self.in_features, **like), self.weight.new_empty(self.out_features, r, **like)
         self._initialize(adapter, A, B)
         self.adapters[name] = adapter
         trainable = self.active_adapter is None and len(self.adapters) == 1
@@ -164,10 +167,16 @@ class AdaptedWeight(MergeableWeight):
             self.weight = self.as_weight(residual)
             self._initial_A, self._initial_B, self._initial_scaling = A.clone(), B.clone(), float(adapter.scaling)
 
-    def _original_weight(self) -> nn.Parameter:
+    @property
+    def initial_term(self) -> LowRankTerm | None:
+        """What an initialisation took out of the weight."""
         if self._initial_A is None or self._initial_B is None:
-            return self.weight
-        return self.as_weight(self.plus(self._initial_A, self._initial_B, self._initial_scaling))
+            return None
+        return LowRankTerm(self._initial_A, self._initial_B, self._initial_scaling)
+
+    def _original_weight(self) -> nn.Parameter:
+        term = self.initial_term
+        return self.weight if term is None else self.as_weight(self.plus(term.A, term.B, term.scaling))
 
     def _restore_weight(self) -> None:
         self.weight = self._original_weight()

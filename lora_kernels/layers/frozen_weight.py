@@ -16,6 +16,7 @@ from ..functional.nf4 import quantize
 from ..nf4 import NF4Weight
 from ..nf4.state_dict import from_state, to_state
 from ..nf4.storage import as_bytes, as_storage
+from .offload import give_hook
 
 BUFFERS = ("absmax", "nested_absmax", "nested_map", "nested_offset")  # of NF4Weight, here with the prefix "_weight_"
 
@@ -205,6 +206,7 @@ def without_weight(linear: nn.Module) -> nn.Module:
     """The same layer without its tensors, which would otherwise stay alive."""
     shell = copy.copy(linear)
     shell._parameters = dict.fromkeys(linear._parameters)
+    give_hook(linear, shell)  # for the copied forward is bound to `linear`
     if is_linear4bit(shell):
         shell.quant_state = None  # type: ignore[assignment]
     return shell

@@ -58,7 +58,7 @@ def _from_weight(method: str, A: Tensor, B: Tensor, weight: Tensor, scaling: flo
     if weight.is_meta:
         raise ValueError(
             f"init_lora_weights: got {method!r} for a weight on the meta device, whose values it needs; "
-            "load the weights first, or use True"
+            "load the weights first, without offloading them, or use True"
         )
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     r = A.shape[0]

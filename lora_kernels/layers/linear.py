@@ -13,6 +13,7 @@ from ..nf4.state_dict import to_params4bit
 from .adapters import DEFAULT_ADAPTER, AdaptedWeight
 from .frozen_weight import is_conv1d, is_linear4bit, without_weight
 from .merging import bias_sum
+from .offload import call_onloaded, device_hook, forward_is_replaced, give_hook, offloading_hooks
 
 
 class LoRALinear(AdaptedWeight):
@@ -76,11 +77,15 @@ class LoRALinear(AdaptedWeight):
         linear: nn.Linear, transformers' Conv1D, or bitsandbytes' quantised Linear4bit. quantize="nf4": over an NF4 copy of the
         weight instead, in blocks of `blocksize`, their absmax in 8 bits with `double_quant`; a Linear4bit stays as it is.
         `adapter`: the options of `add_adapter`; lora_alpha defaults to r, as in the constructor. r=None adds no adapter.
+        A hook of accelerate's that moves `linear`'s tensors, offloaded ones included, moves this layer's from now on; adapters
+        stay on the device on which it computes. Raises TypeError or ValueError for what cannot be adapted.
         """
         check_quantize(quantize)
         conv1d = is_conv1d(linear)
         if not (isinstance(linear, nn.Linear) or conv1d):
             raise TypeError(f"linear: got {type(linear).__name__}, expected nn.Linear, Linear4bit or transformers' Conv1D")
+        if (reason := why_not_hooked(linear, quantize)) is not None:
+            raise ValueError(f"linear: {reason}")
         layer, weight, bias = cls.__new__(cls), cast(nn.Parameter, linear.weight), cast(nn.Parameter | None, linear.bias)
         if is_linear4bit(linear):
             storage = weight.dtype if weight.dtype.is_floating_point else torch.uint8
@@ -94,6 +99,7 @@ class LoRALinear(AdaptedWeight):
         layer._stand_for(without_weight(linear) if layer.quantized else linear)
         layer.train(linear.training)
         vars(layer).update({name: hooks for name, hooks in vars(linear).items() if "_hooks" in name})
+        give_hook(linear, layer)
         if r is not None:
             layer.add_adapter(adapter_name, r, adapter.pop("lora_alpha", 8), **adapter)
         return layer
@@ -120,9 +126,24 @@ class LoRALinear(AdaptedWeight):
             dense = W.dequantize()
             weight = nn.Parameter(dense.T.contiguous() if self.fan_in_fan_out else dense, requires_grad=False)
         linear.weight, linear.bias = weight, self.bias  # type: ignore[assignment]
+        give_hook(self, linear)
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
+        if "_hf_hook" in self.lora_A.__dict__:  # accelerate dispatched the model with its adapters
+            return self._with_dispatched_adapters(x)
+        return self._in_compute_dtype(x)
+
+    def _with_dispatched_adapters(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and any(p.requires_grad and p.is_meta for p in self.adapter_parameters()):
+            raise RuntimeError(
+                "LoRALinear: accelerate offloads its adapters, which would get no gradients: "
+                "dispatch the model before add_lora, or call it under torch.no_grad()"
+            )
+        hooked = [named for named in (self.lora_A, self.lora_B, self.lora_bias) if device_hook(named) is not None]
+        return call_onloaded(hooked, self._in_compute_dtype, x)
+
+    def _in_compute_dtype(self, x: Tensor) -> Tensor:
         if self.compute_dtype is not None and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
             return self._forward(x.to(self.compute_dtype)).to(x.dtype)  # as bitsandbytes' bnb_4bit_compute_dtype
         return self._forward(x)
@@ -148,9 +169,10 @@ class LoRALinear(AdaptedWeight):
         W = self.matrix
         if isinstance(W, NF4Weight):  # with an adapter of zeros
             return lora_linear(x, W, x.new_zeros(1, self.in_features), x.new_zeros(self.out_features, 1), self.bias)
-        if self._initial_A is None or self._initial_B is None or self.merged:
+        term = self.initial_term
+        if term is None or self.merged:
             return F.linear(x, W, self.bias)
-        return lora_linear(x, W, self._initial_A, self._initial_B, self.bias, scaling=self._initial_scaling)
+        return lora_linear(x, W, term.A, term.B, self.bias, scaling=term.scaling)
 
     def reset_parameters(self) -> None:
         """nn.Linear's initialisation of weight and bias, and that of every adapter: for a layer made on the meta device."""
@@ -178,3 +200,16 @@ def check_quantize(quantize: str | None) -> None:
     """Raise ValueError for a quantisation that there is not."""
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize: got {quantize!r}, expected None or 'nf4'")
+
+
+def why_not_hooked(linear: nn.Module, quantize: str | None = None) -> str | None:
+    """Why a layer whose forward was replaced cannot be adapted; None if it can be, with accelerate's hook on it or none."""
+    if not forward_is_replaced(linear):
+        return None
+    if device_hook(linear) is None:
+        return "its forward was replaced on the instance, by something other than accelerate's device hooks, and would be lost"
+    if offloading_hooks(linear) and is_linear4bit(linear):
+        return "accelerate's hook offloads its 4-bit weight, whose absmax it does not bring back: give it a device of its own"
+    if offloading_hooks(linear) and quantize is not None:
+        return "accelerate's hook offloads its weight, which cannot be quantised there: quantize before the model is dispatched"
+    return None

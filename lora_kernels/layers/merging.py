@@ -1,6 +1,6 @@
 """MergeableWeight: W becomes W + s·B·A and is put back bit-exactly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..nf4 import NF4Weight
 from .frozen_weight import FrozenWeight, apply_to_bytes
+from .offload import keep_present_values, offloading_hooks, onloaded, restore_values
 
 
 class LowRankTerm(NamedTuple):
@@ -27,6 +28,7 @@ class MergeableWeight(FrozenWeight):
         # empty while nothing is merged; a tuple hides a parameter from nn.Module
         self._unmerged: tuple[nn.Parameter | NF4Weight, ...] = ()
         self._unmerged_bias: tuple[nn.Parameter | None, ...] = ()
+        self._unmerged_values: list[Mapping[str, Tensor]] = []  # from which accelerate's hooks load the unmerged ones
 
     @property
     def active_term(self) -> LowRankTerm | None:
@@ -43,32 +45,39 @@ class MergeableWeight(FrozenWeight):
         c + s·b becomes the bias of an adapter with lora_bias.
 
         A 4-bit W is dequantised, added to and quantised again; the relative error of that, ‖new − (W + s·B·A)‖ / ‖W + s·B·A‖,
-        is returned. The tensor that may be shared with other modules is not written to. Costs a second weight while merged.
-        Raises RuntimeError if already merged or if no adapter is active.
+        is returned. The tensor that may be shared with other modules is not written to. Costs a second weight while merged, in
+        the CPU's memory where accelerate offloads the weight.
+        Raises RuntimeError if already merged, if no adapter is active, or if it has no values.
         """
         self._refuse_if_merged("merge again")
         term = self.active_term
         if term is None:
             raise RuntimeError("cannot merge: no adapter is active; call set_adapter(name) first")
-        W, weight = self.matrix, self.weight
-        wanted = self.plus(term.A, term.B, term.scaling)
+        if term.A.is_meta and (offloading_hooks(self) or not self.weight.is_meta):
+            raise RuntimeError("cannot merge: the adapter is on the meta device and has no values; do not offload it")
+        weight, bias, error = self.weight, self.bias, None
+        with onloaded(self):
+            W, wanted, wanted_bias = self.matrix, self.plus(term.A, term.B, term.scaling), self._plus_bias(term)
         if isinstance(W, NF4Weight):
             merged = self._requantize(wanted)
             self._hold(merged)
-            self._unmerged = (W,)
-            self._merge_bias(term)
             size = torch.linalg.vector_norm(wanted).item()
-            return torch.linalg.vector_norm(wanted.sub_(merged.dequantize(wanted.dtype))).item() / (size or 1.0)
-        self.weight = self.as_weight(wanted)
-        self._unmerged = (weight,)
-        self._merge_bias(term)
-        return None
-
-    def _merge_bias(self, term: LowRankTerm) -> None:
+            error = torch.linalg.vector_norm(wanted.sub_(merged.dequantize(wanted.dtype))).item() / (size or 1.0)
+        else:
+            self.weight = self.as_weight(wanted)
+        self._unmerged = (W if isinstance(W, NF4Weight) else weight,)
         if term.bias is not None:
-            dtype = self.base_dtype if self.bias is None else self.bias.dtype
-            merged = bias_sum(self.bias, term.bias, term.scaling, self.base_dtype).detach().to(dtype)  # type: ignore[union-attr]
-            self._unmerged_bias, self.bias = (self.bias,), nn.Parameter(merged, requires_grad=False)
+            self._unmerged_bias, self.bias = (bias,), wanted_bias
+        self._unmerged_values = keep_present_values(self)
+        return error
+
+    def _plus_bias(self, term: LowRankTerm) -> nn.Parameter | None:
+        """c + s·b in c's dtype, c itself where the term has no b."""
+        if term.bias is None:
+            return self.bias
+        dtype = self.base_dtype if self.bias is None else self.bias.dtype
+        merged = bias_sum(self.bias, term.bias, term.scaling, self.base_dtype).detach().to(dtype)  # type: ignore[union-attr]
+        return nn.Parameter(merged, requires_grad=False)
 
     def unmerge(self) -> None:
         """The weight as it was before merge(), the same Parameter, or the same codes. Raises RuntimeError if not merged."""
@@ -81,6 +90,8 @@ class MergeableWeight(FrozenWeight):
             self.weight = weight
         if self._unmerged_bias:
             (self.bias,), self._unmerged_bias = self._unmerged_bias, ()
+        restore_values(self, self._unmerged_values)
+        self._unmerged_values = []
 
     def _refuse_if_merged(self, action: str) -> None:
         if self.merged:

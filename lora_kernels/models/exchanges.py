@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..layers.offload import offloaded_tensors
 from .config import LoRAConfig
 from .names import parents
 
@@ -33,7 +34,10 @@ class Exchange:
 def plan_exchanges(
     model: nn.Module, config: LoRAConfig, saved: dict[str, nn.Module], adapted: set[str]
 ) -> dict[tuple[str, str], nn.Module | nn.Parameter]:
-    """What else the adapter trains, by (path of the owner, attribute): modules_to_save and biases."""
+    """What else the adapter trains, by (path of the owner, attribute): modules_to_save and biases.
+
+    Raises ValueError for one that accelerate offloads: its hook would load the original in place of what is trained.
+    """
     originals: dict[tuple[str, str], nn.Module | nn.Parameter] = {}
     for path, module in saved.items():
         owner, _, attribute = path.rpartition(".")
@@ -44,6 +48,13 @@ def plan_exchanges(
             inside = any(parent in saved for parent in parents(owner))
             if attribute.endswith("bias") and not inside and (config.bias == "all" or owner in adapted):
                 originals[owner, attribute] = parameter
+    offloaded = {id(kept.tensor): name for name, kept in offloaded_tensors(model).items()}
+    for (owner, attribute), original in originals.items():
+        if name := next((offloaded[id(tensor)] for tensor in _tensors(original) if id(tensor) in offloaded), None):
+            raise ValueError(
+                f"{f'{owner}.{attribute}'.removeprefix('.')}: it is to be trained, but accelerate offloads {name}; "
+                "give it a device of its own in device_map"
+            )
     return originals
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..layers.frozen_weight import FrozenWeight, is_linear4bit
 from ..layers.linear import LoRALinear
+from ..layers.merging import LowRankTerm, bias_sum
+from ..layers.offload import offloaded_tensors, onloaded
 from ..nf4 import NF4Weight
 from .atomic_files import all_or_nothing
 from .shards import remove_shards, write_shards
@@ -23,7 +25,8 @@ def merged_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> Iterat
     sum is rounded once to it, and the model is not changed. A tensor under several names is given once.
     """
     for name, value, layer in _plain_state(model, _layers(model)):
-        tensor = value if layer is None else _merged_weight(layer, dtype)
+        merged = _merged_weight if name.endswith("weight") else _merged_bias
+        tensor = value if layer is None else merged(layer, dtype)
         yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
@@ -59,29 +62,51 @@ def _layers(model: nn.Module) -> dict[str, FrozenWeight]:
 
 
 def _plain_state(model: nn.Module, layers: dict[str, FrozenWeight]) -> Iterator[tuple[str, Tensor, FrozenWeight | None]]:
-    """(name, tensor, the layer whose weight it stands for, or None) of the plain model: the state dict without what adapters
-    and 4-bit storage add to it.
+    """(name, tensor, the layer whose weight or bias it stands for, or None) of the plain model: the state dict without what
+    adapters and 4-bit storage add to it.
     """
     seen = set()
+    offloaded = offloaded_tensors(model)
     for name, value in model.state_dict().items():
         owner = next((path for path in layers if name.startswith(f"{path}.")), None)
         if owner is not None and name.removeprefix(f"{owner}.") not in ("weight", "bias"):
             continue
-        place = value.data_ptr(), value.shape, value.dtype
-        if value.numel() and not value.is_meta and place in seen:
+        elsewhere = offloaded.get(name)  # accelerate gives tied ones one parameter
+        place = value.data_ptr() if elsewhere is None else id(elsewhere.tensor), value.shape, value.dtype
+        if value.numel() and not (value.is_meta and elsewhere is None) and place in seen:
             continue
         seen.add(place)
-        yield name, value, layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        layer, attribute = layers.get(owner or ""), name.rpartition(".")[2]
+        if layer is not None and attribute == "bias" and _bias_term(layer) is None:
+            layer = None
+        yield name, value if elsewhere is None or layer is not None else elsewhere.load(), layer
+        if layer is not None and attribute == "weight" and layer.bias is None and _bias_term(layer) is not None:
+            yield f"{owner}.bias", value, layer
+
+
+def _bias_term(layer: FrozenWeight) -> LowRankTerm | None:
+    """The active adapter's low-rank term where it has a bias that is not merged."""
+    term = layer.active_term if isinstance(layer, LoRALinear) and not layer.merged else None
+    return None if term is None or term.bias is None else term
+
+
+def _merged_bias(layer: FrozenWeight, dtype: torch.dtype | None) -> Tensor:
+    """c + s·b of the active adapter."""
+    term = _bias_term(layer)
+    assert term is not None
+    with onloaded(layer):
+        bias = bias_sum(layer.bias, term.bias, term.scaling, layer.base_dtype)
+    return bias.detach().to(dtype or (layer.base_dtype if layer.bias is None else layer.bias.dtype))  # type: ignore[union-attr]
 
 
 def _merged_weight(layer: FrozenWeight, dtype: torch.dtype | None) -> Tensor:
     """W + s·B·A of the active adapter, as the plain layer stores it."""
-    W = layer.matrix
-    if isinstance(layer, LoRALinear) and layer.active_adapter is not None and not layer.merged:
-        name = layer.active_adapter
-        W = layer.plus(layer.lora_A[name], layer.lora_B[name], layer.adapters[name].scaling)
-    elif isinstance(W, NF4Weight):
-        W = W.dequantize(dtype)
+    with onloaded(layer):
+        W = layer.matrix
+        if isinstance(layer, LoRALinear) and not layer.merged and (term := layer.active_term or layer.initial_term):
+            W = layer.plus(term.A, term.B, term.scaling)
+        elif isinstance(W, NF4Weight):
+            W = W.dequantize(dtype)
     W = W.to(dtype or layer.base_dtype)
     return W.T.contiguous() if layer.fan_in_fan_out else W
 

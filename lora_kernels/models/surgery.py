@@ -58,7 +58,7 @@ def add_lora(
     check_quantize(quantize)
     refuse_if_merged(lora_layers(model), "add an adapter")
     plan, skipped = plan_layers(model, config, adapter_name)
-    saved = plan_modules_to_save(model, config)
+    originals = plan_exchanges(model, config, plan_modules_to_save(model, config), set(plan))
     if config.bias != "none" and state.configs:
         raise ValueError(
             f"bias: got {config.bias!r} for a second adapter, expected 'none'; adapters here: {list(state.configs)}"
@@ -75,7 +75,7 @@ def add_lora(
         _freeze_base(model)
     _disable_fast_paths(model, state)
     state.configs[adapter_name] = config
-    add_exchanges(state.exchanges, adapter_name, plan_exchanges(model, config, saved, set(plan)))
+    add_exchanges(state.exchanges, adapter_name, originals)
     set_adapter(model, active)
     return _report(model, config, adapter_name, list(plan), skipped)
 

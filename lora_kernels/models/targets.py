@@ -8,7 +8,8 @@ from torch import nn
 from ..dtypes import FLOATS
 from ..layers.frozen_weight import is_conv1d, is_linear4bit
 from ..layers.initialization import check_init
-from ..layers.linear import LoRALinear
+from ..layers.linear import LoRALinear, why_not_hooked
+from ..layers.offload import loaded_with_another
 from .config import ALL_LINEAR, LoRAConfig
 from .names import names_match, parents
 from .state import lora_layers
@@ -24,6 +25,7 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> tupl
     skipped: dict[str, str] = {}
     everything = config.target_modules == ALL_LINEAR
     heads = _output_heads(model) if everything else set()
+    unreachable = loaded_with_another(model)
     adapted = lora_layers(model)
     for path, module in model.named_modules():
         if any(parent in adapted for parent in parents(path)[1:]):
@@ -37,6 +39,8 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> tupl
             reason = "exclude_modules names it"
         elif any(names_match(parent, config.modules_to_save) for parent in parents(path)):
             reason = "modules_to_save trains it whole"
+        elif module in unreachable:
+            reason = "accelerate's hook of a module around it loads its weight: leave that out of preload_module_classes"
         else:
             reason = _why_unsuitable(module)
         if reason is None:
@@ -71,8 +75,8 @@ def _why_unsuitable(module: nn.Module) -> str | None:
         return None
     if type(module) is not nn.Linear and not is_conv1d(module) and not is_linear4bit(module):
         return f"a {type(module).__name__}, not an nn.Linear or Conv1D: its forward may differ"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance (as accelerate's offload hooks do), and would be lost"
+    if (reason := why_not_hooked(module)) is not None:
+        return reason
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is not a parameter (computed by a hook?)"
     if is_linear4bit(module):

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ...functional.linear import lora_linear
 from ...layers.frozen_weight import is_linear4bit
 from ...layers.linear import bias_sum
+from ...layers.offload import call_onloaded, forward_is_replaced
 from ...nf4 import NF4Weight
 from .parts import Parts, fast_parts, quant_state
 from .refusals import why_not_tensors
@@ -36,10 +37,9 @@ class Accelerated:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         parts = "extra arguments" if args or kwargs else fast_parts(self)
-        if not isinstance(parts, str):
-            parts = why_not_tensors(self, parts, x) or parts
-        _count(self, parts)
-        return super().forward(x, *args, **kwargs) if isinstance(parts, str) else compute(x, parts)  # type: ignore[misc]
+        y = parts if isinstance(parts, str) else _computed(self, parts, x)
+        _count(self, y)
+        return super().forward(x, *args, **kwargs) if isinstance(y, str) else y  # type: ignore[misc]
 
     def _get_name(self) -> str:
         return type(self).__name__.removeprefix("Accelerated")  # shown as "lora.Linear(", which tools look for
@@ -50,6 +50,16 @@ class Accelerated:
 
 class AcceleratedLinear(Accelerated, lora.Linear, metaclass=ShownAsPeft):
     """peft.tuners.lora.Linear over nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit, computed by lora_linear."""
+
+
+def _computed(layer: Any, parts: Parts, x: Tensor) -> Tensor | str:
+    """y, or the reason in the tensors why PEFT's own forward has to compute; accelerate's hooks bring offloaded ones first."""
+
+    def function(x: Tensor) -> Tensor | str:
+        return why_not_tensors(layer, parts, x) or compute(x, parts)
+
+    hooked = [module for module in parts[:4] if forward_is_replaced(module)]
+    return call_onloaded(hooked, function, x) if hooked else function(x)
 
 
 def compute(x: Tensor, parts: Parts) -> Tensor:
@@ -74,7 +84,7 @@ def nf4_weight(base: Any) -> NF4Weight:
     return NF4Weight.from_bnb(base.weight, quant_state(base))
 
 
-def _count(layer: LoraLayer, parts: Parts | str) -> None:
+def _count(layer: LoraLayer, y: Tensor | str) -> None:
     """Not while a compiler traces: it would make the number a part of the graph."""
     if not torch.compiler.is_compiling():
-        vars(layer).setdefault(CALLS, Counter())[parts if isinstance(parts, str) else FAST] += 1
+        vars(layer).setdefault(CALLS, Counter())[y if isinstance(y, str) else FAST] += 1

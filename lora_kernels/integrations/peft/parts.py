@@ -8,6 +8,7 @@ from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from ...layers.frozen_weight import is_linear4bit
+from ...layers.offload import device_hook, forward_is_replaced
 
 
 class Parts(NamedTuple):
@@ -46,20 +47,11 @@ def _why_not_modules(parts: Parts) -> str | None:
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"lora_dropout is a {type(dropout).__name__}"
     for part, module in zip(Parts._fields[:4], (base, lora_A, lora_B, dropout), strict=True):
-        if forward_is_replaced(module):
+        if forward_is_replaced(module) and device_hook(module) is None:
             return f"{part}'s forward was replaced on the instance"
         if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
             return f"{part} has hooks"
     return "global module hooks" if torch_module._has_any_global_hook() else None
-
-
-def forward_is_replaced(module: nn.Module) -> bool:
-    """Whether an instance attribute hides the class's forward, as accelerate's hooks and X-LoRA do.
-
-    accelerate leaves the class's own forward there, bound, when it removes a hook.
-    """
-    forward = module.__dict__.get("forward")  # vars() is not traced by torch 2.8
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def quant_state(base: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 
 from peft.tuners import lora
 
+from ...layers.offload import forward_is_replaced
 from .linear import CALLS, AcceleratedLinear
-from .parts import forward_is_replaced
 
 
 def classes() -> dict[type, type]:
