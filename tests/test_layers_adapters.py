@@ -1,5 +1,7 @@
 """Adapters of a layer: added, switched, deleted, scaled, refused."""
 
+import math
+
 import pytest
 import torch
 from kinds import every_dense_kind
@@ -9,6 +11,7 @@ from torch import nn
 from lora_kernels import lora_linear
 
 pytestmark = every_dense_kind
+BAD_ALPHAS = (-4, 0, 0.0, math.nan, math.inf, -math.inf, "16", None, True, [16])
 
 
 def test_scaling(kind):
@@ -75,6 +78,7 @@ def test_only_adapter_of_a_rewritten_weight(kind):
         ({"name": "a.b"}, "name: got 'a.b'"),
         ({"name": ""}, "name: got ''"),
         ({"r": 0}, "r: got 0, expected an integer of at least 1"),
+        *(({"lora_alpha": alpha}, "lora_alpha: got .*, expected a finite number above 0") for alpha in BAD_ALPHAS),
         ({"r": 2.0}, "r: got 2.0"),
         ({"lora_dropout": 1.1}, "lora_dropout: got 1.1"),
         ({"init_lora_weights": "gausian"}, "init_lora_weights: got 'gausian', expected one of True"),

@@ -1,5 +1,7 @@
 """Which modules a LoRAConfig means, as in PEFT, and what is reported or refused."""
 
+import math
+
 import pytest
 import torch
 from model_case import QV, Model
@@ -80,7 +82,15 @@ def test_output_head_and_other_layers_are_reported():
     ("options", "error", "words"),
     [
         ({"r": 0}, ValueError, "r: got 0"),
+        *(({"r": r}, ValueError, "r: got .*, expected an integer of at least 1") for r in (-1, True, 8.0, "8", None)),
         ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\]: got 0"),
+        *(
+            (options, ValueError, r"(lora_alpha|alpha_pattern\['q'\]): got .*, expected a finite number above 0")
+            for alpha in (-4, 0, math.nan, math.inf, "16", None, True)
+            for options in ({"lora_alpha": alpha}, {"alpha_pattern": {"q": alpha}})
+        ),
+        ({"lora_dropout": math.nan}, ValueError, r"lora_dropout: got nan, expected a probability"),
+        ({"lora_dropout": "0.1"}, TypeError, r"lora_dropout: got str, expected a float"),
         ({"lora_dropout": 2}, ValueError, r"lora_dropout: got 2, expected a probability in \[0, 1\]"),
         ({"bias": "lora"}, ValueError, "bias: got 'lora'"),
         (

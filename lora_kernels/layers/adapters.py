@@ -1,5 +1,6 @@
 """AdaptedWeight: named adapters over one frozen weight, one of them active: add, switch, delete, reset."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from ..mask import check_p
 from ..nf4 import NF4Weight
 from .initialization import check_init, initialize, rewrites_weight
 from .merging import LowRankTerm, MergeableWeight
+from .named_parameters import NamedParameters
 from .offload import execution_device
 
 DEFAULT_ADAPTER = "default"
@@ -18,6 +20,19 @@ DEFAULT_ADAPTER = "default"
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     """s = lora_alpha / r, or lora_alpha / √r (Kalajdzievski 2023)."""
     return lora_alpha / (r**0.5 if use_rslora else r)
+
+
+def check_adapter_name(name: object, argument: str) -> None:
+    """Raise ValueError unless it can be a part of a state dict's keys."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"{argument}: got {name!r}, expected a string that is not empty and has no dot")
+
+
+def check_lora_alpha(lora_alpha: object, name: str = "lora_alpha") -> None:
+    """Raise ValueError unless it is a positive finite number."""
+    number = isinstance(lora_alpha, (int, float)) and not isinstance(lora_alpha, bool)
+    if not number or not 0 < lora_alpha < math.inf:  # type: ignore[operator]  # NaN fails too
+        raise ValueError(f"{name}: got {lora_alpha!r}, expected a finite number above 0")
 
 
 @dataclass
@@ -43,7 +58,7 @@ class AdaptedWeight(MergeableWeight):
 
     def __init__(self, weight: nn.Parameter | NF4Weight, bias: nn.Parameter | None, **options: Any):
         super().__init__(weight, bias, **options)
-        self.lora_A, self.lora_B, self.lora_bias = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.lora_A, self.lora_B, self.lora_bias = NamedParameters(), NamedParameters(), NamedParameters()
         self.adapters: dict[str, Adapter] = {}
         self.active_adapter: str | None = None
         # A and B of an initialisation that took s·B·A out of the weight: with them the original weight is known
@@ -72,10 +87,11 @@ class AdaptedWeight(MergeableWeight):
     ) -> None:
         """Add and initialise adapter `name`; the first one becomes the active one. dtype: of A, B, b, by default the weight's.
 
-        Raises ValueError for a name in use or with a dot in it, r < 1, lora_dropout outside [0, 1], an unknown initialisation,
-        or a second adapter beside one that rewrote the weight.
+        name: any string without a dot. Raises ValueError for another one or one in use, r < 1, lora_alpha that is not a finite
+        number above 0, lora_dropout outside [0, 1], an unknown initialisation, or a second adapter beside one that rewrote the
+        weight.
         """
-        self._check_new(name, r, lora_dropout, init_lora_weights)
+        self._check_new(name, r, lora_alpha, lora_dropout, init_lora_weights)
         s = scaling(r, lora_alpha, use_rslora)
         adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, s)
         like: Any = {"dtype": dtype or self.base_dtype}
@@ -91,12 +107,14 @@ class AdaptedWeight(MergeableWeight):
         if trainable:
             self.active_adapter = name
 
-    def _check_new(self, name: str, r: int, lora_dropout: float, init_lora_weights: bool | str) -> None:
+    def _check_new(self, name: str, r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str) -> None:
         """Raise ValueError for options that add_adapter cannot follow, RuntimeError while merged."""
-        if not name or "." in name or name in self.adapters:
-            raise ValueError(f"name: got {name!r}, expected a new name without dots; adapters here: {list(self.adapters)}")
+        check_adapter_name(name, "name")
+        if name in self.adapters:
+            raise ValueError(f"name: got {name!r}, expected a new name; adapters here: {list(self.adapters)}")
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise ValueError(f"r: got {r!r}, expected an integer of at least 1")
+        check_lora_alpha(lora_alpha)
         check_p(lora_dropout, "lora_dropout")
         check_init(init_lora_weights, r, self.in_features, self.out_features)
         self._refuse_if_merged("add an adapter")

@@ -76,7 +76,7 @@ class LoRALinear(AdaptedWeight):
 
         linear: nn.Linear, transformers' Conv1D, or bitsandbytes' quantised Linear4bit. quantize="nf4": over an NF4 copy of the
         weight instead, in blocks of `blocksize`, their absmax in 8 bits with `double_quant`; a Linear4bit stays as it is.
-        `adapter`: the options of `add_adapter`; lora_alpha defaults to r, as in the constructor. r=None adds no adapter.
+        `adapter`: the options of `add_adapter`; lora_alpha defaults to 8, as in the constructor. r=None adds no adapter.
         A hook of accelerate's that moves `linear`'s tensors, offloaded ones included, moves this layer's from now on; adapters
         stay on the device on which it computes. Raises TypeError or ValueError for what cannot be adapted.
         """
@@ -86,6 +86,7 @@ class LoRALinear(AdaptedWeight):
             raise TypeError(f"linear: got {type(linear).__name__}, expected nn.Linear, Linear4bit or transformers' Conv1D")
         if (reason := why_not_hooked(linear, quantize)) is not None:
             raise ValueError(f"linear: {reason}")
+        flags = [(parameter, parameter.requires_grad) for parameter in linear.parameters()]
         layer, weight, bias = cls.__new__(cls), cast(nn.Parameter, linear.weight), cast(nn.Parameter | None, linear.bias)
         if is_linear4bit(linear):
             storage = weight.dtype if weight.dtype.is_floating_point else torch.uint8
@@ -101,7 +102,12 @@ class LoRALinear(AdaptedWeight):
         vars(layer).update({name: hooks for name, hooks in vars(linear).items() if "_hooks" in name})
         give_hook(linear, layer)
         if r is not None:
-            layer.add_adapter(adapter_name, r, adapter.pop("lora_alpha", 8), **adapter)
+            try:
+                layer.add_adapter(adapter_name, r, adapter.pop("lora_alpha", 8), **adapter)
+            except BaseException:
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
+                raise
         return layer
 
     def _stand_for(self, source: nn.Module | None) -> None:

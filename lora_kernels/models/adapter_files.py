@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.adapters import check_adapter_name
 from ..layers.linear import DEFAULT_ADAPTER
 from . import adapter_config
 from .adapter_checks import check_scaling, check_tensors
@@ -31,6 +32,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     state = lora_state(model)
     if adapter_name not in state.configs:
         raise KeyError(f"adapter {adapter_name!r}: not found; adapters here: {list(state.configs)}, made by add_lora")
+    folder = Path(directory) if adapter_name == DEFAULT_ADAPTER else _subfolder(directory, adapter_name)
     config = adapter_config.to_peft(model, state.configs[adapter_name], adapter_name)
     own = adapter_tensors(model, adapter_name)
     if any(tensor.is_meta for tensor in own.values()):
@@ -38,8 +40,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     whole = {key: full(tensor).detach().to("cpu", copy=True).contiguous() for key, tensor in own.items()}
     sharded = any(is_sharded(tensor) for tensor in own.values())
     if not sharded or torch.distributed.get_rank() == 0:
-        target = Path(directory) if adapter_name == DEFAULT_ADAPTER else Path(directory) / adapter_name
-        _write(target, config, whole)
+        _write(folder, config, whole)
     if sharded:
         torch.distributed.barrier()
 
@@ -60,9 +61,10 @@ def load_adapter(
     Raises FileNotFoundError or ValueError, before anything changes, for files that are missing or damaged, a configuration
     that has no counterpart here, and keys or shapes that are not exactly those of this model.
     """
+    check_adapter_name(adapter_name, "adapter_name")
     model, folder = unwrapped(model), Path(directory)
-    if (folder / adapter_name / CONFIG_FILE).is_file():
-        folder = folder / adapter_name
+    if (_subfolder(directory, adapter_name) / CONFIG_FILE).is_file():
+        folder = _subfolder(directory, adapter_name)
     values, saved = _read(folder)
     config = adapter_config.from_peft(values, model, str(folder / CONFIG_FILE))
     refuse_if_merged(lora_layers(model), "load an adapter")
@@ -78,6 +80,14 @@ def load_adapter(
     with torch.no_grad():
         for key, tensor in adapter_tensors(model, adapter_name).items():
             tensor.copy_(sharded_like(weights[key], tensor))
+
+
+def _subfolder(directory: str | os.PathLike, adapter_name: str) -> Path:
+    """Where an adapter that is not "default" lies. Raises ValueError for a name that is a path out of `directory`."""
+    folder = Path(directory) / adapter_name
+    if not folder.is_relative_to(directory):
+        raise ValueError(f"adapter_name: got {adapter_name!r}, which is no folder inside {os.fspath(directory)!r}")
+    return folder
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -53,8 +53,11 @@ def planned_shapes(model: nn.Module, config: LoRAConfig, adapter_name: str) -> d
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The base model's own parameters and buffers, under the keys that PEFT would give them."""
     layers = lora_layers(model)
+    adapters = {id(parameter) for layer in layers.values() for parameter in layer.adapter_parameters()}
     tensors = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if id(tensor) in adapters:
+            continue
         owner, _, attribute = name.rpartition(".")
         tensors[f"{PREFIX}{name}"] = tensor
         if owner in layers or attribute == "weight":

@@ -2,8 +2,9 @@
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..layers.adapters import scaling
+from ..layers.adapters import check_lora_alpha, scaling
 from ..mask import check_p
 from .names import first_match
 
@@ -42,9 +43,11 @@ class LoRAConfig:
     modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
-        for name, r in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+        for name, r in {"r": self.r, **_entries("rank_pattern", self.rank_pattern)}.items():
             if isinstance(r, bool) or not isinstance(r, int) or r < 1:
                 raise ValueError(f"{name}: got {r!r}, expected an integer of at least 1")
+        for name, alpha in {"lora_alpha": self.lora_alpha, **_entries("alpha_pattern", self.alpha_pattern)}.items():
+            check_lora_alpha(alpha, name)
         check_p(self.lora_dropout, "lora_dropout")
         if self.bias not in ("none", "lora_only", "all"):
             raise ValueError(f"bias: got {self.bias!r}, expected 'none', 'lora_only' or 'all'")
@@ -67,3 +70,8 @@ class LoRAConfig:
     def scaling(self, path: str) -> float:
         """s of the module at `path`."""
         return scaling(*self.rank_and_alpha(path), self.use_rslora)
+
+
+def _entries(name: str, pattern: dict[str, Any]) -> dict[str, Any]:
+    """A pattern's values by how an error names them."""
+    return {f"{name}[{key!r}]": value for key, value in pattern.items()}

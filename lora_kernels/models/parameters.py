@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 from .state import adapted_layers, lora_state
 
-OUTPUT_SIDE = {"lora_B", "lora_embedding_B", "lora_bias"}  # parts of a parameter's name, here and in PEFT
+SIDES = {  # which matrix a part of a parameter's name means, here and in PEFT
+    **dict.fromkeys(("lora_A", "lora_embedding_A"), "lora_A"),
+    **dict.fromkeys(("lora_B", "lora_embedding_B", "lora_bias"), "lora_B"),
+}
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -35,8 +38,7 @@ def lora_plus_param_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> 
     groups: dict[str, list[nn.Parameter]] = {"lora_A": [], "lora_B": [], "other": []}
     for path, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parts = set(path.split("."))
-            side = "lora_B" if parts & OUTPUT_SIDE else "lora_A" if parts & {"lora_A", "lora_embedding_A"} else "other"
+            side = next((SIDES[part] for part in path.split(".") if part in SIDES), "other")  # an adapter's name comes later
             groups[side].append(parameter)
     if not groups["lora_B"]:
         raise ValueError(

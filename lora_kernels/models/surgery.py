@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..layers.adapters import check_adapter_name
 from ..layers.linear import DEFAULT_ADAPTER, LoRALinear, check_quantize
 from .config import LoRAConfig
 from .exchanges import add_exchanges, plan_exchanges
@@ -55,6 +56,7 @@ def add_lora(
     modules_to_save that are not there, ranks an initialisation cannot start from, or a merged model.
     """
     state = lora_state(model)
+    check_adapter_name(adapter_name, "adapter_name")
     check_quantize(quantize)
     refuse_if_merged(lora_layers(model), "add an adapter")
     plan, skipped = plan_layers(model, config, adapter_name)
