@@ -32,9 +32,16 @@ def test_merge_and_unmerge(kind, dtype, init):
 def test_errors_while_merged(kind):
     made = layer()
     made.merge()
-    for action in (made.merge, lambda: made.set_adapter(None), lambda: made.delete_adapter("default"), made.reset_parameters):
+    actions = [made.merge, lambda: made.set_adapter(None), lambda: made.delete_adapter("default"), made.reset_parameters]
+    state = {name: torch.zeros_like(value) for name, value in made.state_dict().items()}
+    for part in (state, {"bias": state["bias"]}, {"lora_A.default": state["lora_A.default"]}):
+        actions += [lambda part=part, assign=assign: made.load_state_dict(part, False, assign) for assign in (False, True)]
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    for action in actions:
         with pytest.raises(RuntimeError, match=r"LoRALinear is merged; call unmerge\(\) first"):
             action()
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+    made.load_state_dict({}, strict=False)
     with pytest.raises(RuntimeError, match="merged, so its adapter gets no gradient"):
         made(torch.ones(1, 12))
     with torch.no_grad():

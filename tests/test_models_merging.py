@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_case import TOKENS, Model, snapshot, train
+from model_case import QV, TOKENS, Model, snapshot, train
 
 from lora_kernels import LoRAConfig, LoRALinear, add_lora, merge_lora, remove_lora, set_adapter, unmerge_lora
 
@@ -40,6 +40,23 @@ def test_a_failed_merge_merges_nothing(monkeypatch):
     with pytest.raises(MemoryError):
         merge_lora(model)
     assert not any(m.merged for m in model.modules() if isinstance(m, LoRALinear))
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_state_dict_is_not_loaded_into_a_merged_model(quantize):
+    """unmerge_lora would drop it: no layer and no other module has changed."""
+    model = Model()
+    add_lora(model, LoRAConfig(r=2, init_lora_weights=False, **QV), quantize=quantize)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    merge_lora(model.eval())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state["embed.weight"].zero_()
+    with pytest.raises(RuntimeError, match=r"cannot load a state dict: LoRALinear is merged; call unmerge\(\) first"):
+        model.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.load_state_dict({"embed.weight": state["embed.weight"]}, strict=False)  # nothing of a merged layer
+    unmerge_lora(model)
+    model.load_state_dict(state)
 
 
 def test_merge_then_remove_is_a_plain_fine_tuned_model():

@@ -97,8 +97,11 @@ class MergeableWeight(FrozenWeight):
         if self.merged:
             raise RuntimeError(f"cannot {action}: LoRALinear is merged; call unmerge() first")
 
-    def _check_loadable(self) -> None:
-        self._refuse_if_merged("load a 4-bit weight")
+    def check_state(self, state_dict: Any, prefix: str) -> NF4Weight | None:
+        """Raises RuntimeError while merged too: what was loaded would be lost at unmerge(), or not be what is merged."""
+        if any(name.startswith(prefix) for name in state_dict):
+            self._refuse_if_merged("load a state dict")
+        return super().check_state(state_dict, prefix)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MergeableWeight":
         super()._apply(fn, recurse)

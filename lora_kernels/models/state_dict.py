@@ -51,6 +51,8 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def check_state(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """For a pre-hook: raise ValueError, before load_state_dict changes any layer, if the state's 4-bit weights do not fit."""
+    """For a pre-hook: raise, before load_state_dict changes any layer, ValueError if the state's 4-bit weights do not fit, and
+    RuntimeError if a layer is merged.
+    """
     for path, layer in lora_layers(model).items():
         layer.check_state(state_dict, f"{prefix}{path}.")
