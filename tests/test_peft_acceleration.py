@@ -41,7 +41,7 @@ def test_it_is_idempotent_and_counts_go_on():
     report = accelerate(model)
     assert len(report.accelerated) == 2
     assert report.calls() == {FAST: 2}
-    assert "2 LoRA layers accelerated, 0 not" in str(report)
+    assert str(report) == "2 of 2 LoRA layers fast now"
 
 
 def test_restore_is_exactly_as_before():
@@ -61,6 +61,7 @@ def test_other_layers_are_named_with_a_reason():
     report = accelerate(model)
     assert report.accelerated == ["base_model.model.up"]
     assert "lora.Embedding" in report.skipped["base_model.model.embed"]
+    assert str(report).startswith("1 of 2 LoRA layers fast now: 1 × a lora.Embedding; lora.Linear")
     assert "not accelerated: base_model.model.embed" in str(report)
 
 

@@ -115,6 +115,8 @@ def test_what_falls_back_gives_peft_s_own_result_and_says_why(change, reason, ch
         undo.append(change(model))
     if changed_first:
         report = accelerate(ours)
+        assert str(report).startswith(f"0 of 2 LoRA layers fast now: 2 × {reason}\n")
+        assert set(report.falling_back) == set(report.accelerated), "said before the first call"
     try:
         assert torch.equal(ours(IDS), plain(IDS))
     finally:
@@ -131,6 +133,7 @@ def test_variants_fall_back(options):
     assert torch.equal(ours(IDS), plain(IDS))
     assert report.calls() == {FAST: 0, "the variant DoraLinearVariant": 2}
     assert report.falling_back.keys() == set(report.accelerated)
+    assert str(report).startswith("0 of 2 LoRA layers fast now: 2 × the variant DoraLinearVariant\n")
 
 
 def test_a_mixed_batch_falls_back():

@@ -15,7 +15,8 @@ class AccelerationReport:
     """What `accelerate` did; str() is for people.
 
     accelerated: paths of the layers that compute with these kernels. skipped: the other LoRA layers, and why not.
-    falling_back: accelerated layers whose calls go to PEFT's forward as long as they are in their present state, and why.
+    falling_back: accelerated layers whose calls go to PEFT's forward as long as they are in their present state, whatever their
+    input, and why.
     """
 
     model: nn.Module = field(repr=False)
@@ -36,7 +37,10 @@ class AccelerationReport:
         return dict(total)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.accelerated)} LoRA layers accelerated, {len(self.skipped)} not"]
+        reasons = Counter([*self.skipped.values(), *self.falling_back.values()])
+        total = len(self.accelerated) + len(self.skipped)
+        lines = [f"{total - reasons.total()} of {total} LoRA layers fast now"]
+        lines[0] += ": " * bool(reasons) + "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
         lines += [f"  not accelerated: {path}: {reason}" for path, reason in self.skipped.items()]
         lines += [f"  calls PEFT's forward at present: {path}: {reason}" for path, reason in self.falling_back.items()]
         return "\n".join(lines)
@@ -56,7 +60,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     """
     from peft.tuners.lora import LoraLayer
 
-    from .parts import fast_parts
+    from .refusals import why_not_at_present
     from .swap import swap
 
     report = AccelerationReport(model, [], {}, {})
@@ -68,7 +72,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
             report.skipped[path] = reason
             continue
         report.accelerated.append(path)
-        if isinstance(state := fast_parts(module), str):
+        if (state := why_not_at_present(module)) is not None:
             report.falling_back[path] = state
     if not report.accelerated and not report.skipped:
         raise ValueError(

@@ -9,45 +9,69 @@ from transformers.pytorch_utils import Conv1D
 
 from ...dtypes import FLOATS
 from ...layers.frozen_weight import is_linear4bit
-from .parts import Parts, quant_state
+from ...layers.offload import forward_is_replaced
+from .parts import Parts, fast_parts, quant_state
 
 PLAIN = (Tensor, nn.Parameter)
 
 
+def why_not_at_present(layer: LoraLayer) -> str | None:
+    """Why every call of the layer goes to PEFT's own forward as long as the layer is as it is now."""
+    parts = fast_parts(layer)
+    if isinstance(parts, str):
+        return parts
+    # of what a hook brings at the call, a parameter on the meta device says nothing yet
+    return None if any(forward_is_replaced(module) for module in parts[:4]) else why_not_parameters(layer, parts)
+
+
 def why_not_tensors(layer: LoraLayer, parts: Parts, x: Tensor) -> str | None:
+    return why_not_parameters(layer, parts) or why_not_input(layer, parts, x)
+
+
+def why_not_parameters(layer: LoraLayer, parts: Parts) -> str | None:
+    """A reason that holds for every x, so that a report can name it before a call."""
     base, lora_A, lora_B, _, scaling = parts
     W, c, A, B, b = base.weight, base.bias, lora_A.weight, lora_B.weight, lora_B.bias
     four_bit = is_linear4bit(base)
-    for t in (x, A, B, c, b) if four_bit else (x, W, A, B, c, b):
-        if t is None:
-            continue
-        if type(t) not in PLAIN:
-            return f"a {type(t).__name__} among the tensors"
-        if t.dtype not in FLOATS:
-            return f"a tensor of {t.dtype}"
-        if t.device != W.device:
-            return "tensors on different devices"
+    for t in (A, B, c, b) if four_bit else (W, A, B, c, b):
+        if t is not None and (reason := _why_not_tensor(t, W.device)):
+            return reason
     if W.requires_grad:
         return "the base weight is trained"
     if lora_A.bias is not None:
         return "lora_A has a bias"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms"
     (K, N), R = (layer.in_features, layer.out_features), A.shape[0]
     shape = W.shape if not four_bit else (N, K)
     if shape != ((K, N) if isinstance(base, Conv1D) else (N, K)) or A.shape != (R, K) or B.shape != (N, R):
         return "parameters are sharded, or have other shapes than the layer's"
-    if x.ndim == 0 or x.shape[-1] != K:
-        return "x does not have in_features columns"
     if A.dtype != B.dtype:
         return "lora_A and lora_B differ in dtype"
-    if x.dtype != A.dtype and not layer.cast_input_dtype_enabled:
+    return (_why_not_4bit_weight(base) if four_bit else None) or _why_not_scaling(scaling, W.device)
+
+
+def why_not_input(layer: LoraLayer, parts: Parts, x: Tensor) -> str | None:
+    """A reason in x, and in what surrounds the call; the parameters are right."""
+    base, dtype = parts.base, parts.lora_A.weight.dtype
+    if (reason := _why_not_tensor(x, base.weight.device)) is not None:
+        return reason
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms"
+    if x.ndim == 0 or x.shape[-1] != layer.in_features:
+        return "x does not have in_features columns"
+    if x.dtype != dtype and not layer.cast_input_dtype_enabled:
         return "casting of the input is disabled"
-    why_not_base = _why_not_4bit(base, x) if four_bit else _why_not_dtypes(x, W, c)
-    return why_not_base or _why_not_scaling(scaling, x.device)
+    return _why_not_4bit_input(base, x) if is_linear4bit(base) else _why_not_dtypes(x, base.weight, base.bias)
 
 
-def _why_not_4bit(base: Any, x: Tensor) -> str | None:
+def _why_not_tensor(t: Tensor, device: torch.device) -> str | None:
+    if type(t) not in PLAIN:
+        return f"a {type(t).__name__} among the tensors"
+    if t.dtype not in FLOATS:
+        return f"a tensor of {t.dtype}"
+    return "tensors on different devices" if t.device != device else None
+
+
+def _why_not_4bit_weight(base: Any) -> str | None:
     state = quant_state(base)
     if state is None or type(base.weight).__name__ not in ("Params4bit", "Parameter"):
         return f"the 4-bit weight is a {type(base.weight).__name__} that is not quantised"
@@ -55,6 +79,10 @@ def _why_not_4bit(base: Any, x: Tensor) -> str | None:
         return "bitsandbytes repacked the 4-bit weight for its CPU kernel"
     if base.weight.numel() * base.weight.element_size() != (state.shape.numel() + 1) // 2:
         return "the 4-bit weight is sharded"
+    return None
+
+
+def _why_not_4bit_input(base: Any, x: Tensor) -> str | None:
     if x.dtype == torch.float64:
         return "x is float64 over a 4-bit weight"
     if not base.compute_type_is_set:  # bitsandbytes does so at the first call
