@@ -6,13 +6,14 @@ from .integrations.peft import AccelerationReport, accelerate, accelerated, rest
 from .layers.linear import LoRALinear
 from .mask import dropout_mask
 from .models.adapter_files import load_adapter, save_adapter
+from .models.combining import add_weighted_adapter
 from .models.config import LoRAConfig
 from .models.export import save_merged
 from .models.merging import merge_lora, unmerge_lora
 from .models.parameters import lora_parameters, lora_plus_param_groups
 from .models.state_dict import load_lora_state_dict, lora_state_dict
 from .models.surgery import add_lora, remove_lora
-from .models.switching import set_adapter
+from .models.switching import delete_adapter, set_adapter
 from .nf4 import NF4Weight
 from .plan import use_backend
 from .values import LoRAWeights
@@ -28,7 +29,9 @@ __all__ = [
     "accelerate",
     "accelerated",
     "add_lora",
+    "add_weighted_adapter",
     "backend_report",
+    "delete_adapter",
     "dequantize_nf4",
     "dropout_mask",
     "load_adapter",

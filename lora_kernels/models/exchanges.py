@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..layers.linear import LoRALinear
 from ..layers.offload import offloaded_tensors
 from .config import LoRAConfig
 from .names import parents
@@ -43,8 +44,12 @@ def plan_exchanges(
         owner, _, attribute = path.rpartition(".")
         originals[owner, attribute] = module
     if config.bias != "none":
+        layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+        adapters = {id(parameter) for layer in layers for parameter in layer.adapter_parameters()}
         for path, parameter in model.named_parameters():
             owner, _, attribute = path.rpartition(".")
+            if id(parameter) in adapters:  # one may be named "bias"
+                continue
             inside = any(parent in saved for parent in parents(owner))
             if attribute.endswith("bias") and not inside and (config.bias == "all" or owner in adapted):
                 originals[owner, attribute] = parameter

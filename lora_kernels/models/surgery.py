@@ -67,8 +67,8 @@ def add_lora(
         )
     trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     layers = _build_layers(plan, config, adapter_name, autocast_adapter_dtype, quantize)
-    first = not state.configs
-    active = adapter_name if first else active_adapter(model)
+    first = state.state_check is None
+    active = active_adapter(model) if state.configs else adapter_name
     _put_in_place(model, layers)
     if first:
         model._lora_state = state  # type: ignore[assignment]

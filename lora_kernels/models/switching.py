@@ -1,7 +1,8 @@
-"""Which adapter of a model is active."""
+"""Which adapters a model has, and which of them is active."""
 
 from torch import nn
 
+from ..layers.linear import LoRALinear
 from .state import adapted_layers, lora_layers, lora_state, refuse_if_merged
 
 
@@ -10,10 +11,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
     Raises KeyError for a name that no layer has, RuntimeError while merged.
     """
-    layers = adapted_layers(model)
-    known = {adapter for layer in layers.values() for adapter in layer.adapters}
-    if name is not None and name not in known:
-        raise KeyError(f"adapter {name!r}: not found; adapters here: {sorted(known)}")
+    layers = adapted_layers(model) if name is None else _layers_with(model, name)
     refuse_if_merged(layers, "change the active adapter")
     for layer in layers.values():
         layer.set_adapter(name if name in layer.adapters else None)
@@ -28,3 +26,31 @@ def active_adapter(model: nn.Module) -> str | None:
     """The name of the active adapter, if there is one."""
     names = (layer.active_adapter for layer in lora_layers(model).values())
     return next((name for name in names if name is not None), None)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove adapter `name`: its A, B and own biases, its copies of modules and biases, its config. If it was active, none is.
+
+    The layers stay, for other adapters and later ones; `remove_lora` gives the plain model. Raises KeyError for a name that
+    no layer has, RuntimeError while merged.
+    """
+    layers, state = _layers_with(model, name), lora_state(model)
+    refuse_if_merged(layers, "delete an adapter")
+    if active_adapter(model) == name:
+        set_adapter(model, None)
+    for layer in layers.values():
+        if name in layer.adapters:
+            layer.delete_adapter(name)
+    for exchange in state.exchanges:
+        exchange.choices.pop(name, None)
+    state.exchanges[:] = [exchange for exchange in state.exchanges if len(exchange.choices) > 1]
+    state.configs.pop(name, None)
+
+
+def _layers_with(model: nn.Module, name: str) -> dict[str, LoRALinear]:
+    """Every LoRALinear of the model. Raises KeyError if none has adapter `name`."""
+    layers = adapted_layers(model)
+    known = {adapter for layer in layers.values() for adapter in layer.adapters}
+    if name not in known:
+        raise KeyError(f"adapter {name!r}: not found; adapters here: {sorted(known)}")
+    return layers

@@ -1,0 +1,142 @@
+"""Several adapters of a model as one, by PEFT's rules."""
+
+import math
+import re
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.adapters import check_adapter_name
+from ..layers.linear import LoRALinear
+from .config import LoRAConfig
+from .exchanges import add_exchanges, plan_exchanges
+from .state import LoRAState, adapted_layers, lora_state, refuse_if_merged
+from .targets import plan_modules_to_save
+
+COMBINATIONS = ("linear", "cat")
+Part = tuple[str, float]  # an adapter and the weight of its B·A: what it is given, times its scaling
+
+
+def add_weighted_adapter(
+    model: nn.Module,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str = "linear",
+) -> None:
+    """Add an adapter with A = Σ ±√|wᵢsᵢ|·Aᵢ and B = Σ √|wᵢsᵢ|·Bᵢ ("linear"), or B·A = Σ wᵢsᵢ·Bᵢ·Aᵢ exactly ("cat").
+
+    The numbers of PEFT's add_weighted_adapter; a negative weight's sign is A's. "linear" keeps the rank, which must be the same
+    in a layer, and mixes Bᵢ with Aⱼ; "cat" puts A and B side by side, so that ranks add up. The sum in a layer is over those of
+    `adapters` that it has. Own biases (lora_bias) become Σ wᵢsᵢ·bᵢ, and a bias or a module that one of them trains is copied.
+    The new adapter's scaling is 1; it waits for `set_adapter`.
+
+    Raises KeyError for an unknown adapter, ValueError for a name in use, another combination_type, weights that are not as many
+    finite numbers, ranks that differ, or modules that several train, and RuntimeError while merged; then nothing has changed.
+    """
+    layers, state = adapted_layers(model), lora_state(model)
+    _check(state, adapters, weights, adapter_name, combination_type)
+    refuse_if_merged(layers, "add an adapter")
+    parts = {path: _parts(layer, adapters, weights) for path, layer in layers.items()}
+    parts = {path: found for path, found in parts.items() if found}
+    ranks = {path: _rank(path, layers[path], found, combination_type) for path, found in parts.items()}
+    config = _config(state, adapters, ranks)
+    originals = plan_exchanges(model, config, plan_modules_to_save(model, config), set(parts))
+    try:
+        for path, found in parts.items():
+            _combine(layers[path], found, adapter_name, combination_type, config.lora_dropout)
+    except BaseException:
+        for layer in layers.values():
+            if adapter_name in layer.adapters:
+                layer.delete_adapter(adapter_name)
+        raise
+    state.configs[adapter_name] = config
+    add_exchanges(state.exchanges, adapter_name, originals)
+    for exchange in state.exchanges:
+        for adapter in adapters:
+            if adapter in exchange.choices:
+                exchange.choices[adapter_name] = deepcopy(exchange.choices[adapter])
+
+
+def _check(
+    state: LoRAState, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+) -> None:
+    if isinstance(adapters, str) or not adapters or len(set(adapters)) != len(adapters):
+        raise ValueError(f"adapters: got {adapters!r}, expected a list of different names")
+    for adapter in adapters:
+        if adapter not in state.configs:
+            raise KeyError(f"adapter {adapter!r}: not found; adapters here: {list(state.configs)}, made by add_lora")
+    numbers = [w for w in weights if isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w)]
+    if len(weights) != len(adapters) or len(numbers) != len(weights):
+        raise ValueError(f"weights: got {weights!r}, expected a finite number for each of {list(adapters)}")
+    check_adapter_name(adapter_name, "adapter_name")
+    if adapter_name in state.configs:
+        raise ValueError(f"adapter_name: got {adapter_name!r}, which is in use; adapters here: {list(state.configs)}")
+    if combination_type not in COMBINATIONS:
+        raise ValueError(f"combination_type: got {combination_type!r}, expected one of {COMBINATIONS}")
+    for exchange in state.exchanges:
+        if len(trained := [adapter for adapter in adapters if adapter in exchange.choices]) > 1:
+            path = f"{exchange.path}.{exchange.attribute}".removeprefix(".")
+            raise ValueError(f"adapters: {trained} all train {path}, and there is no weighted combination of that")
+
+
+def _rank(path: str, layer: LoRALinear, parts: list[Part], combination_type: str) -> int:
+    """The combination's rank in a layer. Raises ValueError where "linear" finds several."""
+    ranks = {name: layer.adapters[name].r for name, _ in parts}
+    if combination_type == "cat":
+        return sum(ranks.values())
+    if len(set(ranks.values())) > 1:
+        raise ValueError(f'adapters: in {path} their ranks are {ranks}, expected one for "linear"; use "cat"')
+    return next(iter(ranks.values()))
+
+
+def _parts(layer: LoRALinear, adapters: Sequence[str], weights: Sequence[float]) -> list[Part]:
+    pairs = zip(adapters, weights, strict=True)
+    return [(name, w * float(layer.adapters[name].scaling)) for name, w in pairs if name in layer.adapters]
+
+
+@torch.no_grad()
+def _combine(layer: LoRALinear, parts: list[Part], adapter_name: str, combination_type: str, lora_dropout: float) -> None:
+    """Add the combination of `parts` to one layer; it is computed in float32 or wider, and rounded once."""
+    As, Bs = ([_wide(named[name]) for name, _ in parts] for named in (layer.lora_A, layer.lora_B))
+    if combination_type == "cat":
+        A, B = torch.cat([w * A for (_, w), A in zip(parts, As, strict=True)]), torch.cat(Bs, 1)
+    else:
+        A = sum(math.copysign(abs(w) ** 0.5, w) * A for (_, w), A in zip(parts, As, strict=True))
+        B = sum(abs(w) ** 0.5 * B for (_, w), B in zip(parts, Bs, strict=True))
+    biases = [w * _wide(layer.lora_bias[name]) for name, w in parts if name in layer.lora_bias]
+    dtype, r = layer.lora_A[parts[0][0]].dtype, A.shape[0]
+    layer.add_adapter(adapter_name, r, r, lora_dropout=lora_dropout, lora_bias=bool(biases), dtype=dtype)
+    layer.lora_A[adapter_name].copy_(A)
+    layer.lora_B[adapter_name].copy_(B)
+    if biases:
+        layer.lora_bias[adapter_name].copy_(sum(biases))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _config(state: LoRAState, adapters: Sequence[str], ranks: dict[str, int]) -> LoRAConfig:
+    """What add_lora would have been given for layers of these ranks and a scaling of 1, which rsLoRA would not be."""
+    configs = [state.configs[adapter] for adapter in adapters]
+    r = max(ranks.values())
+    patterns = {re.escape(path): rank for path, rank in ranks.items() if rank != r}
+    saved = sorted({name for config in configs for name in config.modules_to_save or []})
+    return replace(
+        configs[0],
+        r=r,
+        lora_alpha=r,
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        use_rslora=False,
+        target_modules=sorted(ranks),
+        exclude_modules=None,
+        init_lora_weights=True,
+        lora_bias=any(config.lora_bias for config in configs),
+        bias=next((config.bias for config in configs if config.bias != "none"), "none"),
+        modules_to_save=saved or None,
+    )
