@@ -1,5 +1,7 @@
 """What an adapter trains in a whole model, and switching between adapters and the base model."""
 
+import warnings
+
 import pytest
 import torch
 from model_case import QV, TOKENS, Model, snapshot, train
@@ -65,3 +67,25 @@ def test_biases(bias):
     everything = own | {f"blocks.{i}.{name}.bias" for i in range(2) for name in ("out", "norm")}
     assert trained == {"none": set(), "lora_only": own, "all": everything}[bias]
     assert {f"{name}.default" for name in trained} == {name for name in lora_state_dict(model) if ".bias." in name}
+
+
+def test_an_adapter_that_is_thawed_inside_ddp_is_warned_of(tmp_path):
+    """DistributedDataParallel registers, when it is made, the parameters that are trainable then."""
+    model = Model(tie=False)
+    for name in ("default", "second"):
+        add_lora(model, LoRAConfig(r=2, **QV), name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_adapter(model, "second")
+        set_adapter(model, "default")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            set_adapter(wrapped, "default")
+            set_adapter(wrapped, None)
+        with pytest.warns(UserWarning, match="adapter 'second' was frozen until now.* not synchronised; wrap the model again"):
+            set_adapter(wrapped, "second")
+    finally:
+        torch.distributed.destroy_process_group()

@@ -7,7 +7,7 @@ hook's `weights_map` has its value. accelerate is never imported here: who has s
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -67,14 +67,14 @@ def give_hook(source: nn.Module, target: nn.Module) -> None:
         target.__dict__.pop(name, None)
     if (hook := device_hook(source)) is not None:
         own = target.forward
-        target._hf_hook, target._old_forward = hook, own
+        target._hf_hook, target._old_forward = hook, own  # type: ignore[assignment]
         target.forward = functools.update_wrapper(functools.partial(source.__dict__["forward"].func, target), own)
 
 
 # ---- calls ----
 
 
-def call_onloaded(modules: list[nn.Module], function: Callable[[Tensor], Result], x: Tensor) -> Result:
+def call_onloaded(modules: Sequence[nn.Module], function: Callable[[Tensor], Result], x: Tensor) -> Result:
     """function(x) with x and the tensors of `modules` where their hooks put them; the result goes back through the hooks.
 
     A tensor that autograd saves outlives the offloading, which makes a new parameter: as in the modules' own forward.

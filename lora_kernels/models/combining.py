@@ -105,15 +105,15 @@ def _combine(layer: LoRALinear, parts: list[Part], adapter_name: str, combinatio
     if combination_type == "cat":
         A, B = torch.cat([w * A for (_, w), A in zip(parts, As, strict=True)]), torch.cat(Bs, 1)
     else:
-        A = sum(math.copysign(abs(w) ** 0.5, w) * A for (_, w), A in zip(parts, As, strict=True))
-        B = sum(abs(w) ** 0.5 * B for (_, w), B in zip(parts, Bs, strict=True))
+        A = torch.stack([math.copysign(abs(w) ** 0.5, w) * A for (_, w), A in zip(parts, As, strict=True)]).sum(0)
+        B = torch.stack([abs(w) ** 0.5 * B for (_, w), B in zip(parts, Bs, strict=True)]).sum(0)
     biases = [w * _wide(layer.lora_bias[name]) for name, w in parts if name in layer.lora_bias]
     dtype, r = layer.lora_A[parts[0][0]].dtype, A.shape[0]
     layer.add_adapter(adapter_name, r, r, lora_dropout=lora_dropout, lora_bias=bool(biases), dtype=dtype)
     layer.lora_A[adapter_name].copy_(A)
     layer.lora_B[adapter_name].copy_(B)
     if biases:
-        layer.lora_bias[adapter_name].copy_(sum(biases))
+        layer.lora_bias[adapter_name].copy_(torch.stack(biases).sum(0))
 
 
 def _wide(tensor: Tensor) -> Tensor:

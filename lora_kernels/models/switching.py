@@ -1,5 +1,7 @@
 """Which adapters a model has, and which of them is active."""
 
+import warnings
+
 from torch import nn
 
 from ..layers.linear import LoRALinear
@@ -9,10 +11,12 @@ from .state import adapted_layers, lora_layers, lora_state, refuse_if_merged
 def set_adapter(model: nn.Module, name: str | None) -> None:
     """Make adapter `name` active in every layer that has it, and none in the others; None gives the base model.
 
-    Raises KeyError for a name that no layer has, RuntimeError while merged.
+    Raises KeyError for a name that no layer has, RuntimeError while merged. Warns where parameters become trainable inside
+    DistributedDataParallel.
     """
     layers = adapted_layers(model) if name is None else _layers_with(model, name)
     refuse_if_merged(layers, "change the active adapter")
+    frozen = [p for layer in layers.values() for p in layer.adapter_parameters() if not p.requires_grad]
     for layer in layers.values():
         layer.set_adapter(name if name in layer.adapters else None)
         if name is not None and name not in layer.adapters:
@@ -20,6 +24,14 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
                 parameter.requires_grad_(False)
     for exchange in lora_state(model).exchanges:
         exchange.activate(model, name)
+    if any(p.requires_grad for p in frozen) and any(
+        isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()
+    ):
+        warnings.warn(
+            f"adapter {name!r} was frozen until now: if it was so when DistributedDataParallel was made, or was added later, "
+            "its gradients are not synchronised; wrap the model again, after set_adapter",
+            stacklevel=2,
+        )
 
 
 def active_adapter(model: nn.Module) -> str | None:
