@@ -136,7 +136,7 @@ class LoRALinear(AdaptedWeight):
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if "_hf_hook" in self.lora_A.__dict__:  # accelerate dispatched the model with its adapters
+        if self.lora_A.__dict__.get("_hf_hook") is not None:  # accelerate dispatched the model with its adapters
             return self._with_dispatched_adapters(x)
         return self._in_compute_dtype(x)
 

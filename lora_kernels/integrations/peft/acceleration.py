@@ -55,6 +55,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     parameters, state dict keys, optimizers and PEFT's methods stay. A call that needs more than one plain LoRA adapter goes to
     PEFT's forward (`report.calls()` says how many, and why). Calling it again is allowed, and needed after layers were added.
 
+    accelerate's hooks that move or offload a layer's tensors run around the call; other hooks make it fall back.
     Warns where a layer's forward was replaced on the instance by something other than accelerate's hooks: that one still
     runs. Raises ImportError without peft, ValueError for a model without LoRA layers.
     """
