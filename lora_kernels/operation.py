@@ -15,9 +15,11 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 from . import backends as backends  # registers them
 from . import plan as registry
+from .dtypes import autocast_dtype, without_autocast
 from .nf4 import NF4Weight
 from .plan import Plan, choose, describe
 from .values import Dropout, Grads, LoRAWeights, Needs, flatten, unflatten
@@ -57,6 +59,7 @@ def call(
         pieces = flatten((registry.setting, dtype, x, members, dropout, options))
         results = getattr(torch.ops.lora_kernels, operation.name)(*pieces)
         return tuple(results[: len(operation.shapes(x, members, *options)[0])])
+    refuse_transforms(operation.public, x, members)
     needs = wanted(x, members) if torch.is_grad_enabled() else Needs(False, ((),) * len(members))
     arguments = x, members, dropout, options
     if not (own := leaves(x, members, needs)):
@@ -76,14 +79,15 @@ def compute(
     """(who computes, the results, what they save for the backward pass)."""
     x, members = rows_of(x, dtype), in_dtype(members, dtype)
     plan = choose(describe(operation.name, setting, dtype, x, members, dropout, options))
-    return plan, *plan.forward(x, members, dropout, *options)
+    with without_autocast(x.device):
+        return plan, *plan.forward(x, members, dropout, *options)
 
 
 def compute_dtype(x: Tensor, members: Members) -> torch.dtype:
     """autocast's dtype where it applies (never to float64), otherwise a dense weight's, or x's with a 4-bit one."""
-    weight = members[0].weight
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
-        return torch.get_autocast_dtype(x.device.type)
+    weight, narrow = members[0].weight, autocast_dtype(x.device)
+    if narrow is not None and torch.float64 not in (x.dtype, weight.dtype):
+        return narrow
     return x.dtype if isinstance(weight, NF4Weight) else weight.dtype
 
 
@@ -188,7 +192,8 @@ class OperationFunction(torch.autograd.Function):
             x, members, saved, dropout = unflatten(kept, *ctx.pieces)
             x = None if x is None else rows_of(x, ctx.dtype)
             needs = used(ctx.needs, grads)
-            found = ctx.plan.backward(dys, x, in_dtype(members, ctx.dtype), saved, dropout, needs, *ctx.options)
+            with without_autocast(next(dy for dy in dys if dy is not None).device):
+                found = ctx.plan.backward(dys, x, in_dtype(members, ctx.dtype), saved, dropout, needs, *ctx.options)
             return tuple(in_order(found, ctx.needs))
 
         tensors = (*grads, *ctx.saved_tensors)
@@ -214,6 +219,22 @@ def no_second_derivative(public: str) -> NoReturn:
     raise RuntimeError(
         f"{public}: the second derivative is not implemented; "
         "for a gradient penalty or a Hessian compute the layer with plain PyTorch operations"
+    )
+
+
+def refuse_transforms(public: str, x: Tensor, members: Members) -> None:
+    """Raise RuntimeError under torch.func's transforms, and for tensors with a tangent of forward-mode AD.
+
+    Autograd is given only the tensors whose gradient is wanted: a transform of the others would be lost without a word.
+    """
+    what = "torch.func's transforms do"
+    if not torch._C._are_functorch_transforms_active():
+        tensors = flatten((x, members)).tensors if forward_ad._current_level >= 0 else ()
+        if all(forward_ad.unpack_dual(t).tangent is None for t in tensors):
+            return
+        what = "forward-mode AD does"
+    raise RuntimeError(
+        f"{public}: {what} not go through these kernels; use torch.autograd, or compute the layer with plain PyTorch operations"
     )
 
 
@@ -245,7 +266,8 @@ def register(operation: Operation) -> Operation:
         members = in_dtype(members, dtype)
         first = next(grad for grad in grads if grad is not None)
         plan = choose(describe(name, setting, dtype, first if x is None else x, members, dropout, options))
-        found = in_order(plan.backward(grads, x, members, saved, dropout, needs, *options), needs)
+        with without_autocast(first.device):
+            found = in_order(plan.backward(grads, x, members, saved, dropout, needs, *options), needs)
         return [grad for grad in found if grad is not None]
 
     def backward_fake(*pieces: Any) -> list[Tensor]:
