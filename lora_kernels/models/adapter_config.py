@@ -7,8 +7,9 @@ from torch import nn
 
 from ..layers.initialization import rewrites_weight
 from .config import LoRAConfig
-from .names import names_match, parents
+from .names import names_match, parents, trained_whole
 from .state import lora_layers
+from .wrappers import named_modules
 
 SHARED = (  # fields of the same name and meaning
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"),
@@ -45,8 +46,8 @@ def from_peft(values: dict[str, Any], model: nn.Module, source: str) -> LoRAConf
     if "target_modules" not in shared:
         raise ValueError(f"{source}: target_modules is missing, expected a list of names or a regex")
     if "modules_to_save" in shared:  # PEFT lists names that a model may not have: "classifier" and "score" by task
-        paths = [path for path, _ in model.named_modules() if path]
-        there = [name for name in shared["modules_to_save"] if any(names_match(path, [name]) for path in paths)]
+        paths = [path for path, _ in named_modules(model) if path]
+        there = [name for name in shared["modules_to_save"] if any(trained_whole(path, [name]) for path in paths)]
         shared["modules_to_save"] = there or None
     try:
         return LoRAConfig(**shared)
@@ -92,8 +93,8 @@ def _target_modules(model: nn.Module, config: LoRAConfig, adapted: set[str]) -> 
     """
     candidates = [
         path
-        for path, _ in model.named_modules()
-        if path and not any(p in adapted or names_match(p, config.modules_to_save) for p in parents(path)[1:])
+        for path, _ in named_modules(model)
+        if path and not any(p in adapted or trained_whole(p, config.modules_to_save) for p in parents(path)[1:])
     ]
     own = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
     for names in (own, sorted({path.rpartition(".")[2] for path in adapted}), sorted(adapted)):

@@ -14,8 +14,9 @@ from .adapter_checks import check_scaling, check_tensors
 from .adapter_keys import adapter_tensors, base_tensors, planned_shapes
 from .atomic_files import all_or_nothing
 from .distributed import full, is_sharded, sharded_like
-from .state import lora_layers, lora_state, refuse_if_merged, unwrapped
+from .state import lora_layers, lora_state, refuse_if_merged
 from .surgery import add_lora
+from .wrappers import unwrapped
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -60,7 +61,7 @@ def load_adapter(
     Raises FileNotFoundError or ValueError, before anything changes, for files that are missing or damaged, a configuration
     that has no counterpart here, and keys or shapes that are not exactly those of this model.
     """
-    model, folder = unwrapped(model), Path(directory)
+    folder = Path(directory)
     if (folder / adapter_name / CONFIG_FILE).is_file():
         folder = folder / adapter_name
     values, saved = _read(folder)

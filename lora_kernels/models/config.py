@@ -23,7 +23,8 @@ class LoRAConfig:
     init_lora_weights: see LoRALinear.
     lora_bias: give each adapter a bias of its own, scaled with it.
     bias: which biases are trained: "none", "lora_only" (those of the adapted layers) or "all".
-    modules_to_save: names of whole modules to train in a copy beside the adapters, such as a new classifier head.
+    modules_to_save: modules to train whole, in a copy beside the adapters, such as a new classifier head: each path that ends
+        in one of these names (in PEFT the name may begin inside a word, so "norm" means "input_layernorm" too).
 
     Raises ValueError or TypeError at once for a value outside its range.
     """

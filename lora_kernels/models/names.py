@@ -16,6 +16,11 @@ def names_match(path: str, names: Iterable[str] | str | None) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
+def trained_whole(path: str, names: Iterable[str] | None) -> bool:
+    """Whether modules_to_save means a module: PEFT takes any path with this end, "input_layernorm" for "norm" too."""
+    return any(path.endswith(name) for name in names or ())
+
+
 def first_match(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
     """The value of the first {name or regex: value} that matches the end of a module's path."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ...models.wrappers import named_modules
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -60,7 +62,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     from .swap import swap
 
     report = AccelerationReport(model, [], {}, {})
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if not isinstance(module, LoraLayer):
             continue
         reason = swap(module)
