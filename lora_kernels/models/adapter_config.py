@@ -13,6 +13,7 @@ from .wrappers import named_modules
 
 SHARED = (  # fields of the same name and meaning
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"),
+    *("layers_to_transform", "layers_pattern"),
     *("use_rslora", "lora_bias", "bias", "modules_to_save"),
 )
 # Fields that do not change what a saved adapter computes. fan_in_fan_out follows from the type of each layer; the *_config
@@ -20,7 +21,7 @@ SHARED = (  # fields of the same name and meaning
 WITHOUT_EFFECT = (
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("megatron_core", "qalora_group_size", "layers_pattern", "runtime_config"),
+    *("megatron_core", "qalora_group_size", "runtime_config"),
 )
 KEEPING_THE_WEIGHT = (True, False, None, "gaussian", "orthogonal", "eva")  # initialisations that leave the base weight alone
 
@@ -83,6 +84,8 @@ def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         **{name: getattr(config, name) for name in SHARED},
         "target_modules": _target_modules(model, config, set(layers)),
+        "layers_to_transform": None,  # target_modules says it
+        "layers_pattern": None,
     }
 
 

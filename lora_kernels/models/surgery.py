@@ -9,6 +9,7 @@ from torch import nn
 from ..layers.linear import DEFAULT_ADAPTER, LoRALinear, check_quantize
 from .config import LoRAConfig
 from .exchanges import add_exchanges, plan_exchanges
+from .names import grouped
 from .state import LoRAState, adapted_layers, lora_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
 from .state_dict import check_state
 from .switching import active_adapter, set_adapter
@@ -32,7 +33,7 @@ class LoRAReport:
             f"adapter {self.adapter!r}: {len(self.adapted)} LoRA layers, r = {', '.join(map(str, ranks))}; "
             f"{self.trainable:,} of {self.total:,} parameters are trainable ({self.trainable / max(self.total, 1):.2%})"
         ]
-        return "\n".join(lines + [f"  not adapted: {path}: {reason}" for path, reason in self.skipped.items()])
+        return "\n".join(lines + [f"  not adapted: {line}" for line in grouped(self.skipped)])
 
 
 def add_lora(

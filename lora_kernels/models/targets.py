@@ -10,6 +10,7 @@ from ..layers.frozen_weight import is_conv1d, is_linear4bit
 from ..layers.initialization import check_init
 from ..layers.linear import LoRALinear
 from .config import ALL_LINEAR, LoRAConfig
+from .fused import UNCALLED, fused_weights, in_attention, why_fused
 from .names import names_match, parents, trained_whole
 from .state import lora_layers
 from .wrappers import named_modules, unwrapped
@@ -24,14 +25,13 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> tupl
         raise ValueError(f"model: got a single {type(model).__name__}, which cannot be exchanged in place; use from_linear")
     plan: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    everything = config.target_modules == ALL_LINEAR
-    heads = _output_heads(model) if everything else set()
+    heads = _output_heads(model) if config.target_modules == ALL_LINEAR else set()
     adapted = lora_layers(model)
-    for path, module in named_modules(model):
+    modules = dict(named_modules(model))
+    for path, module in modules.items():
         if any(parent in adapted for parent in parents(path)[1:]):
             continue
-        wanted = _is_linear(module) if everything else path != "" and names_match(path, config.target_modules)
-        if not wanted:
+        if not _wanted(path, module, config):
             continue
         if id(module) in heads:
             reason: str | None = 'the output head, which "all-linear" leaves out'
@@ -40,7 +40,7 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> tupl
         elif any(trained_whole(parent, config.modules_to_save) for parent in parents(path)):
             reason = "modules_to_save trains it whole"
         else:
-            reason = _why_unsuitable(module)
+            reason = UNCALLED if in_attention(path, modules) else _why_unsuitable(module)
         if reason is None:
             plan[path] = module
         else:
@@ -68,9 +68,19 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, LoRALinear)) or is_conv1d(module)
 
 
+def _wanted(path: str, module: nn.Module, config: LoRAConfig) -> bool:
+    """Whether target_modules means a module, or weights that it has in place of linear layers."""
+    fused = fused_weights(module)
+    if config.target_modules == ALL_LINEAR:
+        return _is_linear(module) or bool(fused)
+    return path != "" and (config.targets(path) or any(config.targets(f"{path}.{name}") for name in fused))
+
+
 def _why_unsuitable(module: nn.Module) -> str | None:
     if isinstance(module, LoRALinear):
         return None
+    if (reason := why_fused(module)) is not None:
+        return reason
     if type(module) is not nn.Linear and not is_conv1d(module) and not is_linear4bit(module):
         return f"a {type(module).__name__}, not an nn.Linear or Conv1D: its forward may differ"
     if "forward" in vars(module):
