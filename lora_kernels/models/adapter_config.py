@@ -1,6 +1,8 @@
 """LoRAConfig to and from PEFT's adapter_config.json."""
 
+import dataclasses
 import re
+import sys
 from typing import Any
 
 from torch import nn
@@ -9,7 +11,7 @@ from ..layers.initialization import rewrites_weight
 from .config import LoRAConfig
 from .names import names_match, parents, trained_whole
 from .state import lora_layers
-from .wrappers import named_modules
+from .wrappers import named_modules, unwrapped
 
 SHARED = (  # fields of the same name and meaning
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"),
@@ -42,7 +44,7 @@ def from_peft(values: dict[str, Any], model: nn.Module, source: str) -> LoRAConf
         )
     for name, value in values.items():
         if name not in SHARED and name not in WITHOUT_EFFECT and value:
-            raise ValueError(f"{source}: {name} is {value!r}, which has no counterpart here; load this adapter with PEFT")
+            raise ValueError(f"{source}: {name} is {value!r}, which has no counterpart here; use PEFT for this adapter")
     shared = {name: values[name] for name in SHARED if values.get(name) is not None}
     if "target_modules" not in shared:
         raise ValueError(f"{source}: target_modules is missing, expected a list of names or a regex")
@@ -54,6 +56,28 @@ def from_peft(values: dict[str, Any], model: nn.Module, source: str) -> LoRAConf
         return LoRAConfig(**shared)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def from_config(config: Any, model: nn.Module) -> LoRAConfig:
+    """A LoRAConfig as it is, and a peft.LoraConfig as the one that means the same for `model`.
+
+    Raises TypeError for any other object, and ValueError for a field that is set and has no counterpart here.
+    """
+    if isinstance(config, LoRAConfig):
+        return config
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(config, peft.LoraConfig):
+        cure = "; LoRAConfig(**config) makes one of it" * isinstance(config, dict)
+        raise TypeError(f"config: got {type(config).__name__}, expected a LoRAConfig, or peft.LoraConfig{cure}")
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    if values["target_modules"] is None and not values.get("target_parameters"):  # PEFT's default, by the type of model
+        defaults = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        values["target_modules"] = defaults.get(getattr(getattr(unwrapped(model), "config", None), "model_type", None))
+    # A new adapter may begin in any way that add_lora knows, and what it is to train whole is checked with the other names.
+    own = from_peft({**values, "init_lora_weights": True, "modules_to_save": None}, model, f"peft.{type(config).__name__}")
+    return dataclasses.replace(
+        own, init_lora_weights=config.init_lora_weights, modules_to_save=values["modules_to_save"] or None
+    )
 
 
 def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str, Any]:

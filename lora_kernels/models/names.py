@@ -31,7 +31,12 @@ def trained_whole(path: str, names: Iterable[str] | None) -> bool:
 
 def first_match(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
     """The value of the first {name or regex: value} that matches the end of a module's path."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in patterns.items() if pattern_matches(key, path)), default)
+
+
+def pattern_matches(pattern: str, path: str) -> bool:
+    """Whether a name or regex matches the end of a module's path."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def parents(path: str) -> list[str]:

@@ -8,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 from ..layers.linear import LoRALinear
 from .config import LoRAConfig
 from .exchanges import Exchange
+from .peft_layers import peft_layers
 from .wrappers import is_fsdp1, named_modules, unwrapped
 
 
@@ -36,7 +37,10 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """lora_layers(model). Raises ValueError if there are none, or if FSDP1 holds them in flat shards."""
     layers = lora_layers(model)
     if not layers:
-        raise ValueError(f"model: {type(unwrapped(model)).__name__} has no LoRA layers; call add_lora first")
+        name = type(unwrapped(model)).__name__
+        if peft_layers(model):
+            raise ValueError(f"model: {name} has PEFT's own LoRA layers, expected add_lora's; use PEFT's methods for them")
+        raise ValueError(f"model: {name} has no LoRA layers; call add_lora first")
     for path, layer in layers.items():
         for name, adapter in layer.adapters.items():
             shape, whole = tuple(layer.lora_A[name].shape), (adapter.r, layer.in_features)

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..layers.linear import DEFAULT_ADAPTER, LoRALinear, check_quantize
+from .adapter_config import from_config
 from .config import LoRAConfig
+from .config_checks import check_parts
 from .exchanges import add_exchanges, plan_exchanges
 from .names import grouped
 from .state import LoRAState, adapted_layers, lora_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
@@ -15,6 +18,9 @@ from .state_dict import check_state
 from .switching import active_adapter, set_adapter
 from .targets import plan_layers, plan_modules_to_save
 from .wrappers import is_fsdp1, named_modules, named_parameters, put, submodule, unwrapped
+
+if TYPE_CHECKING:
+    import peft
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class LoRAReport:
 
 def add_lora(
     model: nn.Module,
-    config: LoRAConfig,
+    config: "LoRAConfig | peft.LoraConfig",
     adapter_name: str = DEFAULT_ADAPTER,
     *,
     autocast_adapter_dtype: bool = True,
@@ -53,10 +59,22 @@ def add_lora(
     autocast_adapter_dtype: adapters over 16-bit weights are float32, as in PEFT; False gives them the weight's dtype.
     quantize: "nf4" puts the layers' dense weights into 4 bits (QLoRA); `remove_lora` then gives dequantised ones.
 
-    Raises ValueError, before anything changes, for a name in use, a pattern that matches no linear layer (with near names),
-    modules_to_save that are not there, ranks an initialisation cannot start from, a merged model, or one inside
+    config: a LoRAConfig, or a peft.LoraConfig, whose fields mean the same (`adapter_config.from_config`).
+
+    Warns, with near names, of a name, pattern or layer number of `config` that means nothing in this model.
+    Raises TypeError for another kind of config, and ValueError, before anything changes, for a name in use, a field of which
+    nothing matches, ranks an initialisation cannot start from, a merged model, one with PEFT's own layers, or one inside
     DistributedDataParallel or FSDP1, which would not synchronise the new parameters' gradients.
     """
+    own = from_config(config, model)
+    check_parts(model, own, adapter_name)
+    return add_adapter(model, own, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
+
+
+def add_adapter(
+    model: nn.Module, config: LoRAConfig, adapter_name: str, *, autocast_adapter_dtype: bool, quantize: str | None
+) -> LoRAReport:
+    """add_lora for a config that may name what this model does not have, as that of a file does whose tensors are checked."""
     if any(isinstance(module, nn.parallel.DistributedDataParallel) or is_fsdp1(module) for module in model.modules()):
         raise ValueError(
             f"model: got a {type(model).__name__}, whose DistributedDataParallel or FullyShardedDataParallel would not "

@@ -12,6 +12,7 @@ from ..layers.linear import LoRALinear
 from .config import ALL_LINEAR, LoRAConfig
 from .fused import UNCALLED, fused_weights, in_attention, why_fused
 from .names import names_match, parents, trained_whole
+from .peft_layers import refuse_peft_layers
 from .state import lora_layers
 from .wrappers import named_modules, unwrapped
 
@@ -20,6 +21,7 @@ HEAD_NAMES = ("lm_head", "score", "classifier")  # output heads of models that d
 
 def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The modules to adapt by path, and why other candidates are not. Raises ValueError if nothing can be adapted."""
+    refuse_peft_layers(model)
     model = unwrapped(model)
     if isinstance(model, (nn.Linear, LoRALinear)):
         raise ValueError(f"model: got a single {type(model).__name__}, which cannot be exchanged in place; use from_linear")
@@ -63,7 +65,7 @@ def features(module: nn.Module) -> tuple[int, int]:
     return tuple(module.weight.shape)  # type: ignore[union-attr, return-value, arg-type]  # Conv1D
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """nn.Linear and its subclasses, transformers' Conv1D and LoRALinear."""
     return isinstance(module, (nn.Linear, LoRALinear)) or is_conv1d(module)
 
@@ -72,7 +74,7 @@ def _wanted(path: str, module: nn.Module, config: LoRAConfig) -> bool:
     """Whether target_modules means a module, or weights that it has in place of linear layers."""
     fused = fused_weights(module)
     if config.target_modules == ALL_LINEAR:
-        return _is_linear(module) or bool(fused)
+        return is_linear(module) or bool(fused)
     return path != "" and (config.targets(path) or any(config.targets(f"{path}.{name}") for name in fused))
 
 
@@ -104,7 +106,7 @@ def _output_heads(model: nn.Module) -> set[int]:
 
 
 def _nothing_matches(model: nn.Module, config: LoRAConfig, skipped: dict[str, str]) -> str:
-    leaves = sorted({path.split(".")[-1] for path, module in named_modules(model) if _is_linear(module)})
+    leaves = sorted({path.split(".")[-1] for path, module in named_modules(model) if is_linear(module)})
     names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     near = [match for name in names for match in difflib.get_close_matches(name.split(".")[-1], leaves, cutoff=0.5)]
     message = f"target_modules: {config.target_modules!r} matches no linear layer of {type(model).__name__}"
@@ -114,10 +116,6 @@ def _nothing_matches(model: nn.Module, config: LoRAConfig, skipped: dict[str, st
 
 
 def plan_modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The modules to train whole by path, outermost ones only. Raises ValueError for a name that is not there."""
+    """The modules to train whole by path, outermost ones only."""
     found = {path: module for path, module in named_modules(model) if path and trained_whole(path, config.modules_to_save)}
-    for name in config.modules_to_save or []:
-        if not any(trained_whole(path, [name]) for path in found):
-            near = difflib.get_close_matches(name, [path for path, _ in named_modules(model)], cutoff=0.5)
-            raise ValueError(f"modules_to_save: {name!r} is not in {type(model).__name__}; near names: {near}")
     return {path: module for path, module in found.items() if not any(parent in found for parent in parents(path)[1:])}
