@@ -44,7 +44,7 @@ def test_fused_experts_are_named(name, quantize):
     report = add_lora(model, LoRAConfig(), quantize=quantize)
     for path, names in expected.items():
         assert all(f"{n}[4, " in report.skipped[path] for n in names)
-        assert "(fused experts), no linear layers" in report.skipped[path]
+        assert "as fused experts are, no linear layers" in report.skipped[path]
     assert set(report.skipped) == {*expected, "lm_head"}
     assert str(report).count("not adapted: ") <= 5, "a line for each reason, not for each of the layers"
     assert " and 1 more: " in str(report)
@@ -56,6 +56,13 @@ def test_fused_experts_that_target_modules_names(targets):
     assert set(report.skipped) == {f"model.layers.{i}.mlp.experts" for i in range(2)}
     assert len(report.adapted) == 2
     assert not add_lora(moe("Mixtral"), LoRAConfig(target_modules=["q_proj"])).skipped
+
+
+@pytest.mark.parametrize("name", ["w1", "gate_proj"])
+def test_a_name_that_experts_had_before_they_were_fused(name):
+    words = r"matches no linear layer of .*; parameters that are no linear layers: \['down_proj', 'gate_up_proj'\]"
+    with pytest.warns(UserWarning, match=f"target_modules: '{name}' {words}"):
+        add_lora(moe("Mixtral"), LoRAConfig(target_modules=["q_proj", name]))
 
 
 def test_nothing_but_fused_experts_is_an_error_that_says_so():
@@ -76,7 +83,8 @@ def test_attention_is_named(options, plain):
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, **options), "fc": nn.Linear(8, 8)})
     if plain:
         model["attention"].out_proj = nn.Linear(8, 8)
-    for targets in ("all-linear", ["attention", "out_proj", "fc"], ["in_proj_weight", "q_proj_weight", "out_proj", "fc"]):
+    packed = "q_proj_weight" if options else "in_proj_weight"
+    for targets in ("all-linear", ["attention", "out_proj", "fc"], [packed, "out_proj", "fc"]):
         report = add_lora(model, LoRAConfig(target_modules=targets), str(targets).replace(".", ""))
         assert list(report.adapted) == ["fc"]
         assert set(report.skipped) == {"attention", "attention.out_proj"}

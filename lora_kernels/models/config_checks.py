@@ -17,17 +17,19 @@ from .wrappers import named_modules, unwrapped
 
 @dataclass(frozen=True)
 class Parts:
-    """What one field of a config has, and whether it can mean anything among `paths`, those of modules of a `kind`."""
+    """What one field of a config has, and what it can mean: `paths` of modules of a `kind`, or `fused` weights."""
 
     field: str
     parts: Collection[Any]
     matches: Callable[[Any, str], bool]
     paths: Collection[str]
     kind: str
+    fused: Collection[str] = ()
     around: Collection[str] = ()  # modules of other kinds: a name is easily thought to stand for what is inside
 
     def lost(self) -> list[Any]:
-        return [part for part in self.parts if not any(self.matches(part, path) for path in self.paths)]
+        paths = [*self.paths, *self.fused]
+        return [part for part in self.parts if not any(self.matches(part, path) for path in paths)]
 
     def near(self, part: Any) -> str:
         """The names most like a part, or if there are none those that could be."""
@@ -36,7 +38,9 @@ class Parts:
         text = str(part).rpartition("\\.")[2]  # of a regex, what is behind the last point
         names = sorted(self.paths if "." in text else {path.rpartition(".")[2] for path in self.paths})
         near = difflib.get_close_matches(text, names, cutoff=0.5)
-        return f"near names: {near}" if near else f"{self.kind}s here: {names[:20]}"
+        fused = sorted({path.rpartition(".")[2] for path in self.fused})
+        parameters = f"; parameters that are no linear layers: {fused}" * bool(fused)
+        return (f"near names: {near}" if near else f"{self.kind}s here: {names[:20]}") + parameters
 
 
 def check_parts(model: nn.Module, config: LoRAConfig, adapter_name: str) -> None:
@@ -61,13 +65,13 @@ def check_parts(model: nn.Module, config: LoRAConfig, adapter_name: str) -> None
 def _fields(model: nn.Module, config: LoRAConfig, plan: Collection[str], skipped: Collection[str]) -> Iterator[Parts]:
     modules = dict(named_modules(model))
     linear = {path for path, module in modules.items() if is_linear(module)} | {*skipped}
-    linear |= {f"{path}.{name}" for path, module in modules.items() for name in fused_weights(module)}
+    fused = {f"{path}.{name}" for path, module in modules.items() for name in fused_weights(module)}
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)
         if isinstance(value, str) and value != ALL_LINEAR:
-            yield Parts(name, [value], lambda regex, path: names_match(path, regex), linear, "linear layer")
+            yield Parts(name, [value], lambda regex, path: names_match(path, regex), linear, "linear layer", fused)
         elif not isinstance(value, str):
-            yield Parts(name, value or (), lambda name, path: names_match(path, [name]), linear, "linear layer", modules)
+            yield Parts(name, value or (), lambda name, path: names_match(path, [name]), linear, "linear layer", fused, modules)
     layers = config.layers_to_transform
     numbers = [layers] if isinstance(layers, int) else layers or ()
     yield Parts(

@@ -38,6 +38,6 @@ def why_fused(module: nn.Module) -> str | None:
     if isinstance(module, nn.MultiheadAttention):
         return f"nn.MultiheadAttention multiplies by {names} itself, without a linear layer: it stays as it is"
     return (
-        f"{names} of {type(module).__name__} are parameters (fused experts), no linear layers, and stay as they are; "
-        "PEFT's target_parameters adapts them"
+        f"{names} of {type(module).__name__} are three-dimensional parameters, as fused experts are, no linear layers, and "
+        "stay as they are; PEFT's target_parameters can adapt them"
     )
