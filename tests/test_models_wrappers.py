@@ -86,6 +86,7 @@ LOCAL = {
     "checkpointed and compiled layers": layers(lambda layer: checkpoint_wrapper(compiled(layer))),
     "compiled linears": linears(compiled),
     "checkpointed linears": linears(checkpoint_wrapper),
+    "linears in DataParallel": linears(nn.DataParallel),
     "all of them": lambda model: nn.DataParallel(compiled(layers(checkpoint_wrapper)(linears(compiled)(model)))),
 }
 WRAPPERS = {
