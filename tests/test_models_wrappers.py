@@ -245,9 +245,12 @@ def test_names_of_a_plain_model_are_torch_s_own():
     model = copy.deepcopy(Model())
     model.again = model.blocks[0]
     model.register_buffer("steps", torch.zeros(()))
-    assert list(wrappers.named_modules(model)) == list(model.named_modules())
-    assert list(wrappers.named_parameters(model)) == list(model.named_parameters())
-    assert list(wrappers.named_buffers(model)) == list(model.named_buffers())
+    for once in (True, False):
+        assert list(wrappers.named_modules(model, once)) == list(model.named_modules(remove_duplicate=once))
+        parameters = dict(model.named_parameters(remove_duplicate=once))
+        assert dict(wrappers.named_parameters(model, once)).keys() == parameters.keys()
+        assert all(tensor is parameters[name] for name, tensor in wrappers.named_parameters(model, once))
+        assert list(wrappers.named_buffers(model, once)) == list(model.named_buffers(remove_duplicate=once))
     assert wrappers.plain_state_dict(model).keys() == model.state_dict().keys()
     assert wrappers.submodule(model, "blocks.1.norm") is model.blocks[1].norm
     assert model(TOKENS).shape == (2, 3, 11)

@@ -70,6 +70,7 @@ def from_config(config: Any, model: nn.Module) -> LoRAConfig:
         cure = "; LoRAConfig(**config) makes one of it" * isinstance(config, dict)
         raise TypeError(f"config: got {type(config).__name__}, expected a LoRAConfig, or peft.LoraConfig{cure}")
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    values["task_type"] = getattr(config.task_type, "value", config.task_type)  # an enumeration's member
     if values["target_modules"] is None and not values.get("target_parameters"):  # PEFT's default, by the type of model
         defaults = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         values["target_modules"] = defaults.get(getattr(getattr(unwrapped(model), "config", None), "model_type", None))

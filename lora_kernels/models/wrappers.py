@@ -4,6 +4,7 @@ A whole model may be wrapped, and so may any module in it. `model.compile()` and
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -26,29 +27,31 @@ def is_fsdp1(module: nn.Module) -> bool:
     return FSDP1 in module._modules
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once by its path in the plain model, without the wrappers; otherwise as nn.Module.named_modules."""
+def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by its path in the plain model, without the wrappers; otherwise as nn.Module.named_modules."""
     seen: set[int] = set()
 
     def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         module = unwrapped(module)
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield path, module
-            for name, child in module.named_children():
+        if remove_duplicate and id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None:
                 yield from walk(f"{path}.{name}".removeprefix("."), child)
 
     return walk("", model)
 
 
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter once by its name in the plain model."""
-    return _named(model, nn.Module.named_parameters)  # type: ignore[return-value]
+def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter by its name in the plain model, otherwise as nn.Module.named_parameters."""
+    return _named(model, remove_duplicate, "_parameters")
 
 
-def named_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every buffer once by its name in the plain model."""
-    return _named(model, nn.Module.named_buffers)
+def named_buffers(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Every buffer by its name in the plain model, otherwise as nn.Module.named_buffers."""
+    return _named(model, remove_duplicate, "_buffers")
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
@@ -98,10 +101,10 @@ def _held(module: nn.Module) -> str | None:
     return next((name for name in HELD if name in module._modules), None)
 
 
-def _named(model: nn.Module, members: Callable) -> Iterator[tuple[str, Tensor]]:
+def _named(model: nn.Module, remove_duplicate: bool, members: str) -> Iterator[tuple[str, Any]]:
     seen: set[int] = set()
-    for path, module in named_modules(model):
-        for name, tensor in members(module, recurse=False):
-            if id(tensor) not in seen:
+    for path, module in named_modules(model, remove_duplicate):
+        for name, tensor in getattr(module, members).items():
+            if tensor is not None and not (remove_duplicate and id(tensor) in seen):
                 seen.add(id(tensor))
                 yield f"{path}.{name}".removeprefix("."), tensor
