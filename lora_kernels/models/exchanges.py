@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import LoRAConfig
 from .names import parents
+from .wrappers import named_parameters, put, submodule
 
 
 @dataclass
@@ -23,11 +24,11 @@ class Exchange:
 
     def activate(self, model: nn.Module, adapter: str | None) -> None:
         """Put the copy of `adapter`, or else the original, in its place."""
-        owner = model.get_submodule(self.path)
+        owner = submodule(model, self.path)
         present, chosen = getattr(owner, self.attribute), self.choices.get(adapter, self.choices[None])
         for aside, here in zip(_tensors(chosen), _tensors(present), strict=True):
             aside.data = aside.data.to(here)  # what was put aside has missed model.to(…)
-        setattr(owner, self.attribute, chosen)
+        put(owner, self.attribute, chosen)
 
 
 def plan_exchanges(
@@ -39,7 +40,7 @@ def plan_exchanges(
         owner, _, attribute = path.rpartition(".")
         originals[owner, attribute] = module
     if config.bias != "none":
-        for path, parameter in model.named_parameters():
+        for path, parameter in named_parameters(model):
             owner, _, attribute = path.rpartition(".")
             inside = any(parent in saved for parent in parents(owner))
             if attribute.endswith("bias") and not inside and (config.bias == "all" or owner in adapted):
