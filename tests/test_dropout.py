@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_kernels import dropout_mask
-from lora_kernels.mask import KeepRows, keep_scale, philox, row_chunks, threshold
+from lora_kernels.mask import KeepRows, draw_seed, keep_scale, philox, row_chunks, threshold
 
 # Random123's known-answer tests (kat_vectors) of philox4x32: (rounds, counter, key, result)
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
@@ -138,3 +138,13 @@ def test_in_a_compiled_graph(p, device):
 def test_bad_arguments(arguments, error, words):
     with pytest.raises(error, match=words):
         dropout_mask(**{"M": 2, "K": 2, "p": 0.5, "seed": 0, **arguments})
+
+
+def test_drawn_seeds_use_all_64_bits():
+    """32-bit ones, sign-extended or not, would meet again after some 2^16 calls."""
+    torch.manual_seed(0)
+    seeds = torch.stack([draw_seed(torch.device("cpu")) for _ in range(1000)])
+    for word in (seeds >> 32, seeds & 0xFFFFFFFF):
+        assert word.unique().numel() >= 998  # two of a thousand meet once in 8,600 times
+        for bit in range(32):
+            assert 400 < (word >> bit & 1).sum() < 600

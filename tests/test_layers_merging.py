@@ -63,3 +63,21 @@ def test_merging_does_not_write_to_a_shared_weight(kind):
     assert torch.equal(embedding.weight, before)
     made.unmerge()
     assert made.weight is embedding.weight
+
+
+@pytest.mark.parametrize(
+    ("init", "quantize"),
+    [(init, None) for init in (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")]
+    + [(False, "nf4"), ("orthogonal", "nf4")],
+)
+def test_autocast_changes_no_weight(kind, init, quantize):
+    """Initialising and merging within torch.autocast: not a bit of W + s·B·A is computed in 16 bits."""
+    made = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            one = LoRALinear.from_linear(nn.Linear(64, 32), r=4, init_lora_weights=init, quantize=quantize)
+            one.merge()
+        made.append(one)
+    assert torch.equal(made[0].lora_A["default"], made[1].lora_A["default"])
+    assert torch.equal(made[0].weight, made[1].weight)

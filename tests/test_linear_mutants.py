@@ -4,14 +4,15 @@ import pytest
 import torch
 from accuracy import Case, ours, plain, truth, violations
 
-from lora_kernels import mask, operation, use_backend
+from lora_kernels import mask, use_backend
 from lora_kernels.backends.torch import engine, linear
+from lora_kernels.operation import definition
 from lora_kernels.values import Dropout
 
 
 def plan_with(monkeypatch, forward=None, backward=None):
     """Every plan's functions, changed: forward(original, *args), backward(original, *args)."""
-    choose = operation.choose
+    choose = definition.choose
 
     def changed(call):
         plan = choose(call)
@@ -21,7 +22,7 @@ def plan_with(monkeypatch, forward=None, backward=None):
             plan = plan._replace(backward=lambda *args, original=plan.backward: backward(original, *args))
         return plan
 
-    monkeypatch.setattr(operation, "choose", changed)
+    monkeypatch.setattr(definition, "choose", changed)
 
 
 def gradient_of(field):

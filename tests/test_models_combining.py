@@ -230,3 +230,18 @@ def test_after_the_last_one_a_new_one_is_the_first(init_lora_weights):
     assert flags(model) == trainable
     for name, value in base.items():
         torch.testing.assert_close(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel], ids=["compile", "parallel"]
+)
+def test_a_wrapped_model(wrap):
+    plain = tuned()
+    wrapped = wrap(tuned())
+    wrapped.load_state_dict(dict(zip(wrapped.state_dict(), plain.state_dict().values(), strict=True)))
+    for model in (plain, wrapped):
+        add_weighted_adapter(model, ["a", "wide"], [0.5, 0.5], "mix", "cat")
+        delete_adapter(model, "a")
+        set_adapter(model, "mix")
+    assert torch.equal(wrapped(TOKENS), plain(TOKENS))
+    assert [name.split(".", 1)[1] for name in wrapped.state_dict()] == list(plain.state_dict())

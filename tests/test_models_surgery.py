@@ -16,7 +16,7 @@ from lora_kernels import LoRAConfig, LoRALinear, add_lora, lora_parameters, merg
     [
         ({"target_modules": ["q_porj"]}, r"matches no linear layer of Model; near names: \['q_proj'.*; linear layers here"),
         ({"target_modules": ["norm"]}, "skipped: blocks.0.norm: a LayerNorm, not an nn.Linear"),
-        ({"modules_to_save": ["lm_haed"]}, r"modules_to_save: 'lm_haed' is not in Model; near names: \['lm_head'"),
+        ({"modules_to_save": ["lm_haed"]}, r"modules_to_save: 'lm_haed' matches no module of Model; near names: \['lm_head'"),
         ({"init_lora_weights": "pissa", "r": 7}, "r: got 7, expected at most 6"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from model_case import QV, Model
 from torch import nn
 
-from lora_kernels import LoRAConfig, LoRALinear, add_lora, lora_parameters
+from lora_kernels import LoRAConfig, LoRALinear, add_lora, load_adapter, lora_parameters, lora_state_dict, save_adapter
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,89 @@ def test_matches_what_peft_matches(options):
     assert {n: (a.r, a.scaling) for n, a in layers.items()} == expected
 
 
+PATHS = [
+    f"{prefix}{layer}.{name}"
+    for prefix in ("", "model.", "model.language_model.")
+    for layer in ("layers.0", "layers.11", "encoder.h.1", "mlp.experts.1")
+    for name in ("q_proj", "v_proj", "mlp.experts.1.w1", "proj", "input_layernorm", "norm")
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "w1"]},
+        {"target_modules": ["proj", "layers.11.q_proj"], "exclude_modules": ["layers.0.proj"]},
+        {"target_modules": r".*\.(q|v)_proj", "exclude_modules": r".*layers\.1.*"},
+        {"target_modules": ["q_proj", "w1"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj", "w1"], "layers_to_transform": [0, 11]},
+        {"target_modules": ["q_proj", "model.layers.11.q_proj"], "layers_to_transform": 0},
+        {"target_modules": ["q_proj"], "layers_to_transform": []},
+        {"target_modules": ["w1"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["w1"], "layers_to_transform": [1], "layers_pattern": ["h", "experts"]},
+        {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["v_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    ],
+)
+def test_every_path_means_what_it_means_in_peft(options):
+    """target_modules, layers_to_transform, layers_pattern, exclude_modules and modules_to_save over paths of many shapes."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    model = nn.Module()
+    for path in PATHS:
+        *owners, name = path.split(".")
+        owner = model
+        for part in owners:
+            owner = owner._modules.setdefault(part, nn.Module())
+        owner.register_module(name, nn.Linear(2, 2))
+    config = LoraConfig(**options)
+    theirs = [path for path in PATHS if check_target_module_exists(config, path)]
+    whole = {path for path in PATHS for name in options.get("modules_to_save", ()) if path.endswith(name)}  # peft.utils.other
+    if not theirs:
+        with pytest.raises(ValueError, match="matches no linear layer"):
+            add_lora(model, LoRAConfig(**options))
+        return
+    report = add_lora(model, LoRAConfig(**options))
+    assert sorted(report.adapted) == sorted(theirs)
+    assert {name.partition(".modules_to_save")[0] for name in lora_state_dict(model) if "modules_to_save" in name} == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target_modules": "q.*", "layers_to_transform": [0]}, "layers_to_transform: got .* with target_modules 'q"),
+        ({"layers_to_transform": 3}, "layers_to_transform: got 3 with target_modules 'all-linear', expected a list"),
+        ({"target_modules": ["q"], "layers_pattern": "h"}, "layers_pattern: got 'h' without layers_to_transform"),
+    ],
+)
+def test_layers_that_peft_refuses_as_well(options, words):
+    from peft import LoraConfig
+
+    with pytest.raises(ValueError, match=words):
+        LoRAConfig(**options)
+    with pytest.raises(ValueError, match="layers_"):
+        LoraConfig(**{"target_modules": "all-linear", **options})
+
+
+def test_a_file_with_some_layers_in_both_directions(tmp_path):
+    import adapter_case
+    from peft import PeftModel
+
+    options = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}
+    theirs = adapter_case.peft_adapter(tmp_path / "theirs", **options)
+    ours = adapter_case.model()
+    load_adapter(ours, tmp_path / "theirs")
+    adapter_case.close(ours(adapter_case.IDS), theirs(adapter_case.IDS))
+    save_adapter(ours, tmp_path / "ours")
+    again = PeftModel.from_pretrained(adapter_case.model(), tmp_path / "ours").eval()
+    adapter_case.close(again(adapter_case.IDS), theirs(adapter_case.IDS))
+
+
+def test_all_linear_in_any_case():
+    assert add_lora(Model(), LoRAConfig(target_modules="All-Linear")).adapted == add_lora(Model(), LoRAConfig()).adapted
+
+
 def test_output_head_and_other_layers_are_reported():
     model = Model(tie=False)
     model.attention = nn.MultiheadAttention(8, 2)
@@ -66,7 +149,7 @@ def test_output_head_and_other_layers_are_reported():
     model.blocks[1].out.weight.data = model.blocks[1].out.weight.data.to(torch.float8_e4m3fn)
     report = add_lora(model, LoRAConfig())
     assert 'the output head, which "all-linear" leaves out' in report.skipped["lm_head"]
-    assert "a NonDynamicallyQuantizableLinear, not an nn.Linear" in report.skipped["attention.out_proj"]
+    assert "nn.MultiheadAttention reads its weight and does not call it" in report.skipped["attention.out_proj"]
     assert "forward was replaced on the instance" in report.skipped["blocks.0.out"]
     assert "float8" in report.skipped["blocks.1.out"]
     assert type(model.lm_head) is nn.Linear

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from peft_model import FAST, IDS, Model, adapted, close, layer
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lora_kernels import LoRAConfig, accelerate, accelerated, add_lora, restore
 
@@ -78,6 +79,14 @@ def test_a_subclass_of_peft_s_layer_is_left_alone():
 def test_a_model_without_peft_layers_is_an_error(make):
     with pytest.raises(ValueError, match=r"without PEFT's LoRA layers.*get_peft_model"):
         accelerate(make())
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel, AveragedModel])
+def test_paths_in_a_wrapped_model_are_the_plain_one_s(wrap):
+    plain, model = adapted(), wrap(adapted())
+    report = accelerate(model)
+    assert report.accelerated == accelerate(plain).accelerated == ["base_model.model.up", "base_model.model.down"]
+    close(model(IDS), plain(IDS))
 
 
 def _changed_by_add_lora():

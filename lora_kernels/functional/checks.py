@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..dtypes import FLOATS
+from ..dtypes import FLOATS, autocast_dtype
 from ..nf4 import NF4Weight
 from ..values import LoRAWeights
 
@@ -58,7 +58,7 @@ def _check_dtypes(x: Tensor, weight: Tensor | NF4Weight, lora_A: Tensor, lora_B:
         raise TypeError(f"lora_B: got dtype {lora_B.dtype}, expected {lora_A.dtype} as lora_A; use lora_B.to(lora_A.dtype)")
     if isinstance(weight, NF4Weight):
         return  # weight and bias are read as x's dtype, or autocast's
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
+    if autocast_dtype(x.device) is not None and torch.float64 not in (x.dtype, weight.dtype):
         return  # x, weight and bias are read as autocast's dtype
     if x.dtype != weight.dtype:
         raise TypeError(f"x: got dtype {x.dtype}, expected {weight.dtype} as weight; use x.to(weight.dtype), or torch.autocast")

@@ -1,5 +1,7 @@
 """lora_linear, and what the operation "linear" checks, returns and saves."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,7 @@ def check(x: Tensor, members: Members, dropout: Dropout | None) -> None:
 
 def shapes(x: Tensor, members: Members) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """([M, N] of every y, [M, R] of every h)."""
-    M = x.shape[:-1].numel()
+    M = math.prod(x.shape[:-1])  # Size.numel() would fix a symbolic size, and every M be a graph of its own
     return [(M, m.weight.shape[0]) for m in members], [(M, m.lora_A.shape[0]) for m in members]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import without_autocast
 from ..functional.nf4 import quantize
 from ..nf4 import NF4Weight
 from ..nf4.state_dict import from_state, to_state
@@ -104,12 +105,13 @@ class FrozenWeight(nn.Module):
 
     @torch.no_grad()
     def plus(self, A: Tensor, B: Tensor, scaling: float | Tensor) -> Tensor:
-        """W + s·B·A[out, in], in float32 or wider."""
+        """W + s·B·A[out, in], in float32 or wider, under autocast too."""
         W = self.matrix
-        if isinstance(W, NF4Weight):
-            return W.dequantize(torch.float32).addmm_(B.float(), A.float() * scaling)
-        wide = torch.promote_types(torch.promote_types(W.dtype, A.dtype), torch.float32)
-        return W.to(wide) + scaling * (B.to(wide) @ A.to(wide))
+        with without_autocast(W.device):
+            if isinstance(W, NF4Weight):
+                return W.dequantize(torch.float32).addmm_(B.float(), A.float() * scaling)
+            wide = torch.promote_types(torch.promote_types(W.dtype, A.dtype), torch.float32)
+            return W.to(wide) + scaling * (B.to(wide) @ A.to(wide))
 
     def as_weight(self, matrix: Tensor) -> nn.Parameter:
         """W[out, in] as a dense `weight` of this layer."""

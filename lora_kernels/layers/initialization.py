@@ -6,6 +6,8 @@ import re
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import without_autocast
+
 NAMES = ("True", "False", '"gaussian"', '"orthogonal"', '"pissa"', '"pissa_niter_<n>"', '"olora"')
 
 
@@ -30,11 +32,12 @@ def rewrites_weight(method: bool | str) -> bool:
 @torch.no_grad()
 def initialize(method: bool | str, A: Tensor, B: Tensor, weight: Tensor | None, scaling: float) -> Tensor | None:
     """Write A and B; return W - s·B·A in W's dtype for a method that rewrites the weight, otherwise None."""
-    if rewrites_weight(method) and weight is not None:
-        return _from_weight(str(method), A, B, weight, scaling)
-    if method == "orthogonal":
-        _orthogonal(A, B)
-        return None
+    with without_autocast(A.device):
+        if rewrites_weight(method) and weight is not None:
+            return _from_weight(str(method), A, B, weight, scaling)
+        if method == "orthogonal":
+            _orthogonal(A, B)
+            return None
     if method == "gaussian":
         nn.init.normal_(A, std=1 / A.shape[0])
     else:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dtypes import autocast_dtype
 from ..functional.linear import lora_linear
 from ..functional.nf4 import quantize_nf4
 from ..nf4 import NF4Weight
@@ -150,7 +151,7 @@ class LoRALinear(AdaptedWeight):
         return call_onloaded(hooked, self._in_compute_dtype, x)
 
     def _in_compute_dtype(self, x: Tensor) -> Tensor:
-        if self.compute_dtype is not None and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+        if self.compute_dtype is not None and x.dtype == torch.float32 and autocast_dtype(x.device) is None:
             return self._forward(x.to(self.compute_dtype)).to(x.dtype)  # as bitsandbytes' bnb_4bit_compute_dtype
         return self._forward(x)
 

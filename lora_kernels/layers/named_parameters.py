@@ -1,9 +1,9 @@
 """NamedParameters: a layer's parameters by the names of its adapters, which may be any."""
 
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
-from typing import Any, cast
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class NamedParameters(nn.Module):
@@ -14,14 +14,18 @@ class NamedParameters(nn.Module):
     """
 
     def __getitem__(self, name: str) -> nn.Parameter:
-        return cast(nn.Parameter, self._parameters[name])
+        if (found := self.get(name)) is None:
+            raise KeyError(name)
+        return found
 
     def __setitem__(self, name: str, parameter: nn.Parameter) -> None:
         self._parameters[name] = parameter
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """load_state_dict(assign=True) sets parameters as attributes."""
+        """load_state_dict(assign=True) sets parameters as attributes, and FSDP1 does, in the place of the views in `get`."""
         if isinstance(value, nn.Parameter):
+            if isinstance(self.__dict__.get(name), Tensor):
+                del self.__dict__[name]
             self[name] = value
         else:
             super().__setattr__(name, value)
@@ -30,7 +34,7 @@ class NamedParameters(nn.Module):
         del self._parameters[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._parameters
+        return self.get(name) is not None  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)
@@ -39,7 +43,10 @@ class NamedParameters(nn.Module):
         return len(self._parameters)
 
     def get(self, name: str, default: nn.Parameter | None = None) -> nn.Parameter | None:
-        return self._parameters.get(name, default)
+        if (parameter := self._parameters.get(name)) is not None:
+            return parameter
+        view = self.__dict__.get(name)  # FSDP1 puts plain tensors in the place of parameters
+        return view if isinstance(view, Tensor) else default  # type: ignore[return-value]
 
     def keys(self) -> KeysView[str]:
         return self._parameters.keys()

@@ -1,17 +1,21 @@
 """LoRAConfig to and from PEFT's adapter_config.json."""
 
+import dataclasses
 import re
+import sys
 from typing import Any
 
 from torch import nn
 
 from ..layers.initialization import rewrites_weight
 from .config import LoRAConfig
-from .names import names_match, parents
+from .names import names_match, parents, trained_whole
 from .state import lora_layers
+from .wrappers import named_modules, unwrapped
 
 SHARED = (  # fields of the same name and meaning
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"),
+    *("layers_to_transform", "layers_pattern"),
     *("use_rslora", "lora_bias", "bias", "modules_to_save"),
 )
 # Fields that do not change what a saved adapter computes. fan_in_fan_out follows from the type of each layer; the *_config
@@ -19,7 +23,7 @@ SHARED = (  # fields of the same name and meaning
 WITHOUT_EFFECT = (
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("megatron_core", "qalora_group_size", "layers_pattern", "runtime_config"),
+    *("megatron_core", "qalora_group_size", "runtime_config"),
 )
 KEEPING_THE_WEIGHT = (True, False, None, "gaussian", "orthogonal", "eva")  # initialisations that leave the base weight alone
 
@@ -40,18 +44,41 @@ def from_peft(values: dict[str, Any], model: nn.Module, source: str) -> LoRAConf
         )
     for name, value in values.items():
         if name not in SHARED and name not in WITHOUT_EFFECT and value:
-            raise ValueError(f"{source}: {name} is {value!r}, which has no counterpart here; load this adapter with PEFT")
+            raise ValueError(f"{source}: {name} is {value!r}, which has no counterpart here; use PEFT for this adapter")
     shared = {name: values[name] for name in SHARED if values.get(name) is not None}
     if "target_modules" not in shared:
         raise ValueError(f"{source}: target_modules is missing, expected a list of names or a regex")
     if "modules_to_save" in shared:  # PEFT lists names that a model may not have: "classifier" and "score" by task
-        paths = [path for path, _ in model.named_modules() if path]
-        there = [name for name in shared["modules_to_save"] if any(names_match(path, [name]) for path in paths)]
+        paths = [path for path, _ in named_modules(model) if path]
+        there = [name for name in shared["modules_to_save"] if any(trained_whole(path, [name]) for path in paths)]
         shared["modules_to_save"] = there or None
     try:
         return LoRAConfig(**shared)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def from_config(config: Any, model: nn.Module) -> LoRAConfig:
+    """A LoRAConfig as it is, and a peft.LoraConfig as the one that means the same for `model`.
+
+    Raises TypeError for any other object, and ValueError for a field that is set and has no counterpart here.
+    """
+    if isinstance(config, LoRAConfig):
+        return config
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(config, peft.LoraConfig):
+        cure = "; LoRAConfig(**config) makes one of it" * isinstance(config, dict)
+        raise TypeError(f"config: got {type(config).__name__}, expected a LoRAConfig, or peft.LoraConfig{cure}")
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    values["task_type"] = getattr(config.task_type, "value", config.task_type)  # an enumeration's member
+    if values["target_modules"] is None and not values.get("target_parameters"):  # PEFT's default, by the type of model
+        defaults = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        values["target_modules"] = defaults.get(getattr(getattr(unwrapped(model), "config", None), "model_type", None))
+    # A new adapter may begin in any way that add_lora knows, and what it is to train whole is checked with the other names.
+    own = from_peft({**values, "init_lora_weights": True, "modules_to_save": None}, model, f"peft.{type(config).__name__}")
+    return dataclasses.replace(
+        own, init_lora_weights=config.init_lora_weights, modules_to_save=values["modules_to_save"] or None
+    )
 
 
 def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str, Any]:
@@ -82,6 +109,8 @@ def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         **{name: getattr(config, name) for name in SHARED},
         "target_modules": _target_modules(model, config, set(layers)),
+        "layers_to_transform": None,  # target_modules says it
+        "layers_pattern": None,
     }
 
 
@@ -92,8 +121,8 @@ def _target_modules(model: nn.Module, config: LoRAConfig, adapted: set[str]) -> 
     """
     candidates = [
         path
-        for path, _ in model.named_modules()
-        if path and not any(p in adapted or names_match(p, config.modules_to_save) for p in parents(path)[1:])
+        for path, _ in named_modules(model)
+        if path and not any(p in adapted or trained_whole(p, config.modules_to_save) for p in parents(path)[1:])
     ]
     own = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
     for names in (own, sorted({path.rpartition(".")[2] for path in adapted}), sorted(adapted)):

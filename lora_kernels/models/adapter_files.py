@@ -15,8 +15,9 @@ from .adapter_checks import check_scaling, check_tensors
 from .adapter_keys import adapter_tensors, base_tensors, planned_shapes
 from .atomic_files import all_or_nothing
 from .distributed import full, is_sharded, sharded_like
-from .state import lora_layers, lora_state, refuse_if_merged, unwrapped
-from .surgery import add_lora
+from .state import lora_layers, lora_state, refuse_if_merged
+from .surgery import add_adapter
+from .wrappers import unwrapped
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -62,7 +63,7 @@ def load_adapter(
     that has no counterpart here, and keys or shapes that are not exactly those of this model.
     """
     check_adapter_name(adapter_name, "adapter_name")
-    model, folder = unwrapped(model), Path(directory)
+    folder = Path(directory)
     if (_subfolder(directory, adapter_name) / CONFIG_FILE).is_file():
         folder = _subfolder(directory, adapter_name)
     values, saved = _read(folder)
@@ -76,7 +77,7 @@ def load_adapter(
         expected = planned_shapes(model, config, adapter_name)
     weights = check_tensors(saved, expected, base_tensors(model), folder / WEIGHTS_FILE)
     if not present:
-        add_lora(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
+        add_adapter(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
     with torch.no_grad():
         for key, tensor in adapter_tensors(model, adapter_name).items():
             tensor.copy_(sharded_like(weights[key], tensor))

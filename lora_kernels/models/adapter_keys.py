@@ -4,15 +4,16 @@ from torch import Tensor, nn
 
 from .config import LoRAConfig
 from .exchanges import plan_exchanges
-from .state import lora_layers, lora_state
+from .state import adapted_layers, lora_layers, lora_state
 from .targets import features, plan_layers, plan_modules_to_save
+from .wrappers import named_buffers, named_parameters, plain_state_dict
 
 PREFIX = "base_model.model."
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of an adapter under PEFT's keys; a trained bias of an adapted layer is its base layer's."""
-    layers = lora_layers(model)
+    layers = adapted_layers(model)
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         if adapter_name in layer.adapters:
@@ -29,7 +30,7 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 def _exchanged(owner: str, attribute: str, choice: nn.Module | nn.Parameter, adapted: set[str]) -> dict[str, Tensor]:
     path = f"{owner}.{attribute}".removeprefix(".")
     if isinstance(choice, nn.Module):
-        return {f"{PREFIX}{path}.{key}": tensor for key, tensor in choice.state_dict(keep_vars=True).items()}
+        return {f"{PREFIX}{path}.{key}": tensor for key, tensor in plain_state_dict(choice).items()}
     return {f"{PREFIX}{owner}.base_layer.{attribute}" if owner in adapted else f"{PREFIX}{path}": choice}
 
 
@@ -55,7 +56,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     layers = lora_layers(model)
     adapters = {id(parameter) for layer in layers.values() for parameter in layer.adapter_parameters()}
     tensors = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in [*named_parameters(model), *named_buffers(model)]:
         if id(tensor) in adapters:
             continue
         owner, _, attribute = name.rpartition(".")

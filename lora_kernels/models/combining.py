@@ -13,7 +13,7 @@ from ..layers.adapters import check_adapter_name
 from ..layers.linear import LoRALinear
 from .config import LoRAConfig
 from .exchanges import add_exchanges, plan_exchanges
-from .state import LoRAState, adapted_layers, lora_state, refuse_if_merged
+from .state import LoRAState, adapted_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
 from .targets import plan_modules_to_save
 
 COMBINATIONS = ("linear", "cat")
@@ -37,6 +37,7 @@ def add_weighted_adapter(
     Raises KeyError for an unknown adapter, ValueError for a name in use, another combination_type, weights that are not as many
     finite numbers, ranks that differ, or modules that several train, and RuntimeError while merged; then nothing has changed.
     """
+    refuse_in_fsdp1(model, "combine adapters")
     layers, state = adapted_layers(model), lora_state(model)
     _check(state, adapters, weights, adapter_name, combination_type)
     refuse_if_merged(layers, "add an adapter")

@@ -6,25 +6,29 @@ from typing import Any
 
 from ..layers.adapters import check_lora_alpha, scaling
 from ..mask import check_p
-from .names import first_match
+from .names import first_match, layer_index, names_match
 
 ALL_LINEAR = "all-linear"
 
 
 @dataclass
 class LoRAConfig:
-    """What `add_lora` adds, in PEFT's words (peft.LoraConfig has more fields; the ones here mean the same).
+    """What `add_lora` adds, in PEFT's words (peft.LoraConfig has more fields; the ones here mean the same, but for
+    "all-linear", the default here, which leaves out a head called lm_head, score or classifier in any model).
 
     r, lora_alpha: rank and α of every layer, unless `rank_pattern` / `alpha_pattern` ({name or regex: value}, matched
         against the end of a module's path) say otherwise. The low-rank term is scaled by α/r, or α/√r with `use_rslora`.
     lora_dropout: probability with which the adapter's input is dropped in training mode.
     target_modules: a list of names (a path equal to one, or ending in ".name"), a regex that must match the whole path, or
         "all-linear" (the default): every linear layer but the output head.
-    exclude_modules: names or a regex, as above, that are left alone.
+    layers_to_transform: the numbers, or number, of the layers to which a list of target_modules is limited; the number is the
+        first one behind two names ("model.layers.3."), or behind `layers_pattern` ("layers", or several names).
+    exclude_modules: names or a regex, as for target_modules, that are left alone.
     init_lora_weights: see LoRALinear.
     lora_bias: give each adapter a bias of its own, scaled with it.
     bias: which biases are trained: "none", "lora_only" (those of the adapted layers) or "all".
-    modules_to_save: names of whole modules to train in a copy beside the adapters, such as a new classifier head.
+    modules_to_save: modules to train whole, in a copy beside the adapters, such as a new classifier head: each path that ends
+        in one of these names (in PEFT the name may begin inside a word, so "norm" means "input_layernorm" too).
 
     Raises ValueError or TypeError at once for a value outside its range.
     """
@@ -33,6 +37,8 @@ class LoRAConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     target_modules: list[str] | str = ALL_LINEAR
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -60,8 +66,24 @@ class LoRAConfig:
                     raise ValueError(f"{name}: got {value!r}, expected a list of names or a valid regex: {error}") from None
         if not self.target_modules:
             raise ValueError(f"target_modules: got {self.target_modules!r}, expected names, a regex or {ALL_LINEAR!r}")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            self.target_modules = ALL_LINEAR
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform: got {self.layers_to_transform!r} with target_modules {self.target_modules!r}, expected "
+                "a list of names there; a regex can name the layers itself"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern: got {self.layers_pattern!r} without layers_to_transform, which it is for")
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save: got {self.modules_to_save!r}, expected a list of names")
+
+    def targets(self, path: str) -> bool:
+        """Whether target_modules, as names or a regex, and layers_to_transform mean the module at `path`."""
+        if not names_match(path, self.target_modules):
+            return False
+        layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        return not layers or path in self.target_modules or layer_index(path, self.layers_pattern) in layers
 
     def rank_and_alpha(self, path: str) -> tuple[int, float]:
         """r and lora_alpha for the module at `path`: the first pattern that matches, or the general value."""

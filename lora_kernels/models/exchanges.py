@@ -13,6 +13,7 @@ from ..layers.linear import LoRALinear
 from ..layers.offload import offloaded_tensors
 from .config import LoRAConfig
 from .names import parents
+from .wrappers import named_parameters, put, submodule
 
 
 @dataclass
@@ -25,11 +26,11 @@ class Exchange:
 
     def activate(self, model: nn.Module, adapter: str | None) -> None:
         """Put the copy of `adapter`, or else the original, in its place."""
-        owner = model.get_submodule(self.path)
+        owner = submodule(model, self.path)
         present, chosen = getattr(owner, self.attribute), self.choices.get(adapter, self.choices[None])
         for aside, here in zip(_tensors(chosen), _tensors(present), strict=True):
             aside.data = aside.data.to(here)  # what was put aside has missed model.to(…)
-        setattr(owner, self.attribute, chosen)
+        put(owner, self.attribute, chosen)
 
 
 def plan_exchanges(
@@ -46,7 +47,7 @@ def plan_exchanges(
     if config.bias != "none":
         layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
         adapters = {id(parameter) for layer in layers for parameter in layer.adapter_parameters()}
-        for path, parameter in model.named_parameters():
+        for path, parameter in named_parameters(model):
             owner, _, attribute = path.rpartition(".")
             if id(parameter) in adapters:  # one may be named "bias"
                 continue

@@ -16,6 +16,7 @@ from ..nf4 import NF4Weight
 from .atomic_files import all_or_nothing
 from .shards import remove_shards, write_shards
 from .state import adapted_layers, lora_layers
+from .wrappers import named_modules, plain_names, plain_state_dict, unwrapped
 
 
 def merged_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -47,7 +48,7 @@ def save_merged(
     adapted_layers(model)
     with all_or_nothing(Path(directory)) as folder:
         names = write_shards(merged_tensors(model, dtype), folder, max_shard_size)
-        _save_configuration(model, folder, dtype)
+        _save_configuration(unwrapped(model), folder, dtype)
     remove_shards(Path(directory), names)
     return Path(directory) / names[-1]
 
@@ -55,7 +56,7 @@ def save_merged(
 def _layers(model: nn.Module) -> dict[str, FrozenWeight]:
     """LoRA layers and, as layers without an adapter, bitsandbytes' quantised ones."""
     layers: dict[str, FrozenWeight] = dict(lora_layers(model))
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if is_linear4bit(module) and getattr(module.weight, "quant_state", None) is not None:
             layers[path] = FrozenWeight(NF4Weight.from_bnb(module.weight), None)  # type: ignore[arg-type]
     return layers
@@ -66,8 +67,9 @@ def _plain_state(model: nn.Module, layers: dict[str, FrozenWeight]) -> Iterator[
     adapters and 4-bit storage add to it.
     """
     seen = set()
-    offloaded = offloaded_tensors(model)
-    for name, value in model.state_dict().items():
+    plain = plain_names(model := unwrapped(model))
+    offloaded = {plain(name): kept for name, kept in offloaded_tensors(model).items()}
+    for name, value in plain_state_dict(model).items():
         owner = next((path for path in layers if name.startswith(f"{path}.")), None)
         if owner is not None and name.removeprefix(f"{owner}.") not in ("weight", "bias"):
             continue

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .state import adapted_layers, refuse_if_merged
+from .state import adapted_layers, refuse_if_merged, refuse_in_fsdp1
 
 
 def merge_lora(model: nn.Module) -> dict[str, float]:
@@ -10,6 +10,7 @@ def merge_lora(model: nn.Module) -> dict[str, float]:
 
     Returns the relative error of each layer whose 4-bit weight had to be quantised again, by path.
     """
+    refuse_in_fsdp1(model, "merge")
     layers = adapted_layers(model)
     refuse_if_merged(layers, "merge again")
     active = {path: layer for path, layer in layers.items() if layer.active_adapter is not None}

@@ -8,6 +8,8 @@ from torch.utils.hooks import RemovableHandle
 from ..layers.linear import LoRALinear
 from .config import LoRAConfig
 from .exchanges import Exchange
+from .peft_layers import peft_layers
+from .wrappers import is_fsdp1, named_modules, unwrapped
 
 
 @dataclass
@@ -23,19 +25,30 @@ class LoRAState:
 
 def lora_state(model: nn.Module) -> LoRAState:
     """The model's own, or an empty one that is not kept."""
-    return getattr(model, "_lora_state", None) or LoRAState()
+    return getattr(unwrapped(model), "_lora_state", None) or LoRAState()
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Every LoRALinear of the model by its path, once each."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {path: module for path, module in named_modules(model) if isinstance(module, LoRALinear)}
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """lora_layers(model). Raises ValueError if there are none."""
+    """lora_layers(model). Raises ValueError if there are none, or if FSDP1 holds them in flat shards."""
     layers = lora_layers(model)
     if not layers:
-        raise ValueError(f"model: {type(model).__name__} has no LoRA layers; call add_lora first")
+        name = type(unwrapped(model)).__name__
+        if peft_layers(model):
+            raise ValueError(f"model: {name} has PEFT's own LoRA layers, expected add_lora's; use PEFT's methods for them")
+        raise ValueError(f"model: {name} has no LoRA layers; call add_lora first")
+    for path, layer in layers.items():
+        for name, adapter in layer.adapters.items():
+            shape, whole = tuple(layer.lora_A[name].shape), (adapter.r, layer.in_features)
+            if shape != whole:
+                raise ValueError(
+                    f"{path}.lora_A.{name}: got shape {shape}, expected {whole}: FullyShardedDataParallel holds a flat part of "
+                    "it; call this inside FullyShardedDataParallel.summon_full_params(model), or use fully_shard (FSDP2)"
+                )
     return layers
 
 
@@ -45,12 +58,10 @@ def refuse_if_merged(layers: dict[str, LoRALinear], action: str) -> None:
         raise RuntimeError(f"cannot {action}: the model is merged; call unmerge_lora(model) first")
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+def refuse_in_fsdp1(model: nn.Module, action: str) -> None:
+    """Raise ValueError if FSDP1 holds a part of the model: it puts its own views in the place of parameters at each call."""
+    if any(is_fsdp1(module) for module in model.modules()):
+        raise ValueError(
+            f"cannot {action} inside FullyShardedDataParallel, which would put its own parameters back; save_merged and "
+            "save_adapter write from it (inside summon_full_params where it is sharded), and fully_shard (FSDP2) can"
+        )

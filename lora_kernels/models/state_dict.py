@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from .state import adapted_layers, lora_layers, lora_state, refuse_if_merged
+from .wrappers import plain_names, plain_state_dict
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -22,7 +23,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
         owner = f"{exchange.path}.{exchange.attribute}".removeprefix(".")
         for adapter, choice in exchange.choices.items():
             if isinstance(choice, nn.Module) and adapter is not None:
-                state.update({f"{owner}.modules_to_save.{adapter}.{key}": value for key, value in choice.state_dict().items()})
+                saved = plain_state_dict(choice)
+                state.update({f"{owner}.modules_to_save.{adapter}.{key}": value for key, value in saved.items()})
             elif isinstance(choice, nn.Parameter) and adapter is not None:
                 state[f"{owner}.{adapter}"] = choice.detach()
     return state
@@ -54,5 +56,7 @@ def check_state(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_
     """For a pre-hook: raise, before load_state_dict changes any layer, ValueError if the state's 4-bit weights do not fit, and
     RuntimeError if a layer is merged.
     """
+    plain = plain_names(model)
+    named = {prefix + plain(key.removeprefix(prefix)): value for key, value in state_dict.items() if key.startswith(prefix)}
     for path, layer in lora_layers(model).items():
-        layer.check_state(state_dict, f"{prefix}{path}.")
+        layer.check_state(named, f"{prefix}{path}.")

@@ -2,18 +2,26 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..layers.adapters import check_adapter_name
 from ..layers.linear import DEFAULT_ADAPTER, LoRALinear, check_quantize
+from .adapter_config import from_config
 from .config import LoRAConfig
+from .config_checks import check_parts
 from .exchanges import add_exchanges, plan_exchanges
-from .state import LoRAState, adapted_layers, lora_layers, lora_state, refuse_if_merged
+from .names import grouped
+from .state import LoRAState, adapted_layers, lora_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
 from .state_dict import check_state
 from .switching import active_adapter, set_adapter
 from .targets import plan_layers, plan_modules_to_save
+from .wrappers import is_fsdp1, named_modules, named_parameters, put, submodule, unwrapped
+
+if TYPE_CHECKING:
+    import peft
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,12 @@ class LoRAReport:
             f"adapter {self.adapter!r}: {len(self.adapted)} LoRA layers, r = {', '.join(map(str, ranks))}; "
             f"{self.trainable:,} of {self.total:,} parameters are trainable ({self.trainable / max(self.total, 1):.2%})"
         ]
-        return "\n".join(lines + [f"  not adapted: {path}: {reason}" for path, reason in self.skipped.items()])
+        return "\n".join(lines + [f"  not adapted: {line}" for line in grouped(self.skipped)])
 
 
 def add_lora(
     model: nn.Module,
-    config: LoRAConfig,
+    config: "LoRAConfig | peft.LoraConfig",
     adapter_name: str = DEFAULT_ADAPTER,
     *,
     autocast_adapter_dtype: bool = True,
@@ -52,9 +60,28 @@ def add_lora(
     autocast_adapter_dtype: adapters over 16-bit weights are float32, as in PEFT; False gives them the weight's dtype.
     quantize: "nf4" puts the layers' dense weights into 4 bits (QLoRA); `remove_lora` then gives dequantised ones.
 
-    Raises ValueError, before anything changes, for a name in use, a pattern that matches no linear layer (with near names),
-    modules_to_save that are not there, ranks an initialisation cannot start from, or a merged model.
+    config: a LoRAConfig, or a peft.LoraConfig, whose fields mean the same (`adapter_config.from_config`).
+
+    Warns, with near names, of a name, pattern or layer number of `config` that means nothing in this model.
+    Raises TypeError for another kind of config, and ValueError, before anything changes, for a name in use, a field of which
+    nothing matches, ranks an initialisation cannot start from, a merged model, one with PEFT's own layers, or one inside
+    DistributedDataParallel or FSDP1, which would not synchronise the new parameters' gradients.
     """
+    own = from_config(config, model)
+    check_parts(model, own, adapter_name)
+    return add_adapter(model, own, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
+
+
+def add_adapter(
+    model: nn.Module, config: LoRAConfig, adapter_name: str, *, autocast_adapter_dtype: bool, quantize: str | None
+) -> LoRAReport:
+    """add_lora for a config that may name what this model does not have, as that of a file does whose tensors are checked."""
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) or is_fsdp1(module) for module in model.modules()):
+        raise ValueError(
+            f"model: got a {type(model).__name__}, whose DistributedDataParallel or FullyShardedDataParallel would not "
+            "synchronise the gradients of new parameters; call add_lora first, and wrap the model then"
+        )
+    model = unwrapped(model)
     state = lora_state(model)
     check_adapter_name(adapter_name, "adapter_name")
     check_quantize(quantize)
@@ -65,7 +92,7 @@ def add_lora(
         raise ValueError(
             f"bias: got {config.bias!r} for a second adapter, expected 'none'; adapters here: {list(state.configs)}"
         )
-    trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable_before = {name for name, parameter in named_parameters(model) if parameter.requires_grad}
     layers = _build_layers(plan, config, adapter_name, autocast_adapter_dtype, quantize)
     first = state.state_check is None
     active = active_adapter(model) if state.configs else adapter_name
@@ -88,7 +115,9 @@ def remove_lora(model: nn.Module) -> None:
     Unmerged, the model is as it was before add_lora. Merged, the plain layers keep the merged weights, and trained modules and
     biases stay: `merge_lora(model); remove_lora(model)` leaves an ordinary fine-tuned model.
     """
+    refuse_in_fsdp1(model, "remove adapters")
     layers = adapted_layers(model)
+    model = unwrapped(model)
     state = lora_state(model)
     merged = any(layer.merged for layer in layers.values())
     if not merged:
@@ -96,8 +125,8 @@ def remove_lora(model: nn.Module) -> None:
             exchange.activate(model, None)
     _put_in_place(model, {id(layer): layer.to_linear() for layer in layers.values()})
     for path, value in state.fast_paths.items():
-        model.get_submodule(path).activation_relu_or_gelu = value  # type: ignore[assignment]
-    for name, parameter in model.named_parameters():
+        submodule(model, path).activation_relu_or_gelu = value  # type: ignore[assignment]
+    for name, parameter in named_parameters(model):
         parameter.requires_grad_(parameter.requires_grad or name in state.frozen)
     if state.state_check is not None:
         state.state_check.remove()
@@ -141,7 +170,7 @@ def _put_in_place(model: nn.Module, layers: Mapping[int, nn.Module]) -> None:
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if layers.get(id(module), module) is not module:
             owner, _, attribute = path.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, layers[id(module)])
+            put(model.get_submodule(owner), attribute, layers[id(module)])
 
 
 def _freeze_base(model: nn.Module) -> None:
@@ -155,7 +184,7 @@ def _disable_fast_paths(model: nn.Module, state: LoRAState) -> None:
     """nn.TransformerEncoderLayer in evaluation hands `linear1.weight` to a fused operator and would miss the adapter;
     PyTorch's own switch for that operator is a zero here.
     """
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, LoRALinear) for m in module.modules()):
             state.fast_paths.setdefault(path, module.activation_relu_or_gelu)
             module.activation_relu_or_gelu = 0

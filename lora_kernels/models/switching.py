@@ -5,7 +5,7 @@ import warnings
 from torch import nn
 
 from ..layers.linear import LoRALinear
-from .state import adapted_layers, lora_layers, lora_state, refuse_if_merged
+from .state import adapted_layers, lora_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
@@ -46,6 +46,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     The layers stay, for other adapters and later ones; `remove_lora` gives the plain model. Raises KeyError for a name that
     no layer has, RuntimeError while merged.
     """
+    refuse_in_fsdp1(model, "delete an adapter")
     layers, state = _layers_with(model, name), lora_state(model)
     refuse_if_merged(layers, "delete an adapter")
     if active_adapter(model) == name:

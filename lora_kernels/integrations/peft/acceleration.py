@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ...models.fused import UNCALLED, in_attention, why_fused
+from ...models.names import grouped, parents
+from ...models.wrappers import named_modules
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -17,12 +21,14 @@ class AccelerationReport:
     accelerated: paths of the layers that compute with these kernels. skipped: the other LoRA layers, and why not.
     falling_back: accelerated layers whose calls go to PEFT's forward as long as they are in their present state, whatever their
     input, and why.
+    without_lora: modules with weights that are no linear layers (fused experts, nn.MultiheadAttention) and have no LoRA.
     """
 
     model: nn.Module = field(repr=False)
     accelerated: list[str]
     skipped: dict[str, str]
     falling_back: dict[str, str]
+    without_lora: dict[str, str] = field(default_factory=dict)
 
     def calls(self) -> dict[str, int]:
         """Calls of the model's accelerated layers so far: how many were "fast", and for each reason how many were not.
@@ -43,6 +49,7 @@ class AccelerationReport:
         lines[0] += ": " * bool(reasons) + "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
         lines += [f"  not accelerated: {path}: {reason}" for path, reason in self.skipped.items()]
         lines += [f"  calls PEFT's forward at present: {path}: {reason}" for path, reason in self.falling_back.items()]
+        lines += [f"  without LoRA: {line}" for line in grouped(self.without_lora)]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -65,10 +72,14 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     from .swap import swap
 
     report = AccelerationReport(model, [], {}, {})
-    for path, module in model.named_modules():
+    modules = dict(named_modules(model))
+    for path, module in modules.items():
         if not isinstance(module, LoraLayer):
+            inside = any(isinstance(modules[parent], LoraLayer) for parent in parents(path)[1:])
+            if not inside and (fused := why_fused(module)) is not None:
+                report.without_lora[path] = fused
             continue
-        reason = swap(module)
+        reason = UNCALLED if in_attention(path, modules) else swap(module)
         if reason is not None:
             report.skipped[path] = reason
             continue

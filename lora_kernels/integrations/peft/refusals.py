@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...dtypes import FLOATS
+from ...dtypes import FLOATS, autocast_dtype
 from ...layers.frozen_weight import is_linear4bit
 from ...layers.offload import forward_is_replaced
 from .parts import Parts, fast_parts, quant_state
@@ -88,7 +88,7 @@ def _why_not_4bit_input(base: Any, x: Tensor) -> str | None:
     if not base.compute_type_is_set:  # bitsandbytes does so at the first call
         base.set_compute_type(x)
         base.compute_type_is_set = True
-    if torch.is_autocast_enabled(x.device.type) or base.compute_dtype in (None, x.dtype):
+    if autocast_dtype(x.device) is not None or base.compute_dtype in (None, x.dtype):
         return None
     # PEFT computes its adapter from x as it is. A CPU does the whole layer in float32 as fast as in 16 bits; a GPU would not.
     if x.dtype == torch.float32 and x.device.type == "cpu":
@@ -97,7 +97,7 @@ def _why_not_4bit_input(base: Any, x: Tensor) -> str | None:
 
 
 def _why_not_dtypes(x: Tensor, W: Tensor, c: Tensor | None) -> str | None:
-    autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, W.dtype)
+    autocast = autocast_dtype(x.device) is not None and torch.float64 not in (x.dtype, W.dtype)
     if not autocast and (x.dtype != W.dtype or (c is not None and c.dtype != W.dtype)):
         return "x, weight and bias differ in dtype"
     return None

@@ -26,6 +26,8 @@ def swap(layer: Any) -> str | None:
     """Change a layer of PEFT's into ours, if it is not one yet; the reason why it cannot be."""
     known = classes()
     if type(layer) not in known and type(layer) not in known.values():
+        if isinstance(layer, lora.ParamWrapper):
+            return f"a lora.ParamWrapper, which adds B·A to the parameter {layer.parameter_name} itself (target_parameters)"
         names = " and ".join(f"lora.{theirs.__name__}" for theirs in known)
         return f"a lora.{type(layer).__name__}; {names} can be"
     ours = known.get(type(layer), type(layer))

@@ -1,0 +1,113 @@
+"""A call as torch.compile and torch.export see it: two operators of one schema for each operation.
+
+The arguments are the pieces (values.flatten) of all of a call's, the backend setting of the moment among them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .. import plan as registry
+from ..dtypes import without_autocast
+from ..plan import choose, describe
+from ..values import Dropout, LoRAWeights, flatten, unflatten
+from .definition import OPERATIONS, Members, Operation, compute, in_dtype, no_second_derivative, rows_of
+from .gradients import in_order, keys, leaves, like_leaves, places, used, wanted
+
+
+def call(
+    operation: Operation,
+    dtype: torch.dtype,
+    x: Tensor,
+    members: Members,
+    dropout: Dropout | None,
+    options: tuple[Any, ...],
+) -> tuple[Tensor, ...]:
+    """The operation's results, by its registered operator."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    members = tuple([_with_tensor_scaling(m, wide, x.device) for m in members])
+    pieces = flatten((registry.setting, dtype, x, members, dropout, options))
+    results = getattr(torch.ops.lora_kernels, operation.name)(*pieces)
+    return tuple(results[: len(operation.shapes(x, members, *options)[0])])
+
+
+def _with_tensor_scaling(member: LoRAWeights, dtype: torch.dtype, device: torch.device) -> LoRAWeights:
+    """A number would be a part of the graph, and another one a new graph. torch 2.8 traces no _replace."""
+    s = member.scaling if isinstance(member.scaling, Tensor) else torch.full((), member.scaling, dtype=dtype, device=device)
+    values: list[Any] = [s if name == "scaling" else v for name, v in zip(LoRAWeights._fields, member, strict=True)]
+    return LoRAWeights(*values)
+
+
+_library = torch.library.Library("lora_kernels", "DEF")
+SCHEMA = "(Tensor[] tensors, float[] numbers, str spec) -> Tensor[]"
+
+
+def register(operation: Operation) -> Operation:
+    """Make the operation known, and its two operators to torch.library."""
+    name = operation.name
+
+    def forward(*pieces: Any) -> list[Tensor]:
+        setting, dtype, x, members, dropout, options = unflatten(*pieces)
+        operation.check(x, members, dropout, *options)
+        _, results, saved = compute(operation, setting, dtype, x, members, dropout, options)
+        return [*results, *saved]
+
+    def forward_fake(*pieces: Any) -> list[Tensor]:
+        _, dtype, x, members, _, options = unflatten(*pieces)
+        results, saved = operation.shapes(x, members, *options)
+        adapters = (m.lora_A for m in members)
+        return [x.new_empty(s, dtype=dtype) for s in results] + [A.new_empty(s) for A, s in zip(adapters, saved, strict=True)]
+
+    def backward(*pieces: Any) -> list[Tensor]:
+        setting, dtype, grads, x, members, saved, dropout, needs, options = unflatten(*pieces)
+        x = None if x is None else rows_of(x, dtype)
+        members = in_dtype(members, dtype)
+        first = next(grad for grad in grads if grad is not None)
+        plan = choose(describe(name, setting, dtype, first if x is None else x, members, dropout, options))
+        with without_autocast(first.device):
+            found = in_order(plan.backward(grads, x, members, saved, dropout, needs, *options), needs)
+        return [grad for grad in found if grad is not None]
+
+    def backward_fake(*pieces: Any) -> list[Tensor]:
+        _, _, grads, x, members, saved, _, needs, options = unflatten(*pieces)
+        shapes = operation.gradient_shapes(grads, x, members, saved, needs, *options)
+        return [pieces[0][0].new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+
+    def setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+        setting, dtype, x, members, dropout, options = unflatten(*inputs)
+        needs, count = wanted(x, members), len(operation.shapes(x, members, *options)[0])
+        kept, *ctx.pieces = flatten(operation.kept(x, members, tuple(output[count:]), dropout, needs))
+        ctx.save_for_backward(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.needs, ctx.options, ctx.count = (setting, dtype), needs, options, count
+        own = leaves(x, members, needs)
+        ctx.like = [(t.shape, t.dtype) for t in own]
+        ctx.places, ctx.inputs = places(members, needs), len(inputs[0])
+        ctx.no_numbers = None if inputs[1] else []  # an empty list counts as one of tensors
+
+    def formula(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list | None, None]:
+        into: list[Tensor | None] = [None] * ctx.inputs
+        dys = tuple(grads[: ctx.count])
+        if ctx.like and any(dy is not None for dy in dys):
+            needs = used(ctx.needs, dys)
+            kept = unflatten(ctx.saved_tensors, *ctx.pieces)
+            pieces = flatten((*ctx.call, dys, *kept, needs, ctx.options))
+            grads_of = dict(zip(keys(needs), getattr(torch.ops.lora_kernels, f"{name}_backward")(*pieces), strict=True))
+            found = like_leaves([grads_of.get(key) for key in keys(ctx.needs)], ctx.like)
+            for place, grad in zip(ctx.places, found, strict=True):
+                into[place] = grad
+        return into, ctx.no_numbers, None
+
+    def second(ctx: Any, *grads: Any) -> NoReturn:
+        no_second_derivative(operation.public)
+
+    for suffix, implementation, fake in (("", forward, forward_fake), ("_backward", backward, backward_fake)):
+        _library.define(f"{name}{suffix}{SCHEMA}", tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(f"{name}{suffix}", implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lora_kernels::{name}{suffix}", fake, lib=_library)
+    torch.library.register_autograd(f"lora_kernels::{name}", formula, setup_context=setup_context)
+    torch.library.register_autograd(f"lora_kernels::{name}_backward", second)
+    OPERATIONS[name] = operation
+    return operation
