@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..layers.linear import DEFAULT_ADAPTER
 from . import adapter_config
-from .adapter_checks import check_scaling, check_tensors
-from .adapter_keys import adapter_tensors, base_tensors, planned_shapes
+from .adapter_checks import check_scaling, check_tensors, why_not_finite
+from .adapter_keys import adapter_tensors, planned_shapes
 from .atomic_files import all_or_nothing
 from .distributed import full, is_sharded, sharded_like
 from .state import lora_layers, lora_state, refuse_if_merged, unwrapped
@@ -38,6 +38,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     if any(tensor.is_meta for tensor in own.values()):
         raise ValueError(f"adapter {adapter_name!r}: it is on the meta device and has no values; fill it first")
     whole = {key: full(tensor).detach().to("cpu", copy=True).contiguous() for key, tensor in own.items()}
+    diverged = [why for key, t in own.items() if isinstance(t, nn.Parameter) for why in why_not_finite(key, whole[key])]
+    if diverged:
+        raise ValueError(
+            f"adapter {adapter_name!r}: nothing was written, {len(diverged)} of its tensors are lost: {diverged[0]}"
+        )
     sharded = any(is_sharded(tensor) for tensor in own.values())
     if not sharded or torch.distributed.get_rank() == 0:
         target = Path(directory) if adapter_name == DEFAULT_ADAPTER else Path(directory) / adapter_name
@@ -74,7 +79,7 @@ def load_adapter(
         expected = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, adapter_name).items()}
     else:
         expected = planned_shapes(model, config, adapter_name)
-    weights = check_tensors(saved, expected, base_tensors(model), folder / WEIGHTS_FILE)
+    weights = check_tensors(model, saved, expected, folder / WEIGHTS_FILE)
     if not present:
         add_lora(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
     with torch.no_grad():
