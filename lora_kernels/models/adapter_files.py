@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .atomic_files import all_or_nothing
 from .distributed import full, is_sharded, sharded_like
 from .state import lora_layers, lora_state, refuse_if_merged, unwrapped
 from .surgery import add_lora
+from .tasks import with_head
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -72,6 +74,8 @@ def load_adapter(
         folder = folder / adapter_name
     values, saved = _read(folder)
     config = adapter_config.from_peft(values, model, str(folder / CONFIG_FILE))
+    if with_head(model, config) != config:  # written without the head of its task, so nothing is read for one
+        config = replace(config, task_type=None)
     refuse_if_merged(lora_layers(model), "load an adapter")
     present = adapter_name in lora_state(model).configs
     if present:

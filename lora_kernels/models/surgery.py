@@ -13,6 +13,7 @@ from .state import LoRAState, adapted_layers, lora_layers, lora_state, refuse_if
 from .state_dict import check_state
 from .switching import active_adapter, set_adapter
 from .targets import plan_layers, plan_modules_to_save
+from .tasks import with_head
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def add_lora(
     modules_to_save that are not there, ranks an initialisation cannot start from, or a merged model.
     """
     state = lora_state(model)
+    config = with_head(model, config)
     check_quantize(quantize)
     refuse_if_merged(lora_layers(model), "add an adapter")
     plan, skipped = plan_layers(model, config, adapter_name)
