@@ -3,7 +3,6 @@
 import difflib
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..dtypes import FLOATS
@@ -80,12 +79,25 @@ def _why_unknown(
             return None
     if key in base:  # embeddings and heads that are adapted, or were resized, are saved whole
         own, theirs = base[key], saved[key]
-        narrow = own.dtype if own.dtype.itemsize <= theirs.dtype.itemsize else theirs.dtype
-        if own.shape == theirs.shape and torch.equal(full(own).detach().cpu().to(narrow), theirs.to(narrow)):
+        if own.shape == theirs.shape and same_values(own, theirs).all():
             return None
-        return f"{key!r} holds another base weight than this model's: it belongs to another, or a resized, model"
+        if own.dim() == theirs.dim() == 2 and own.shape[1] == theirs.shape[1] and own.shape[0] != theirs.shape[0]:
+            return (
+                f"{key!r} has {theirs.shape[0]} rows, and this model's {own.shape[0]}: the adapter was saved after a resize; "
+                f"call model.resize_token_embeddings({theirs.shape[0]}) before load_adapter"
+            )
+        return (
+            f"{key!r} holds another base weight than this model's: it belongs to another model; or, if only rows that "
+            "resize_token_embeddings added differ, copy it from the file into this model first"
+        )
     near = difflib.get_close_matches(key, expected, 1, cutoff=0.8)
     return f"unknown {key!r}" + (f" (near: {near[0]!r})" if near else "")
+
+
+def same_values(own: Tensor, theirs: Tensor) -> Tensor:
+    """Where two tensors of one shape are equal, at the narrower of their dtypes."""
+    narrow = own.dtype if own.dtype.itemsize <= theirs.dtype.itemsize else theirs.dtype
+    return full(own).detach().cpu().to(narrow) == theirs.to(narrow)
 
 
 def check_scaling(model: nn.Module, config: LoRAConfig, adapter_name: str, source: Path) -> None:

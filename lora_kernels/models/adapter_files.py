@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..layers.linear import DEFAULT_ADAPTER
 from . import adapter_config
 from .adapter_checks import check_scaling, check_tensors, why_not_finite
-from .adapter_keys import adapter_tensors, planned_shapes
+from .adapter_keys import adapter_tensors, exchanged_tensors, planned_shapes
 from .atomic_files import all_or_nothing
 from .distributed import full, is_sharded, sharded_like
+from .embeddings import add_embeddings, brought_embeddings, resized_embeddings
 from .state import lora_layers, lora_state, refuse_if_merged, unwrapped
 from .surgery import add_lora
 from .tasks import with_head
@@ -36,7 +37,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     if adapter_name not in state.configs:
         raise KeyError(f"adapter {adapter_name!r}: not found; adapters here: {list(state.configs)}, made by add_lora")
     config = adapter_config.to_peft(model, state.configs[adapter_name], adapter_name)
-    own = adapter_tensors(model, adapter_name)
+    own = {**resized_embeddings(model), **adapter_tensors(model, adapter_name)}
     if any(tensor.is_meta for tensor in own.values()):
         raise ValueError(f"adapter {adapter_name!r}: it is on the meta device and has no values; fill it first")
     whole = {key: full(tensor).detach().to("cpu", copy=True).contiguous() for key, tensor in own.items()}
@@ -83,9 +84,12 @@ def load_adapter(
         expected = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, adapter_name).items()}
     else:
         expected = planned_shapes(model, config, adapter_name)
+    brought = brought_embeddings(model, saved, expected)
+    expected |= {key: tuple(tensor.shape) for key, tensor in exchanged_tensors(brought).items()}
     weights = check_tensors(model, saved, expected, folder / WEIGHTS_FILE)
     if not present:
         add_lora(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
+    add_embeddings(model, adapter_name, brought)
     with torch.no_grad():
         for key, tensor in adapter_tensors(model, adapter_name).items():
             tensor.copy_(sharded_like(weights[key], tensor))
