@@ -119,6 +119,14 @@ def test_a_trained_module_may_not_hold_nan_but_its_buffers_may(tmp_path):
         load_adapter(fresh, tmp_path)
 
 
+@pytest.mark.parametrize("options", [None, {}, {"modules_to_save": ["norm"]}], ids=str)
+def test_a_model_on_the_meta_device_would_lose_the_values(tmp_path, options):
+    save_adapter(own_adapter(**options or {}), tmp_path)
+    empty = model() if options is None else own_adapter(**options)
+    with pytest.raises(ValueError, match="on the meta device, where values are lost: load its weights first"):
+        load_adapter(empty.to("meta"), tmp_path)
+
+
 def test_a_missing_directory(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory"):
         load_adapter(model(), tmp_path / "nowhere")

@@ -32,6 +32,9 @@ def check_tensors(
     missing = sorted(expected.keys() - saved.keys())
     if missing:
         problems.append(f"missing {len(missing)} of {len(expected)}, such as {missing[0]!r}")
+    weights = (base.get(f"{key.partition('.lora_')[0]}.weight", base.get(key)) for key in expected)
+    if any(weight is not None and weight.is_meta for weight in weights):
+        problems.append("the model is on the meta device, where values are lost: load its weights first, then the adapter")
     problems += _unknown(model, saved, expected, base)
     for key in sorted(expected.keys() & saved.keys()):
         if tuple(saved[key].shape) != expected[key]:

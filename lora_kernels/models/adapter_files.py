@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..layers.linear import DEFAULT_ADAPTER
@@ -129,6 +127,9 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged one.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else "no such directory"
@@ -149,6 +150,8 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
     with all_or_nothing(directory) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

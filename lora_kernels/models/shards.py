@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS_FILE = "model.safetensors"
@@ -38,6 +37,8 @@ def remove_shards(directory: Path, keep: list[str]) -> None:
 
 
 def _write(shard: dict[str, Tensor], path: Path) -> dict[str, int]:
+    from safetensors.torch import save_file
+
     save_file(shard, path, metadata={"format": "pt"})
     return {name: tensor.nbytes for name, tensor in shard.items()}
 
