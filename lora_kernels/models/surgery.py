@@ -17,6 +17,7 @@ from .state import LoRAState, adapted_layers, lora_layers, lora_state, refuse_if
 from .state_dict import check_state
 from .switching import active_adapter, set_adapter
 from .targets import plan_layers, plan_modules_to_save
+from .tasks import with_head
 from .wrappers import is_fsdp1, named_modules, named_parameters, put, submodule, unwrapped
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def add_lora(
     nothing matches, ranks an initialisation cannot start from, a merged model, one with PEFT's own layers, or one inside
     DistributedDataParallel or FSDP1, which would not synchronise the new parameters' gradients.
     """
-    own = from_config(config, model)
+    own = with_head(model, from_config(config, model))
     check_parts(model, own, adapter_name)
     return add_adapter(model, own, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
 
