@@ -5,7 +5,8 @@ from .functional.nf4 import dequantize_nf4, quantize_nf4
 from .integrations.peft import AccelerationReport, accelerate, accelerated, restore
 from .layers.linear import LoRALinear
 from .mask import dropout_mask
-from .models.adapter_files import load_adapter, save_adapter
+from .models.adapter_files import load_adapter
+from .models.adapter_saving import save_adapter
 from .models.config import LoRAConfig
 from .models.export import save_merged
 from .models.merging import merge_lora, unmerge_lora
