@@ -13,6 +13,7 @@ import torch
 from pretrained_case import BASES, IDS, adapted, again, bnb, in_4_bits, linears, llama, same_linears, same_states
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_kernels import (
     LoRAConfig,
@@ -129,6 +130,33 @@ def test_codes_stored_as_several_dtypes_are_an_error(tmp_path):
     model = llama(tmp_path, quantization_config=in_4_bits(bnb_4bit_quant_storage="bfloat16"))
     add_lora(model, LoRAConfig(target_modules=["lm_head"]), quantize="nf4")
     with pytest.raises(ValueError, match=r"stored as torch\.bfloat16, torch\.uint8, expected one dtype"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def in_8_bits(tmp_path):
+    return llama(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_layers_that_others_quantised_stay_so(merged, tmp_path):
+    """A dense head is adapted beside layers in 8 bits."""
+    model = in_8_bits(tmp_path)
+    add_lora(model, LoRAConfig(r=4, init_lora_weights=False, target_modules=["lm_head"]))
+    if merged:
+        merge_lora(model)
+    else:
+        set_adapter(model, None)
+    model.save_pretrained(tmp_path / "out")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(read.model.layers[0].mlp.up_proj) is bnb.nn.Linear8bitLt
+    assert torch.equal(read.eval()(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_two_quantisations_are_an_error_before_anything_is_written(tmp_path):
+    model = in_8_bits(tmp_path)
+    add_lora(model, LoRAConfig(target_modules=["lm_head"]), quantize="nf4")
+    with pytest.raises(ValueError, match="lm_head: in 4 bits beside layers that are quantised in another way"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

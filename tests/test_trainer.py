@@ -240,6 +240,10 @@ def test_what_cannot_be_is_an_error_at_once(tmp_path):
     add_lora(model, LoRAConfig(r=4, init_lora_weights="olora", target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="'olora' rewrote the base weights"):
         trainer_of(model, tmp_path / "out")
+    model = adapted(tmp_path, "dense")
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"trains 1 parameters that are no adapter's, such as 'model\.norm\.weight'"):
+        trainer_of(model, tmp_path / "out")
     trainer = trainer_of(adapted(tmp_path, "dense"), tmp_path / "out", adapters=False)
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="FSDP or DeepSpeed, whose checkpoints"):

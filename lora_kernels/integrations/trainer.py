@@ -10,6 +10,7 @@ from ..layers.linear import DEFAULT_ADAPTER
 from ..models.adapter_config import to_peft
 from ..models.adapter_files import load_adapter
 from ..models.adapter_saving import CONFIG_FILE, save_adapter
+from ..models.parameters import lora_parameters
 from ..models.state import adapted_layers, lora_state
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def adapter_checkpoints(trainer: "Trainer") -> None:
     model has to be made as it was: the same base, quantisation and adapters. For any Trainer: it gets a class of the same name
     that overrides how a model is saved and loaded.
     Raises TypeError for what is no Trainer, and ValueError for a model without LoRA layers, an adapter that PEFT's format
-    cannot say, and FSDP or DeepSpeed, whose checkpoints are their own.
+    cannot say, trained parameters that are no adapter's, and FSDP or DeepSpeed, whose checkpoints are their own.
     """
     from transformers import Trainer
 
@@ -39,6 +40,13 @@ def adapter_checkpoints(trainer: "Trainer") -> None:
         )
     for name, config in lora_state(model).configs.items():
         to_peft(model, config, name)  # raises now, not hours later
+    own = {id(parameter) for parameter in lora_parameters(model)}
+    lost = [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in own]
+    if lost:
+        raise ValueError(
+            f"trainer: its model trains {len(lost)} parameters that are no adapter's, such as {lost[0]!r}, and would not be in "
+            "its checkpoints; name their modules in modules_to_save, or freeze them"
+        )
     if not isinstance(trainer, AdapterCheckpoints):
         kind = type(trainer)
         trainer.__class__ = type(kind.__name__, (AdapterCheckpoints, kind), {"__module__": kind.__module__})

@@ -53,7 +53,7 @@ class SavePretrained:
         layers, whole = lora_layers(model).values(), state_dict is NOT_GIVEN
         merged = any(layer.merged for layer in layers)
         sharded = any(is_sharded(parameter) for layer in layers for parameter in layer.adapter_parameters())
-        quantization = None if whole and merged else quantization_config(model)
+        quantization = quantization_config(model, merged=whole and merged)
         adapters = [] if merged or not (whole or (state_dict is None and not sharded)) else list(lora_state(model).configs)
         for name in adapters:
             to_peft(model, lora_state(model).configs[name], name)  # raises
@@ -73,16 +73,14 @@ class SavePretrained:
 
 
 def take_over_saving(model: Any) -> None:
-    """Give a transformers model the save_pretrained above, and let Trainer train it over weights that bitsandbytes quantised.
+    """Give a transformers model the save_pretrained above, and let Trainer train it over weights that others quantised.
 
-    A model with PEFT's adapters beside, or with weights that others quantised, keeps its own.
+    A model with PEFT's adapters in it keeps its own.
     """
     if not hasattr(model, HAS_ADAPTERS) or getattr(model, HAS_ADAPTERS) or "save_pretrained" in vars(model):
         return
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None or getattr(quantizer.quantization_config, "load_in_4bit", False):
-        model.save_pretrained = SavePretrained(model)
-    if quantizer is not None:
+    model.save_pretrained = SavePretrained(model)
+    if getattr(model, "hf_quantizer", None) is not None:
         setattr(model, HAS_ADAPTERS, True)
 
 
@@ -114,9 +112,12 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def _described(model: Any, quantization: Any) -> Iterator[None]:
     """`model` with a configuration that says `quantization`, and without what makes transformers save other tensors than those
-    given: its quantizer, its flag for PEFT's adapters, and the reading of 4-bit keys, which it cannot turn round (5.17).
+    given: bitsandbytes' quantizer, the flag for PEFT's adapters, and the reading of 4-bit keys, which 5.17 cannot turn round.
     """
-    own = {name: vars(model).pop(name) for name in ("hf_quantizer", HAS_ADAPTERS, "_weight_conversions") if name in vars(model)}
+    hidden = [HAS_ADAPTERS, "_weight_conversions"]
+    if getattr(getattr(model.config, "quantization_config", None), "quant_method", None) == "bitsandbytes":
+        hidden.append("hf_quantizer")
+    own = {name: vars(model).pop(name) for name in hidden if name in vars(model)}
     if own.get("_weight_conversions") is not None:
         model._weight_conversions = [step for step in own["_weight_conversions"] if not _reads_4_bits(step)]
     before = vars(model.config).pop("quantization_config", None)

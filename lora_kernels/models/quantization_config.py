@@ -12,17 +12,25 @@ from ..layers.frozen_weight import is_conv1d, is_linear4bit
 from ..layers.linear import LoRALinear
 
 
-def quantization_config(model: Any) -> Any:
+def quantization_config(model: Any, merged: bool = False) -> Any:
     """The BitsAndBytesConfig under which `from_pretrained` makes exactly the 4-bit layers of `model` Linear4bits; without such
-    layers the model's own, maybe None.
+    layers the model's own, maybe None. merged: they are written dense.
 
     Raises ValueError for layers that transformers would read as something else.
     """
     present = getattr(model.config, "quantization_config", None)
     modules = dict(model.named_modules(remove_duplicate=False))
     packed = {path: module for path, module in modules.items() if is_linear4bit(module) or _is_packed(module)}
-    if not packed:
+    in_4_bits = present is None or getattr(present, "load_in_4bit", False)
+    if packed and merged and in_4_bits:
+        return None
+    if not packed or merged:
         return present
+    if not in_4_bits:
+        raise ValueError(
+            f"{next(iter(packed))}: in 4 bits beside layers that are quantised in another way, and transformers reads all of a "
+            "model in one; add_lora without quantize leaves it dense"
+        )
     from transformers import BitsAndBytesConfig
 
     storages = {_storage(module) for module in packed.values()}
