@@ -32,7 +32,8 @@ class SavePretrained:
     A `state_dict` that is given is written as it is. None, which Trainer gives, is the model's own with its adapters' keys,
     which Trainer reads again.
 
-    Raises ValueError, before anything is written, for an adapter or a 4-bit layer that those files cannot say.
+    An adapter or a 4-bit layer that those files cannot say is a ValueError before anything is written; with a `state_dict` a
+    warning, for that is written all the same.
     """
 
     def __init__(self, model: nn.Module):
@@ -53,10 +54,16 @@ class SavePretrained:
         layers, whole = lora_layers(model).values(), state_dict is NOT_GIVEN
         merged = any(layer.merged for layer in layers)
         sharded = any(is_sharded(parameter) for layer in layers for parameter in layer.adapter_parameters())
-        quantization = quantization_config(model, merged=whole and merged)
         adapters = [] if merged or not (whole or (state_dict is None and not sharded)) else list(lora_state(model).configs)
-        for name in adapters:
-            to_peft(model, lora_state(model).configs[name], name)  # raises
+        try:
+            quantization = quantization_config(model, merged=whole and merged)
+            for name in adapters:
+                to_peft(model, lora_state(model).configs[name], name)
+        except ValueError as error:
+            if whole:
+                raise
+            warnings.warn(f"only load_state_dict of a model made in the same way reads this checkpoint: {error}", stacklevel=2)
+            quantization, adapters = getattr(model.config, "quantization_config", None), []
         if whole:
             state_dict = dict(merged_tensors(model)) if merged else plain_state(model)
         if is_main_process or sharded:
