@@ -1,4 +1,4 @@
-"""Adapters of a model changed by add_lora in PEFT's own files, adapter_config.json and adapter_model.safetensors, both ways."""
+"""Read an adapter's files, which PEFT or save_adapter wrote, into a model."""
 
 import json
 import os
@@ -11,18 +11,15 @@ from torch import Tensor, nn
 
 from ..layers.linear import DEFAULT_ADAPTER
 from . import adapter_config
-from .adapter_checks import check_scaling, check_tensors, why_not_finite
+from .adapter_checks import check_scaling, check_tensors
 from .adapter_keys import PREFIX, adapter_tensors, exchanged_tensors, planned_shapes
-from .atomic_files import all_or_nothing
+from .adapter_saving import CONFIG_FILE, WEIGHTS_FILE
 from .config import LoRAConfig
-from .distributed import full, is_sharded, sharded_like
-from .embeddings import add_embeddings, brought_embeddings, resized_embeddings
+from .distributed import sharded_like
+from .embeddings import add_embeddings, brought_embeddings
 from .state import lora_layers, lora_state, refuse_if_merged
 from .surgery import add_adapter
 from .switching import active_adapter
-from .wrappers import unwrapped
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,38 +39,6 @@ class LoadedAdapter:
         whole = [key.removeprefix(PREFIX) for key in self.tensors if ".lora_" not in key]
         lines = [f"adapter {self.adapter!r} from {self.directory}: {len(self.adapted)} LoRA layers, r = {ranks}{waits}"]
         return "\n".join(lines + [f"  whole: {key}" for key in whole])
-
-
-def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = DEFAULT_ADAPTER) -> Path:
-    """Write adapter `adapter_name` of `model` so that PEFT, and load_adapter, read it: two files, complete or not at all.
-
-    Returns the directory that has them: as in PEFT, "default" goes into `directory` itself, another name into a subfolder of
-    that name. A transformers model that was resized since it was loaded has its embedding and its head in the file as well.
-    Where parameters are sharded (FSDP2), every process has to call it, and the first one writes.
-    Raises KeyError for an unknown adapter, and ValueError, before anything is written, for what PEFT's format cannot say, and
-    for NaN or infinity.
-    """
-    model = unwrapped(model)
-    state = lora_state(model)
-    if adapter_name not in state.configs:
-        raise KeyError(f"adapter {adapter_name!r}: not found; adapters here: {list(state.configs)}, made by add_lora")
-    config = adapter_config.to_peft(model, state.configs[adapter_name], adapter_name)
-    own = {**resized_embeddings(model), **adapter_tensors(model, adapter_name)}
-    if any(tensor.is_meta for tensor in own.values()):
-        raise ValueError(f"adapter {adapter_name!r}: it is on the meta device and has no values; fill it first")
-    whole = {key: full(tensor).detach().to("cpu", copy=True).contiguous() for key, tensor in own.items()}
-    diverged = [why for key, t in own.items() if isinstance(t, nn.Parameter) for why in why_not_finite(key, whole[key])]
-    if diverged:
-        raise ValueError(
-            f"adapter {adapter_name!r}: nothing was written, {len(diverged)} of its tensors are lost: {diverged[0]}"
-        )
-    sharded = any(is_sharded(tensor) for tensor in own.values())
-    target = Path(directory) if adapter_name == DEFAULT_ADAPTER else Path(directory) / adapter_name
-    if not sharded or torch.distributed.get_rank() == 0:
-        _write(target, config, whole)
-    if sharded:
-        torch.distributed.barrier()
-    return target
 
 
 def load_adapter(
@@ -145,11 +110,3 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return config, load_file(directory / WEIGHTS_FILE)
     except SafetensorError as error:
         raise ValueError(f"{directory / WEIGHTS_FILE}: no safetensors file, or cut off: {error}") from error
-
-
-def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    with all_or_nothing(directory) as folder:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
