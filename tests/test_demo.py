@@ -92,7 +92,7 @@ def test_peft_reads_the_adapter(run, model, text, tmp_path, quantize):
     assert code == 0, err
     trip = json.loads(out)["round_trip"]
     assert trip["peft_relative_difference"] < 0.01 * trip["base_relative_difference"]
-    assert f"the same logits to {trip['peft_relative_difference']:.1e} of their norm" in err
+    assert f"logits equal to {trip['peft_relative_difference']:.1e} of their norm" in err
     read = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "out")
     config = read.peft_config["default"]
     assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (4, 16, str(model))

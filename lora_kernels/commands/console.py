@@ -11,7 +11,9 @@ from types import ModuleType
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
+from rich.text import Text
 
 from .tables import make_table
 
@@ -97,9 +99,12 @@ class Output:
 
     @contextlib.contextmanager
     def status(self, what: str) -> Iterator[None]:
-        """Say on stderr what takes long: a spinner for as long as the block runs, on no terminal a line."""
+        """Say on stderr what takes long: a line that goes again, on no terminal one that stays.
+
+        It does not move: the thread of a spinner would take the interpreter from what is timed.
+        """
         if self.progress.is_terminal:
-            with self.progress.status(escape(what)):
+            with Live(Text(f"{what} …"), console=self.progress, auto_refresh=False, transient=True):
                 yield
         else:
             self.progress.print(what, markup=False)

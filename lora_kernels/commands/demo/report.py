@@ -48,10 +48,8 @@ def print_summary(result: dict[str, Any], output: Output) -> None:
     output.print(f"adapter   {trip['adapter']} ({size}), in PEFT's format", markup=False)
     output.print("          load_adapter into a fresh base: logits bit-equal", markup=False)
     difference, base = trip["peft_relative_difference"], trip["base_relative_difference"]
-    output.print(
-        f"          PeftModel.from_pretrained: the same logits to {difference:.1e} of their norm, without it {base:.1e}",
-        markup=False,
-    )
+    output.print(f"          PeftModel.from_pretrained: logits equal to {difference:.1e} of their norm", markup=False)
+    output.print(f"          (the base model's without an adapter: {base:.1e})", markup=False)
     output.print(f"plot      {result['plot']}\ntotal     {result['seconds']:.0f} s on {result['device']}", markup=False)
 
 
