@@ -70,7 +70,9 @@ def test_markup_in_cells_and_titles_is_text(capsys):
     assert "n[1]" in out
 
 
-@pytest.mark.parametrize(("columns", "width"), [("60", 60), ("300", 300), (None, PLAIN_WIDTH), ("wide", PLAIN_WIDTH)])
+@pytest.mark.parametrize(
+    ("columns", "width"), [("60", 60), ("300", 300), (None, PLAIN_WIDTH), ("wide", PLAIN_WIDTH), ("0", PLAIN_WIDTH)]
+)
 def test_a_pipe_is_as_wide_as_columns_says(monkeypatch, columns, width, capsys):
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns:

@@ -148,7 +148,7 @@ class Output:
 def _console(stderr: bool) -> Console:
     """On no terminal as wide as COLUMNS says."""
     console = Console(stderr=stderr, highlight=False)
-    if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+    if console.width < 1 or (not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit()):
         console.width = PLAIN_WIDTH
     return console
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.adapter_files import WEIGHTS_FILE, load_adapter, save_adapter
+from ...models.switching import set_adapter
 from .. import pretrained
 from ..model_step import peft_base
 from .settings import Settings
@@ -25,7 +26,6 @@ def round_trip(model: nn.Module, directory: Path, ids: Tensor, settings: Setting
     expected = _logits(model, ids)
 
     fresh = pretrained.load_model(directory, first.dtype, first.device)
-    base = _logits(fresh, ids)
     load_adapter(fresh, settings.output, quantize=settings.quantize)
     logits = _logits(fresh, ids)
     if not torch.equal(logits, expected):
@@ -33,6 +33,8 @@ def round_trip(model: nn.Module, directory: Path, ids: Tensor, settings: Setting
         raise RuntimeError(
             f"adapter round trip: logits differ by up to {difference:.3g} with {settings.output} read back, expected 0"
         )
+    set_adapter(fresh, None)
+    base = _logits(fresh, ids)
     del fresh
     by_peft = _relative(_peft_logits(directory, ids, settings, first), expected)
     allowed = torch.finfo(torch.bfloat16 if settings.quantize else first.dtype).eps ** 0.5
