@@ -2,6 +2,7 @@
 
 import io
 import re
+import threading
 
 import pytest
 from rich.console import Console
@@ -89,3 +90,14 @@ def test_progress_is_a_line_on_stderr_where_there_is_no_terminal(capsys):
     with Output().status("Timing [8, 4]"):
         pass
     assert tuple(capsys.readouterr()) == ("", "Timing [8, 4]\n")
+
+
+def test_progress_on_a_terminal_has_no_thread_that_would_disturb_what_is_timed(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    before = threading.active_count()
+    with Output().status("Timing [8, 4]"):
+        assert threading.active_count() == before
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Timing [8, 4] …" in err

@@ -49,13 +49,14 @@ def require(*packages: str) -> list[ModuleType]:
 def write_whole(path: Path, text: str, option: str) -> None:
     """Write a file that others may read meanwhile, or that a time limit may end: the new text or the old one, no part of it.
 
-    A pipe or a device is written to as it is. Raises CommandError that names `option`.
+    A pipe, a device, and a file in a folder that takes no other are written to as they are.
+    Raises CommandError that names `option`.
     """
     try:
-        if _is_device(path):
+        target = path.resolve()  # a link stays one
+        if _is_device(path) or not os.access(target.parent, os.W_OK):
             path.write_text(text, encoding="utf-8")
             return
-        target = path.resolve()  # a link stays one
         staging = target.with_name(target.name + ".new")
         try:
             staging.write_text(text, encoding="utf-8")
