@@ -3,9 +3,11 @@
 from .functional.linear import backend_report, lora_linear
 from .functional.nf4 import dequantize_nf4, quantize_nf4
 from .integrations.peft import AccelerationReport, accelerate, accelerated, restore
+from .integrations.trainer import adapter_checkpoints
 from .layers.linear import LoRALinear
 from .mask import dropout_mask
-from .models.adapter_files import load_adapter, save_adapter
+from .models.adapter_files import load_adapter
+from .models.adapter_saving import save_adapter
 from .models.combining import add_weighted_adapter
 from .models.config import LoRAConfig
 from .models.export import save_merged
@@ -28,6 +30,7 @@ __all__ = [
     "NF4Weight",
     "accelerate",
     "accelerated",
+    "adapter_checkpoints",
     "add_lora",
     "add_weighted_adapter",
     "backend_report",

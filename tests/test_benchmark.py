@@ -11,9 +11,9 @@ from lora_kernels.cases import linear as cases
 from lora_kernels.cases.linear import Case, truth, wrong
 from lora_kernels.commands.bench import layers as benchmark
 from lora_kernels.commands.bench.layers import measure_case
-from lora_kernels.commands.bench.peers import BARE, OURS, OURS_FP32, PEFT, PEFT_FP32
+from lora_kernels.commands.bench.peers import BARE, BNB, OURS, OURS_FP32, OURS_NF4, PEFT, PEFT_FP32
 from lora_kernels.commands.bench.suites import FORWARD, LLAMA_8B, SUITES, Shape, Workload, choose_suite
-from lora_kernels.commands.console import CommandError, Output
+from lora_kernels.commands.console import Output
 from lora_kernels.mask import dropout_mask
 
 CPU = torch.device("cpu")
@@ -174,15 +174,25 @@ def test_suites_follow_the_device_and_take_other_axes():
     assert {(case.M, case.p, case.R) for case in cases} == {(16, 0.5, 16), (32, 0.5, 16)}
 
 
-@pytest.mark.parametrize(
-    ("axes", "message"),
-    [
-        ({"ranks": (4096,)}, "--rank: got 4096, expected 1 to 2048"),
-        ({"ranks": (0,)}, "--rank: got 0"),
-        ({"dropouts": (1.5,)}, "--dropout: got 1.5"),
-        ({"tokens": (0,)}, "--tokens: got 0"),
-    ],
-)
-def test_impossible_axes_are_refused(axes, message):
-    with pytest.raises(CommandError, match=message):
-        choose_suite("small", CPU, **axes)
+def test_the_forward_pass_alone_has_no_dropout_to_repeat_a_case_for():
+    forward = choose_suite("tokens", CPU, FORWARD)
+    assert {case.p for case in forward.workloads()} == {0.0}
+    assert 2 * len(list(forward.workloads())) == len(list(choose_suite("tokens", CPU).workloads()))
+
+
+def test_a_rank_above_the_layer_is_measured():
+    """More than W can express, but a layer that PEFT and add_lora make."""
+    rows, wrong, _ = measure_case(Workload(16, Shape(24, 16), R=40, p=0.1, dtype=torch.float32), CPU, 1, ())
+    assert wrong == []
+    assert [row["variant"] for row in rows] == [BARE, OURS]
+
+
+def test_over_4_bits_alone():
+    """--quantize nf4: no dense layer of this package, whatever peers are asked for; PEFT is bitsandbytes' layer under it."""
+    pytest.importorskip("bitsandbytes")
+    suite = choose_suite("small", CPU, shapes=(Shape(128, 64),), tokens=(8,), ranks=(2,))
+    result = benchmark.run(suite, CPU, 1, Output(), ("peft", "bnb", "unsloth-style"), quantize="nf4")
+    assert [row["variant"] for row in result["rows"]] == [BARE, OURS_NF4, BNB]
+    (refusal,) = result["peers_not_measured"]
+    assert refusal == {"peer": "unsloth-style", "case": "all", "reason": "not measured over 4-bit weights; bnb is"}
+    assert [row["variant"] for row in benchmark.run(suite, CPU, 1, Output(), (), quantize="nf4")["rows"]] == [BARE, OURS_NF4]

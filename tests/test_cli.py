@@ -6,14 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_kernels import __version__, cli
 from lora_kernels.commands import environment
+from lora_kernels.commands.bench import layers, peers
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
     """run(*arguments) -> (exit code, stdout, stderr) of main()."""
+    monkeypatch.delenv("COLUMNS", raising=False)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["lora-kernels", *map(str, arguments)])
@@ -89,9 +92,11 @@ def test_memory_of_shapes_writes_json_to_a_file(run, tmp_path):
         (["memory"], ["expected --model DIR, --size or --shape"]),
         (["memory", "--shape", "4x4", "--model", "x"], ["one of the three"]),
         (["memory", "--size", "9b"], ["--size: got '9b', expected 7b, 8b, 70b"]),
-        (["memory", "--size", "8b", "--rank", "1025"], ["--rank: got 1025", "1 to 1024"]),
+        (["memory", "--size", "8b", "--rank", "0"], ["--rank: got 0, expected at least 1"]),
         (["memory", "--shape", "4by4"], ["--shape: got '4by4'", "expected KxN"]),
-        (["memory", "--shape", "64x32", "--rank", "33"], ["--rank: got 33", "1 to 32"]),
+        (["memory", "--shape", "64x32", "--rank", "999999999999"], ["--rank: got 999999999999, expected at most"]),
+        (["memory", "--shape", "64x32", "--adapter-dtype", "int8"], ["--adapter-dtype: got 'int8'", "bfloat16"]),
+        (["memory", "--shape", "99999999999x4"], ["--shape: got '99999999999x4'", "numbers up to"]),
         (["memory", "--shape", "64x32", "--dropout", "2"], ["--dropout: got 2.0"]),
         (["memory", "--shape", "64x32", "--tokens", "0"], ["--tokens: got 0"]),
         (["memory", "--shape", "64x32", "--dtype", "int8"], ["--dtype: got 'int8'", "bfloat16"]),
@@ -101,7 +106,19 @@ def test_memory_of_shapes_writes_json_to_a_file(run, tmp_path):
         (["bench", "--repeats", "0"], ["--repeats: got 0"]),
         (["bench", "--dropout", "-1"], ["--dropout: got -1.0"]),
         (["bench", "--dtype", "float8"], ["--dtype: got 'float8'"]),
+        (["bench", "--dropout", "1.5"], ["--dropout: got 1.5"]),
+        (["bench", "--tokens", "-1"], ["--tokens: got -1, expected at least 1"]),
+        (["bench", "--rank", "0"], ["--rank: got 0, expected at least 1"]),
+        (["bench", "--shape", "64x64:3"], ["--shape: got '64x64:3', expected KxN, positive"]),
+        (["bench", "--quantize", "nf3", "--shape", "64x64"], ["--quantize: got 'nf3', expected nf4"]),
+        (["bench", "--model", "/no/such/model"], ["--model: got /no/such/model", "does not exist"]),
         (["bench", "--device", "tpu"], ["--device: got 'tpu'"]),
+        (["bench", "--device", "cpu:x"], ["--device: got 'cpu:x'"]),
+        (["bench", "--device", "cuda:99"], ["--device: got 'cuda:99'"]),
+        (["report", "--kernels", "--tokens", "-1"], ["--tokens: got -1, expected at least 1"]),
+        (["report", "--kernels", "--shape", "64x64:3"], ["--shape: got '64x64:3', expected KxN, positive"]),
+        (["report", "--kernels", "--target", "sm_70"], ["--target: got 'sm_70', expected one of sm_100, sm_120, sm_80"]),
+        (["report", "--kernels", "--dtypes", "int8"], ["--dtypes: got 'int8', expected for sm_90 one of", "bf16 bf16"]),
         (["report", "--json", "/no/such/folder/report.json"], ["--json: got /no/such/folder/report.json"]),
     ],
 )
@@ -140,8 +157,128 @@ def test_bench_exits_with_1_when_a_result_is_wrong(run, monkeypatch):
     assert "no times reported" in out
 
 
-@pytest.mark.parametrize("command", ["demo", "bench", "report", "memory"])
-def test_help_names_the_json_option(run, command):
-    code, out, _ = run(command, "--help")
+def test_a_named_peer_without_a_row_is_a_failure_after_the_rows(run, monkeypatch, tmp_path):
+    """One of the default, or of "all", may be missing; in either case JSON has what was measured."""
+    monkeypatch.setattr(peers, "_missing", lambda package: f"not installed; run `pip install {package}`")
+    target = tmp_path / "bench.json"
+    case = ["bench", "--shape", "48x32", "--tokens", 16, "--rank", 4, "--repeats", 1, "--device", "cpu", "--json", target]
+    for compare, expected in (((), 0), (("all",), 0), (("none",), 0), (("unsloth-style,peft",), 1), (("unsloth-style",), 1)):
+        code, out, err = run(*case, *(("--compare", *compare) if compare else ()))
+        assert code == expected, compare
+        assert "lora_kernels" in out
+        assert {row["variant"] for row in json.loads(target.read_text())["rows"]} == {"bare frozen linear", "lora_kernels"}
+    assert err.endswith("lora-kernels: --compare: unsloth-style was not measured: "
+                        "its fused path has no dropout: it leaves this case to PEFT\n")  # fmt: skip
+    code, _, err = run(*case, "--compare", "bnb", "--quantize", "nf4")
+    assert code == 1
+    assert err.endswith("lora-kernels: --compare: bnb was not measured: not installed; run `pip install peft`\n")
+
+
+def test_bench_measures_4_bits_and_ranks_above_the_layer(run, tmp_path):
+    target = tmp_path / "bench.json"
+    case = ["--shape", "64x64", "--rank", 100, "--tokens", 8, "--repeats", 1, "--device", "cpu", "--compare", "none"]
+    assert run("bench", *case, "--quantize", "nf4", "--json", target)[0] == 0
+    rows = json.loads(target.read_text())["rows"]
+    assert [(row["variant"], row["R"]) for row in rows] == [("bare frozen linear", 100), ("lora_kernels, NF4", 100)]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 1, "out of memory: MemoryError; use fewer tokens"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory: [enforce"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0"), 1, "out of memory: CUDA out of"),
+        (PermissionError(13, "Permission denied", "/root/x"), 1, "/root/x: Permission denied"),
+        (OSError(28, "No space left on device"), 1, "cannot write the output: No space left on device"),
+    ],
+)
+def test_what_is_no_fault_of_the_package_is_one_line(run, monkeypatch, error, code, line):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(layers, "run", fail)
+    found = run("bench")
+    assert found[:2] == (code, "")
+    assert found[2].startswith(f"lora-kernels: {line}")
+    assert found[2].count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(run, monkeypatch):
+    monkeypatch.setattr(layers, "run", lambda *arguments: {}["nothing"])
+    with pytest.raises(KeyError):
+        run("bench")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["report", "--json", "/dev/full"], "--json: cannot write /dev/full: No space left on device"),
+        (["report", ">/dev/full"], "cannot write the output: No space left on device"),
+        (["report", "--json", "-", ">/dev/full"], "cannot write the output: No space left on device"),
+        (["--version", ">/dev/full"], "cannot write the output: No space left on device"),
+        (["bench", "--help", ">/dev/full"], "cannot write the output: No space left on device"),
+    ],
+)
+def test_a_full_disk_is_one_line(arguments, line):
+    """In a process of its own: what Python says at its end counts too."""
+    command = ["bash", "-c", f"{sys.executable} -m lora_kernels {' '.join(arguments)}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == f"lora-kernels: {line}"
+    assert "Traceback" not in result.stderr
+
+
+def test_json_is_replaced_whole_or_not_at_all(run, monkeypatch, tmp_path):
+    target, link = tmp_path / "report.json", tmp_path / "link.json"
+    target.write_text("{}")
+    link.symlink_to(target)
+    assert run("report", "--json", link)[0] == 0
+    assert link.is_symlink()
+    before = target.read_text()
+    assert json.loads(before)["backends"]
+
+    def full(path, *args, **kwargs):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    code, _, err = run("report", "--json", target)
+    assert (code, err) == (1, f"lora-kernels: --json: cannot write {target}: No space left on device\n")
+    assert target.read_text() == before
+    assert {file.name for file in tmp_path.iterdir()} == {"report.json", "link.json"}
+
+
+def test_a_missing_package_names_the_extra_and_the_program_once(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "config.json").write_text("{}")
+    missing = "lora-kernels: the package 'transformers' is not installed; run `pip install lora_kernels[demo]`\n"
+    assert run("memory", "--model", tmp_path) == (2, "", missing)
+
+
+@pytest.mark.parametrize("stdout", ["", "fatal: not a git repository"])
+def test_without_git_the_commit_is_unknown(run, monkeypatch, stdout):
+    def no_git(command, **options):
+        if not stdout:
+            raise FileNotFoundError("git")
+        return subprocess.CompletedProcess(command, 128, stdout="", stderr=stdout)
+
+    monkeypatch.setattr(environment.subprocess, "run", no_git)
+    assert environment.commit() is None
+    code, out, _ = run(
+        "bench", "--shape", "8x8", "--tokens", 8, "--rank", 2, "--repeats", 1, "--device", "cpu", "--compare", "none"
+    )
     assert code == 0
-    assert "--json" in out
+    assert "commit unknown" in " ".join(out.split())
+    assert "None" not in out
+    assert "commit unknown" in run("report")[1]
+
+
+@pytest.mark.parametrize(
+    "command", [None, *(command.name or command.callback.__name__ for command in cli.app.registered_commands)]
+)
+def test_help_shows_no_type_beside_a_flag(run, command):
+    code, out, _ = run(*([command] if command else []), "--help")
+    assert code == 0
+    assert "--json" in out or command is None
+    assert "bool" not in out

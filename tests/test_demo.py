@@ -9,6 +9,7 @@ import torch
 
 from lora_kernels import cli
 from lora_kernels.commands import pretrained
+from lora_kernels.commands.demo import round_trip
 from lora_kernels.commands.demo import run as demo
 
 for package in ("transformers", "peft", "matplotlib", "safetensors"):
@@ -62,6 +63,9 @@ def test_the_whole_command(run, model, text, tmp_path):
     assert 0 < ours["saved_bytes"] < peft["saved_bytes"]
     assert found["sample"]["before"] != found["sample"]["after"]
     assert "bit-equal" in err
+    assert [line.split()[1] for line in err.splitlines() if line.startswith("step ")] == [
+        f"{step}/12" for step in (2, 3, 4, 6, 8, 9, 10, 12)
+    ]
     assert "held out" in err
     assert (tmp_path / "out" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -78,16 +82,23 @@ def test_in_4_bits_beside_peft_and_bitsandbytes(run, model, text, tmp_path):
     assert 0 < found["steps"]["lora_kernels"]["saved_bytes"] < found["steps"]["PEFT eager"]["saved_bytes"]
 
 
-def test_the_adapter_file_holds_trained_tensors_and_the_config(run, model, text, tmp_path):
-    from safetensors import safe_open
+@pytest.mark.parametrize("quantize", [(), ("--quantize", "nf4")], ids=["dense", "nf4"])
+def test_peft_reads_the_adapter(run, model, text, tmp_path, quantize):
+    """As a user of PEFT does, on the model of the directory; over 4 bits it is the dense one that the adapter is read onto."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
-    assert run("--model", model, "--text", text, *QUICK)[0] == 0
-    with safe_open(tmp_path / "out" / "adapter.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["lora_config"])
-        B = {name: file.get_tensor(name) for name in file.keys() if ".lora_B." in name}  # noqa: SIM118
-    assert (config["r"], config["target_modules"]) == (4, "all-linear")
+    code, out, err = run("--model", model, "--text", text, *QUICK, *quantize, "--json", "-")
+    assert code == 0, err
+    trip = json.loads(out)["round_trip"]
+    assert trip["peft_relative_difference"] < 0.01 * trip["base_relative_difference"]
+    assert f"logits equal to {trip['peft_relative_difference']:.1e} of their norm" in err
+    read = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "out")
+    config = read.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (4, 16, str(model))
+    B = [parameter for name, parameter in read.named_parameters() if ".lora_B." in name]
     assert len(B) == 2 * 7
-    assert all(tensor.abs().max() > 0 for tensor in B.values())  # zero before training
+    assert all(parameter.abs().max() > 0 for parameter in B)  # zero before training
 
 
 def test_the_seed_decides_the_result(run, model, text):
@@ -102,14 +113,33 @@ def test_the_seed_decides_the_result(run, model, text):
 
 
 def test_a_lossy_round_trip_is_an_error(run, model, text, monkeypatch):
-    real = demo.load_lora_state_dict
+    real = round_trip.load_adapter
 
-    def lossy(model, state):
-        name = next(name for name in state if ".lora_B." in name)
-        real(model, {**state, name: state[name] * 1.001})
+    def lossy(model, *args, **options):
+        real(model, *args, **options)
+        next(tensor for name, tensor in model.named_parameters() if ".lora_B." in name).data *= 1.001
 
-    monkeypatch.setattr(demo, "load_lora_state_dict", lossy)
+    monkeypatch.setattr(round_trip, "load_adapter", lossy)
     with pytest.raises(RuntimeError, match="adapter round trip: logits differ by up to"):
+        run("--model", model, "--text", text, *QUICK)
+
+
+def test_an_adapter_that_peft_reads_as_another_is_an_error(run, model, text, monkeypatch):
+    real = round_trip.save_adapter
+
+    def other_alpha(model, directory):
+        real(model, directory)
+        file = directory / "adapter_config.json"
+        monkeypatch.setattr(round_trip, "_peft_logits", lambda *args: with_alpha(file, 1.2, lambda: peft_logits(*args)))
+
+    def with_alpha(file, factor, call):
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps(config | {"lora_alpha": factor * config["lora_alpha"]}))
+        return call()
+
+    peft_logits = round_trip._peft_logits
+    monkeypatch.setattr(round_trip, "save_adapter", other_alpha)
+    with pytest.raises(RuntimeError, match="PEFT's logits differ by"):
         run("--model", model, "--text", text, *QUICK)
 
 
@@ -122,10 +152,6 @@ def bad_inputs(tmp_path, model):
     bert = tmp_path / "not-causal"
     bert.mkdir()
     (bert / "config.json").write_text('{"model_type": "whisper_is_not_this"}')
-    bare = tmp_path / "no-weights"
-    bare.mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (bare / name).write_bytes((model / name).read_bytes())
     return {
         "no text file": (["--text", tmp_path / "nothing.txt"], ["--text: got", "nothing.txt", "which is no file"]),
         "short text": (["--text", tmp_path / "short.txt"], ["--text: got 9 characters", "at least 200"]),
@@ -138,8 +164,6 @@ def bad_inputs(tmp_path, model):
         "a file as model": (["--model", tmp_path / "short.txt"], ["which is not a directory"]),
         "no config": (["--model", tmp_path / "empty"], ["without config.json"]),
         "unknown kind": (["--model", bert], ["no causal language model"]),
-        "no weights": (["--model", bare], ["cannot load weights"]),
-        "rank above": (["--rank", 33], ["--rank: got 33, expected 1 to 16"]),
         "rank zero": (["--rank", 0], ["--rank: got 0, expected at least 1"]),
         "dropout": (["--dropout", 1.5], ["--dropout: got 1.5, expected a probability in [0, 1]"]),
         "NaN dropout": (["--dropout", "nan"], ["--dropout: got nan"]),
@@ -155,7 +179,7 @@ def bad_inputs(tmp_path, model):
 
 NAMES = [
     "no text file", "short text", "few tokens", "not UTF-8", "no model", "a file as model", "no config", "unknown kind",
-    "no weights", "rank above", "rank zero", "dropout", "NaN dropout", "steps", "tokens", "learning rate", "alpha", "seed",
+    "rank zero", "dropout", "NaN dropout", "steps", "tokens", "learning rate", "alpha", "seed",
     "quantize",
     "output is a file",
 ]  # fmt: skip
@@ -181,43 +205,6 @@ def test_a_missing_optional_package_names_the_extra(run, model, text, monkeypatc
     code, _, err = run("--model", model, "--text", text)
     assert code == 2
     assert "'matplotlib' is not installed; run `pip install lora_kernels[demo]`" in err
-
-
-class TestDefaultModel:
-    """The conversion of the default model into the user's cache, with the conversion itself replaced."""
-
-    @pytest.fixture(autouse=True)
-    def cache(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.setattr(pretrained, "default_model_source", lambda: tmp_path / "model.gguf")
-        return tmp_path / "cache" / "lora_kernels"
-
-    def test_it_is_converted_once(self, cache, monkeypatch):
-        calls = []
-
-        def convert(source, target):
-            calls.append(source)
-            (target / "config.json").write_text("{}")
-
-        monkeypatch.setattr(pretrained, "_convert_gguf", convert)
-        assert not pretrained.default_model_is_cached()
-        directory = pretrained.default_model_directory()
-        assert directory == cache / pretrained.DEFAULT_MODEL
-        assert (directory / "config.json").is_file()
-        assert pretrained.default_model_directory() == directory
-        assert len(calls) == 1
-        assert list(cache.iterdir()) == [directory]
-
-    def test_an_interrupted_conversion_leaves_nothing(self, cache, monkeypatch):
-        def interrupted(source, target):
-            (target / "model.safetensors").write_bytes(b"half")
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(pretrained, "_convert_gguf", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            pretrained.default_model_directory()
-        assert list(cache.iterdir()) == []
-        assert not pretrained.default_model_is_cached()
 
 
 def test_a_missing_default_model_names_the_extra(run, text, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_submodules
 from model_case import QV, TOKENS, Model, flags, snapshot, train
 from offload_case import HOW, offload
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -119,6 +119,24 @@ def test_adapters_are_saved_and_loaded(how, tmp_path):
         assert torch.equal(lora_state_dict(other)[name], value)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_file_with_the_base_s_own_tensors_is_compared_with_the_offloaded_ones(same, tmp_path):
+    plain = Model(tie=False)
+    add_lora(plain, LoRAConfig(r=2, **QV))
+    save_adapter(plain, tmp_path)
+    file, key = tmp_path / "adapter_model.safetensors", "base_model.model.embed.weight"
+    save_file({**load_file(file), key: plain.embed.weight.detach() + (0 if same else 1)}, file)
+    other = Model(tie=False)
+    other.embed.weight.data = plain.embed.weight.data.clone()
+    offload(other, "disk_offload", tmp_path / "offloaded")
+    if same:
+        load_adapter(other, tmp_path)
+        assert len(lora_parameters(other)) == 8
+    else:
+        with pytest.raises(ValueError, match=r"embed\.weight' holds another base weight than this model's"):
+            load_adapter(other, tmp_path)
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_hooks_may_be_removed_later(merged, tmp_path):
     plain, kept = pair("cpu_offload", tmp_path)
@@ -192,8 +210,8 @@ def test_one_layer(base, sequential):
     [
         ({"init_lora_weights": "pissa"}, {}, "got 'pissa' for a weight on the meta device.*without offloading"),
         ({}, {"quantize": "nf4"}, "hook offloads its weight, which cannot be quantised there"),
-        ({"bias": "all"}, {}, "q_proj.bias: it is to be trained, but accelerate offloads"),
-        ({"modules_to_save": ["norm"]}, {}, r"norm: it is to be trained, but accelerate offloads blocks\.0\.norm\.weight"),
+        ({"bias": "all"}, {}, "q_proj.bias: the adapter has its own, but accelerate offloads"),
+        ({"modules_to_save": ["norm"]}, {}, r"norm: the adapter has its own, but accelerate offloads blocks\.0\.norm\.weight"),
     ],
 )
 def test_what_needs_the_weight_itself(options, arguments, words, tmp_path):

@@ -4,7 +4,6 @@ import pytest
 import tiny_llama
 import torch
 
-from lora_kernels import cli
 from lora_kernels.commands import model_step, pretrained
 from lora_kernels.commands.bench import model as model_benchmark
 from lora_kernels.commands.bench.peers import BARE, BNB, OURS, OURS_NF4, PEFT
@@ -79,14 +78,15 @@ def test_other_peers_are_listed_with_a_reason(directory):
     assert result["peers_not_measured"] == [{"peer": "bnb", "case": "all", "reason": model_benchmark.OTHERS}]
 
 
-@pytest.mark.parametrize(("name", "value"), [("tokens", 1), ("ranks", 0), ("dropouts", 1.5)])
+@pytest.mark.parametrize(("name", "value"), [("tokens", (1,)), ("sequence_length", 1)])
 def test_impossible_settings_are_refused(directory, name, value):
-    with pytest.raises(CommandError, match="--quantize: got 'int8'"):
-        settings(directory, quantize="int8").check()
-    with pytest.raises(CommandError, match=f"--{name.rstrip('s')}"):
-        settings(directory, **{name: (value,)}).check()
+    field = {"sequence_length": "length"}.get(name, name)
+    with pytest.raises(CommandError, match=f"--{name.replace('_', '-')}: got 1, expected at least 2"):
+        settings(directory, **{field: value}).check()
 
 
-def test_the_command_refuses_what_is_for_single_layers(directory):
-    with pytest.raises(CommandError, match="which are for single layers"):
-        cli.app(["bench", "--model", str(directory), "--shape", "8x8"], standalone_mode=False)
+def test_over_4_bits_peft_and_bnb_are_the_same_peer(directory):
+    pytest.importorskip("bitsandbytes")
+    result = model_benchmark.run(settings(directory, quantize="nf4"), CPU, 1, Output(), compare=("bnb",))
+    assert [row["variant"] for row in result["rows"]] == [BARE, OURS_NF4, BNB]
+    assert result["peers_not_measured"] == []

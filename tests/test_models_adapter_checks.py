@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from adapter_case import CONFIG, WEIGHTS, model, own_adapter
+from adapter_case import CONFIG, WEIGHTS, model, own_adapter, peft_adapter
 from safetensors.torch import load_file, save_file
 
 from lora_kernels import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter
@@ -39,6 +39,8 @@ def rename_to_bin(directory):
 
 
 KEY = "base_model.model.layers.0.q_proj.lora_A.weight"
+NORM = "base_model.model.layers.0.norm.lora_A.weight"
+EMBEDDING = {f"base_model.model.embed_tokens.lora_embedding_{side}": torch.ones(4, 11) for side in "AB"}
 DAMAGES = [
     (
         change_weights(lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}),
@@ -46,6 +48,14 @@ DAMAGES = [
     ),
     (change_weights(lambda t: {k: v for k, v in t.items() if k != KEY}), f"missing 1 of 8, such as '{KEY}'"),
     (change_weights(lambda t: {**t, KEY.replace("lora_A", "lora_C"): t[KEY]}), "unknown .*lora_C.*near: .*lora_"),
+    (change_weights(lambda t: {**t, "extra": t[KEY]}), r"but 1 of 9 do not: \['extra'\]"),
+    (change_weights(lambda t: {**t, "base_model.model.extra": t[KEY]}), "unknown 'base_model.model.extra'$"),
+    (change_weights(lambda t: {**t, "base_model.model.lora_magnitude_vector": t[KEY]}), "unknown .*magnitude"),
+    (change_weights(lambda t: {**t, **EMBEDDING}), r"'[^']*lora_embedding_[AB]' adapts embed_tokens \(Embedding\).* with PEFT"),
+    (change_weights(lambda t: {**t, NORM.replace("norm", "fc"): t[KEY]}), "unknown .*fc"),
+    (change_weights(lambda t: {**t, NORM: t[KEY]}), r"adapts layers\.0\.norm \(LayerNorm\)"),
+    (change_weights(lambda t: {**t, KEY: t[KEY].where(t[KEY] > 0, float("nan"))}), f"'{KEY}' holds NaN or infinity"),
+    (change_weights(lambda t: {**t, KEY: t[KEY].bfloat16() * float("inf")}), "holds NaN or infinity in 32 of 32 values"),
     (change_weights(lambda t: {**t, KEY: t[KEY].T}), r"has shape \(8, 4\), expected \(4, 8\)"),
     (change_weights(lambda t: {**t, KEY: t[KEY].int()}), "has dtype torch.int32"),
     (change_weights(lambda t: {**t, "base_model.model.lm_head.weight": torch.ones(11, 8)}), "another base weight"),
@@ -88,6 +98,35 @@ def test_a_clear_error_and_nothing_has_changed(tmp_path, damage, message, existi
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
 
 
+def test_peft_s_adapter_of_an_embedding_is_refused(tmp_path):
+    peft_adapter(tmp_path, target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(ValueError, match=r"adapts embed_tokens \(Embedding\), and only linear layers get LoRA here"):
+        load_adapter(model(), tmp_path)
+
+
+def test_a_trained_module_may_not_hold_nan_but_its_buffers_may(tmp_path):
+    base = model()
+    base.layers[0].norm.register_buffer("mask", torch.full((3,), -torch.inf))
+    ours = own_adapter(base=base, modules_to_save=["layers.0.norm"])
+    save_adapter(ours, tmp_path)
+    fresh = model()
+    fresh.layers[0].norm.register_buffer("mask", torch.zeros(3))
+    load_adapter(fresh, tmp_path)
+    assert fresh.layers[0].norm.mask.isinf().all()
+    norm = "base_model.model.layers.0.norm.weight"
+    change_weights(lambda t: {**t, norm: t[norm] * torch.inf})(tmp_path)
+    with pytest.raises(ValueError, match=f"'{norm}' holds NaN or infinity"):
+        load_adapter(fresh, tmp_path)
+
+
+@pytest.mark.parametrize("options", [None, {}, {"modules_to_save": ["norm"]}], ids=str)
+def test_a_model_on_the_meta_device_would_lose_the_values(tmp_path, options):
+    save_adapter(own_adapter(**options or {}), tmp_path)
+    empty = model() if options is None else own_adapter(**options)
+    with pytest.raises(ValueError, match="on the meta device, where values are lost: load its weights first"):
+        load_adapter(empty.to("meta"), tmp_path)
+
+
 def test_a_missing_directory(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory"):
         load_adapter(model(), tmp_path / "nowhere")
@@ -107,6 +146,9 @@ def test_loading_into_a_merged_model_is_an_error(tmp_path):
         load_adapter(ours, tmp_path)
 
 
+LOST = r"1 of its tensors are lost: '[\w.]*layers\.1\.q_proj\.lora_B\.weight' holds NaN or infinity in 1 of 32 values"
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -117,8 +159,9 @@ def test_loading_into_a_merged_model_is_an_error(tmp_path):
         ),
         (lambda m: None, KeyError, "not found"),
         (lambda m: setattr(own_adapter(base=m).layers[0].q_proj.adapters["default"], "scaling", 9.0), ValueError, "scaling 9"),
+        (lambda m: own_adapter(base=m).layers[1].q_proj.lora_B["default"].data[0, 0].fill_(float("nan")), ValueError, LOST),
     ],
-    ids=["pissa", "no adapter", "scaling"],
+    ids=["pissa", "no adapter", "scaling", "diverged"],
 )
 def test_what_the_format_cannot_say_is_not_written(tmp_path, change, error, message):
     ours = model()

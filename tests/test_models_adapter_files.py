@@ -150,3 +150,20 @@ def test_saving_does_not_tie_the_file_to_the_model(tmp_path):
     load_adapter(ours, tmp_path)
     for key, value in lora_state_dict(twin).items():
         assert torch.equal(lora_state_dict(ours)[key], value)
+
+
+def test_what_is_returned_says_where_and_what(tmp_path):
+    ours = own_adapter(modules_to_save=["lm_head"], rank_pattern={"v_proj": 2})
+    own_adapter("sql", ours)
+    assert save_adapter(ours, str(tmp_path)) == tmp_path
+    assert save_adapter(ours, tmp_path, "sql") == tmp_path / "sql"
+    fresh = model()
+    first, second = load_adapter(fresh, str(tmp_path)), load_adapter(fresh, tmp_path, "sql")
+    assert (first.adapter, first.directory, first.active) == ("default", tmp_path, True)
+    assert first.adapted == {f"layers.{i}.{name}": r for i in range(2) for name, r in (("q_proj", 4), ("v_proj", 2))}
+    assert set(first.tensors) == load_file(tmp_path / WEIGHTS).keys()
+    assert first.config.modules_to_save == ["lm_head"]
+    assert str(first) == f"adapter 'default' from {tmp_path}: 4 LoRA layers, r = 2, 4\n  whole: lm_head.weight"
+    assert (second.directory, second.active, second.config.r) == (tmp_path / "sql", False, 4)
+    assert str(second).endswith("r = 4; not active: call set_adapter(model, 'sql')")
+    assert load_adapter(fresh, tmp_path).adapted == first.adapted

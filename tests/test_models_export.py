@@ -7,13 +7,12 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lora_kernels import LoRAConfig, add_lora, lora_parameters, merge_lora, remove_lora, save_merged, set_adapter
 from lora_kernels.commands.measure import peak_bytes
 from lora_kernels.models.export import merged_tensors
-
-safetensors = pytest.importorskip("safetensors.torch")
 
 
 def tuned(quantize, dtype=torch.bfloat16, sizes=(64, 96, 64), **config):
@@ -40,7 +39,7 @@ def test_values(quantize, dtype, tmp_path):
         expected[i] = nn.Linear(*W.T.shape)
         expected[i].weight, expected[i].bias = nn.Parameter(merged.to(dtype or torch.bfloat16)), layer.bias
     plain = {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in expected.state_dict().items()}
-    found = safetensors.load_file(save_merged(model, tmp_path / "out", dtype=dtype))
+    found = load_file(save_merged(model, tmp_path / "out", dtype=dtype))
     assert found.keys() == plain.keys()
     for name, value in plain.items():
         assert found[name].dtype == value.dtype
@@ -103,7 +102,7 @@ def test_shards(max_shard_size, tmp_path):
     assert sorted(os.listdir(tmp_path)) == [*files, index.name]
     found = {}
     for file in files:
-        shard = safetensors.load_file(tmp_path / file)
+        shard = load_file(tmp_path / file)
         assert all(content["weight_map"][name] == file for name in shard)
         assert sum(t.nbytes for t in shard.values()) <= max_shard_size or len(shard) == 1
         found.update(shard)
@@ -135,7 +134,7 @@ def test_an_earlier_model_s_files_go(tmp_path):
 def test_tensors_that_overlap_are_written_whole(tmp_path):
     model = tuned(None)
     model.register_buffer("row", model[2].weight[None])
-    found = safetensors.load_file(save_merged(model, tmp_path))
+    found = load_file(save_merged(model, tmp_path))
     assert torch.equal(found["row"][0], found["2.weight"])
 
 

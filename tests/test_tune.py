@@ -248,5 +248,5 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CommandError, match="tune: cannot write"):
+    with pytest.raises(CommandError, match="--folder: cannot create"):
         tune.write({}, tmp_path / "file" / "x.json")

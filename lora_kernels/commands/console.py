@@ -1,93 +1,162 @@
-"""What the commands share: one-line errors, readable numbers, and where tables and JSON go."""
+"""What the commands share: one-line errors, readable numbers, progress, and where tables and JSON go."""
 
+import contextlib
 import importlib
 import json
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
+
+from .tables import make_table
 
 STDOUT = "-"
-TEXT_COLUMNS = ("reason", "value")
-PLAIN_WIDTH = 160  # columns of a table that is piped: a terminal's 80 would cut the numbers
+PLAIN_WIDTH = 160  # columns of what is piped without COLUMNS: a terminal's 80 would leave numbers out
+BAD_INPUT, FAILED = 2, 1  # exit codes
 
 
 class CommandError(Exception):
-    """Bad input to a command: its message is one line (what, got, expected, cure); the process exits with code 2."""
+    """What ends a command: a message of one line (what, got, expected, cure) and the exit code, BAD_INPUT by default."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, exit_code: int = BAD_INPUT):
         super().__init__(" ".join(message.split()))
+        self.exit_code = exit_code
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Of its message; "" where there is none."""
     return str(error).strip().partition("\n")[0]
 
 
-def require(command: str, *packages: str) -> list[ModuleType]:
+def require(*packages: str) -> list[ModuleType]:
     """Import `packages`. Raises CommandError that names the first missing one and the extra that installs it."""
     modules = []
     for package in packages:
         try:
             modules.append(importlib.import_module(package))
         except ModuleNotFoundError as error:
-            raise CommandError(
-                f"{command}: the package {error.name!r} is not installed; run `pip install lora_kernels[demo]`"
-            ) from error
+            raise CommandError(f"the package {error.name!r} is not installed; run `pip install lora_kernels[demo]`") from error
     return modules
 
 
+def write_whole(path: Path, text: str, option: str) -> None:
+    """Write a file that others may read meanwhile, or that a time limit may end: the new text or the old one, no part of it.
+
+    A pipe, a device, and a file in a folder that takes no other are written to as they are.
+    Raises CommandError that names `option`.
+    """
+    try:
+        target = path.resolve()  # a link stays one
+        if _is_device(path) or not os.access(target.parent, os.W_OK):
+            path.write_text(text, encoding="utf-8")
+            return
+        staging = target.with_name(target.name + ".new")
+        try:
+            staging.write_text(text, encoding="utf-8")
+            staging.replace(target)
+        except OSError:
+            staging.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise CommandError(f"{option}: cannot write {path}: {error.strerror}", FAILED) from error
+
+
+def make_writable(folder: Path, option: str) -> None:
+    """Make `folder` where it is missing. Raises CommandError that names `option` unless files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"{option}: cannot create {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CommandError(f"{option}: got {folder}, which is not writable; pass another folder")
+
+
 class Output:
-    """Tables on stdout, JSON in `json_target`; with the target "-" JSON has stdout to itself, tables go to stderr.
+    """Tables on stdout, JSON in `json_target`, progress on stderr; with the target "-" JSON has stdout to itself.
 
     Raises CommandError at once for a target that cannot be written, before any slow work.
     """
 
     def __init__(self, json_target: str | None = None):
         self.json_target = json_target
-        self.console = Console(stderr=json_target == STDOUT, highlight=False)
-        if not self.console.is_terminal:
-            self.console.width = PLAIN_WIDTH
+        self.console = _console(stderr=json_target == STDOUT)
+        self.progress = _console(stderr=True)
         if json_target not in (None, STDOUT):
             path = Path(json_target)
             if path.is_dir() or not path.absolute().parent.is_dir():
                 raise CommandError(f"--json: got {json_target}, expected a file in an existing directory, or -")
+            if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+                raise CommandError(f"--json: got {json_target}, which is not writable; pass another file")
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         self.console.print(*args, **kwargs)
 
-    def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], caption: str | None = None) -> None:
-        """Print a table; the first column and a column "reason" are text, the others numbers, to the right."""
-        result = Table()
-        for index, column in enumerate(columns):
-            result.add_column(column, justify="left" if index == 0 or column in TEXT_COLUMNS else "right")
-        for row in rows:
-            result.add_row(*(escape(str(cell)) for cell in row))
+    @contextlib.contextmanager
+    def status(self, what: str) -> Iterator[None]:
+        """Say on stderr what takes long: a line that goes again, on no terminal one that stays.
+
+        It does not move: the thread of a spinner would take the interpreter from what is timed.
+        """
+        if self.progress.is_terminal:
+            with Live(Text(f"{what} …"), console=self.progress, auto_refresh=False, transient=True):
+                yield
+        else:
+            self.progress.print(what, markup=False)
+            yield
+
+    def table(
+        self,
+        title: str,
+        columns: Iterable[str],
+        rows: Iterable[Iterable[Any]],
+        caption: str | None = None,
+        less_important: Sequence[str] = (),
+    ) -> None:
+        """Print a table as wide as the terminal allows; the columns of `less_important` are left out first, in that order."""
+        result, left_out = make_table(columns, rows, self.console.width, less_important)
         # Printed apart: rich would wrap them to the width of the table, which may be narrow.
         self.print(f"[bold]{escape(title)}[/]")
-        self.print(result)
+        self.print(result, crop=False)
+        if left_out:
+            hint = f"Not shown in {self.console.width} columns: {', '.join(left_out)}. --json has all."
+            self.print(f"[dim]{escape(hint)}[/]")
         if caption:
             self.print(f"[dim]{escape(caption)}[/]")
 
     def save_progress(self, data: Any) -> None:
         """Write `data` so far to the target if that is a file: a time limit then loses nothing that was measured."""
-        if self.json_target != STDOUT:
+        if self.json_target not in (None, STDOUT) and not _is_device(Path(str(self.json_target))):
             self.write_json(data)
 
     def write_json(self, data: Any) -> None:
         """Write `data` to the target, if there is one."""
         if self.json_target is None:
             return
-        text = json.dumps(data, indent=2, default=str)
+        text = json.dumps(data, indent=2, default=str) + "\n"
         if self.json_target == STDOUT:
-            sys.stdout.write(text + "\n")
+            sys.stdout.write(text)
         else:
-            Path(self.json_target).write_text(text + "\n", encoding="utf-8")
+            write_whole(Path(self.json_target), text, "--json")
+
+
+def _console(stderr: bool) -> Console:
+    """On no terminal as wide as COLUMNS says."""
+    console = Console(stderr=stderr, highlight=False)
+    if console.width < 1 or (not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit()):
+        console.width = PLAIN_WIDTH
+    return console
+
+
+def _is_device(path: Path) -> bool:
+    """Also a pipe: what is written there cannot be replaced by what comes later."""
+    return path.exists() and not path.is_file()
 
 
 def format_bytes(count: float) -> str:

@@ -13,9 +13,10 @@ from ..layers.linear import LoRALinear
 from ..models.config import LoRAConfig
 from ..models.surgery import add_lora
 from .console import CommandError
+from .options import MAX_COUNT
 
 SEED_BYTES = 8
-SHAPE = re.compile(r"(\d+)x(\d+)(?::(\d+))?")
+SHAPE, ONE_SHAPE = re.compile(r"(\d+)x(\d+)(?::(\d+))?"), re.compile(r"(\d+)x(\d+)()")
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,22 @@ class Layers:
 
 def parse_shapes(shapes: Iterable[str], rank: int) -> list[Layers]:
     """["4096x14336:32"] -> 32 layers K=4096, N=14336; the count is 1 where it is left out. Raises CommandError."""
-    result = []
-    for text in shapes:
-        match = SHAPE.fullmatch(text)
-        if not match or 0 in (numbers := [int(number or 1) for number in match.groups()]):
-            raise CommandError(f"--shape: got {text!r}, expected KxN or KxN:COUNT, positive, as in 4096x14336:32")
-        K, N, count = numbers
-        result.append(Layers(K, N, count, rank))
-    check_rank(result)
-    return result
+    expected = "KxN or KxN:COUNT, positive, as in 4096x14336:32"
+    return [Layers(K, N, count, rank) for K, N, count in (_numbers(text, SHAPE, expected) for text in shapes)]
 
 
-def check_rank(layers: Iterable[Layers]) -> None:
-    """Raise CommandError unless every rank is from 1 to min(K, N): more cannot express more than W itself."""
-    for group in sorted(layers, key=lambda group: min(group.K, group.N)):  # the tightest limit is the useful one
-        limit = min(group.K, group.N)
-        if not 1 <= group.R <= limit:
-            raise CommandError(f"--rank: got {group.R}, expected 1 to {limit} for the layer {group.K}x{group.N}")
+def parse_shape(text: str) -> tuple[int, int]:
+    """ "4096x14336" -> K=4096, N=14336: of one layer, where a count has no meaning. Raises CommandError."""
+    K, N, _ = _numbers(text, ONE_SHAPE, "KxN, positive, as in 4096x14336")
+    return K, N
+
+
+def _numbers(text: str, pattern: re.Pattern[str], expected: str) -> list[int]:
+    match = pattern.fullmatch(text)
+    numbers = [int(number or 1) for number in match.groups()] if match else [0]
+    if 0 in numbers or max(numbers) > MAX_COUNT:
+        raise CommandError(f"--shape: got {text!r}, expected {expected}, numbers up to {MAX_COUNT}")
+    return numbers
 
 
 def group_layers(model: nn.Module) -> list[Layers]:
@@ -79,6 +79,4 @@ def adapt(model: nn.Module, config: LoRAConfig, what: str) -> list[Layers]:
         add_lora(model, config)
     except (ValueError, TypeError) as error:
         raise CommandError(f"{what}: {error}") from error
-    layers = group_layers(model)
-    check_rank(layers)
-    return layers
+    return group_layers(model)

@@ -41,9 +41,7 @@ def peft_twin(model: nn.Module, config: LoRAConfig, quantize: str | None = None)
     """
     from peft import LoraConfig, get_peft_model
 
-    twin = shared_copy(model)
-    if quantize:
-        _use_linear4bit(twin)
+    twin = peft_base(shared_copy(model), quantize)
     peft_config = LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
@@ -54,8 +52,10 @@ def peft_twin(model: nn.Module, config: LoRAConfig, quantize: str | None = None)
     return get_peft_model(twin, peft_config)
 
 
-def _use_linear4bit(model: Any) -> None:
-    """bitsandbytes' Linear4bit in the place of the linear layers, but for the output head."""
+def peft_base(model: Any, quantize: str | None) -> Any:
+    """`model` as PEFT adapts it; quantize="nf4": its linear layers, but for the output head, are bitsandbytes' Linear4bit."""
+    if quantize is None:
+        return model
     from bitsandbytes.nn import Linear4bit
 
     head = model.get_output_embeddings()
@@ -67,6 +67,7 @@ def _use_linear4bit(model: Any) -> None:
             layer.weight = to_params4bit(quantize_nf4(weight.detach()), torch.uint8, layer)
             owner, _, attribute = path.rpartition(".")
             setattr(model.get_submodule(owner), attribute, layer)
+    return model
 
 
 def loss(model: nn.Module, ids: Tensor) -> Tensor:

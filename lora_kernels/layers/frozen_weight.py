@@ -86,6 +86,11 @@ class FrozenWeight(nn.Module):
         """The dtype of the weight, in 4 bits that of the weight that was quantised."""
         return self.weight.dtype if self._format is None else self._format.dtype
 
+    @property
+    def storage(self) -> torch.dtype:
+        """The dtype as which the weight is written: its own, or that of bitsandbytes' quant_storage."""
+        return self.weight.dtype if self._format is None else self._format.storage
+
     def _hold(self, w: NF4Weight, storage: torch.dtype | None = None) -> None:
         """Make `w` the weight, without copying; `weight` stays a parameter of its own if its bytes are others."""
         if storage is None:

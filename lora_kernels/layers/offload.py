@@ -132,6 +132,12 @@ def offloaded_tensors(model: nn.Module) -> dict[str, Offloaded]:
     return found
 
 
+def with_values(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Gives a tensor of `model`, or in the place of one that a hook keeps its value, which may be read from a disk."""
+    kept = {id(each.tensor): each for each in offloaded_tensors(model).values()}
+    return lambda tensor: kept[id(tensor)].load() if id(tensor) in kept else tensor
+
+
 def loaded_with_another(model: nn.Module) -> set[nn.Module]:
     """Modules whose tensors the hook of a module around them keeps, as with accelerate's preload_module_classes."""
     found: set[nn.Module] = set()

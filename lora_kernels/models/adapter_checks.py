@@ -3,58 +3,109 @@
 import difflib
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..dtypes import FLOATS
-from .adapter_keys import PREFIX
+from ..layers.frozen_weight import is_conv1d
+from ..layers.linear import LoRALinear
+from ..layers.offload import offloaded_tensors, with_values
+from .adapter_keys import PREFIX, base_tensors
 from .config import LoRAConfig
 from .distributed import full
 from .state import lora_layers
+from .wrappers import named_modules
 
 
 def check_tensors(
-    saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], base: dict[str, Tensor], source: Path
+    model: nn.Module, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], source: Path
 ) -> dict[str, Tensor]:
-    """The tensors of `expected` from the file. Raises ValueError for anything missing, unknown, of another shape or dtype."""
-    unprefixed = [key for key in saved if not key.startswith(PREFIX)]
+    """The tensors of `expected` from the file.
+
+    Raises ValueError for anything missing, unknown, of another shape or dtype, or trained to NaN or infinity.
+    """
+    unprefixed = sorted(key for key in saved if not key.startswith(PREFIX))
     if unprefixed or not saved:
         raise ValueError(
-            f"{source}: expected keys that begin with {PREFIX!r}, got {sorted(saved)[:3]}; save it with PEFT's save_pretrained"
+            f"{source}: expected keys that begin with {PREFIX!r}, but {len(unprefixed)} of {len(saved)} do not: "
+            f"{unprefixed[:3]}; save it with PEFT's save_pretrained"
         )
+    base = base_tensors(model)
     problems = []
     missing = sorted(expected.keys() - saved.keys())
     if missing:
         problems.append(f"missing {len(missing)} of {len(expected)}, such as {missing[0]!r}")
-    for key in sorted(saved.keys() - expected.keys()):
-        if (reason := _why_unknown(key, saved, expected, base)) is not None:
-            problems.append(reason)
+    weights = (base.get(f"{key.partition('.lora_')[0]}.weight", base.get(key)) for key in expected)
+    offloaded = {id(each.tensor) for each in offloaded_tensors(model).values()}  # adapters over these are elsewhere
+    if any(weight is not None and weight.is_meta and id(weight) not in offloaded for weight in weights):
+        problems.append("the model is on the meta device, where values are lost: load its weights first, then the adapter")
+    value = with_values(model)
+    base |= {key: value(base[key]) for key in saved.keys() - expected.keys() if key in base}
+    problems += _unknown(model, saved, expected, base)
     for key in sorted(expected.keys() & saved.keys()):
         if tuple(saved[key].shape) != expected[key]:
             problems.append(f"{key!r} has shape {tuple(saved[key].shape)}, expected {expected[key]}")
         elif ".lora_" in key and saved[key].dtype not in FLOATS:
             problems.append(f"{key!r} has dtype {saved[key].dtype}, expected a floating-point one")
+        elif key not in base or isinstance(base[key], nn.Parameter):
+            problems += why_not_finite(key, saved[key])
     if problems:
         more = f"; and {len(problems) - 4} more" * (len(problems) > 4)
         raise ValueError(f"{source} does not fit this model, nothing was changed: " + "; ".join(problems[:4]) + more)
     return {key: saved[key] for key in expected}
 
 
+def why_not_finite(key: str, tensor: Tensor) -> list[str]:
+    """[the error] for a trained tensor with NaN or infinity in it, which no model computes anything with; or []."""
+    bad = int((~tensor.isfinite()).sum()) if tensor.dtype in FLOATS else 0  # PyTorch cannot ask that of float8
+    return [f"{key!r} holds NaN or infinity in {bad} of {tensor.numel()} values: its training has diverged"] * bool(bad)
+
+
+def _unknown(
+    model: nn.Module, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], base: dict[str, Tensor]
+) -> list[str]:
+    """Why keys that are not the adapter's are errors, but for what PEFT writes beside it and which says nothing new."""
+    modules = dict(named_modules(model))
+    reasons: dict[str, str] = {}  # one for all keys of a module that is no linear layer
+    for key in sorted(saved.keys() - expected.keys()):
+        place, adapts, _ = key.removeprefix(PREFIX).partition(".lora_")
+        module = modules.get(place)
+        if adapts and module is not None and not isinstance(module, (nn.Linear, LoRALinear)) and not is_conv1d(module):
+            reasons[place] = (
+                f"{key!r} adapts {place} ({type(module).__name__}), and only linear layers get LoRA here: load it with "
+                "PEFT, where accelerate(model) takes the linear layers, or train one without it"
+            )
+        elif (reason := _why_unknown(key, saved, expected, base)) is not None:
+            reasons[key] = reason
+    return list(reasons.values())
+
+
 def _why_unknown(
     key: str, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], base: dict[str, Tensor]
 ) -> str | None:
-    """Why a key that is not the adapter's is an error; None for what PEFT writes beside it and which says nothing new."""
     for inside in (".original_module.", ".modules_to_save."):  # with bias="all" PEFT also writes its wrapper's inside
         if inside in key and key.replace(inside, ".") in expected:
             return None
     if key in base:  # embeddings and heads that are adapted, or were resized, are saved whole
         own, theirs = base[key], saved[key]
-        narrow = own.dtype if own.dtype.itemsize <= theirs.dtype.itemsize else theirs.dtype
-        if own.shape == theirs.shape and torch.equal(full(own).detach().cpu().to(narrow), theirs.to(narrow)):
+        if own.shape == theirs.shape and same_values(own, theirs).all():
             return None
-        return f"{key!r} holds another base weight than this model's: it belongs to another, or a resized, model"
+        if own.dim() == theirs.dim() == 2 and own.shape[1] == theirs.shape[1] and own.shape[0] != theirs.shape[0]:
+            return (
+                f"{key!r} has {theirs.shape[0]} rows, and this model's {own.shape[0]}: the adapter was saved after a resize; "
+                f"call model.resize_token_embeddings({theirs.shape[0]}) before load_adapter"
+            )
+        return (
+            f"{key!r} holds another base weight than this model's: it belongs to another model; or, if only rows that "
+            "resize_token_embeddings added differ, copy it from the file into this model first"
+        )
     near = difflib.get_close_matches(key, expected, 1, cutoff=0.8)
-    return f"unknown {key!r}" + f" (near: {near[0]!r})" * bool(near)
+    return f"unknown {key!r}" + (f" (near: {near[0]!r})" if near else "")
+
+
+def same_values(own: Tensor, theirs: Tensor) -> Tensor:
+    """Where two tensors of one shape are equal, at the narrower of their dtypes."""
+    narrow = own.dtype if own.dtype.itemsize <= theirs.dtype.itemsize else theirs.dtype
+    return full(own).detach().cpu().to(narrow) == theirs.to(narrow)
 
 
 def check_scaling(model: nn.Module, config: LoRAConfig, adapter_name: str, source: Path) -> None:

@@ -11,17 +11,17 @@ from ..layers.initialization import rewrites_weight
 from .config import LoRAConfig
 from .names import names_match, parents, trained_whole
 from .state import lora_layers
+from .tasks import saved_task
 from .wrappers import named_modules, unwrapped
 
 SHARED = (  # fields of the same name and meaning
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"),
-    *("layers_to_transform", "layers_pattern"),
-    *("use_rslora", "lora_bias", "bias", "modules_to_save"),
+    *("layers_to_transform", "layers_pattern", "use_rslora", "lora_bias", "bias", "modules_to_save", "task_type"),
 )
 # Fields that do not change what a saved adapter computes. fan_in_fan_out follows from the type of each layer; the *_config
 # fields only shape the initial values.
 WITHOUT_EFFECT = (
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("megatron_core", "qalora_group_size", "runtime_config"),
 )
@@ -102,7 +102,6 @@ def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str
             )
     return {
         "peft_type": "LORA",
-        "task_type": None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "init_lora_weights": config.init_lora_weights,
@@ -111,6 +110,7 @@ def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str
         "target_modules": _target_modules(model, config, set(layers)),
         "layers_to_transform": None,  # target_modules says it
         "layers_pattern": None,
+        **saved_task(model, config),
     }
 
 

@@ -1,7 +1,8 @@
-"""Adapters of a model changed by add_lora in PEFT's own files, adapter_config.json and adapter_model.safetensors, both ways."""
+"""Read an adapter's files, which PEFT or save_adapter wrote, into a model."""
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +13,33 @@ from ..layers.adapters import check_adapter_name
 from ..layers.linear import DEFAULT_ADAPTER
 from . import adapter_config
 from .adapter_checks import check_scaling, check_tensors
-from .adapter_keys import adapter_tensors, base_tensors, planned_shapes
-from .atomic_files import all_or_nothing
-from .distributed import full, is_sharded, sharded_like
+from .adapter_keys import PREFIX, adapter_tensors, exchanged_tensors, planned_shapes
+from .adapter_saving import CONFIG_FILE, WEIGHTS_FILE, subfolder
+from .config import LoRAConfig
+from .distributed import sharded_like
+from .embeddings import add_embeddings, brought_embeddings
 from .state import lora_layers, lora_state, refuse_if_merged
 from .surgery import add_adapter
-from .wrappers import unwrapped
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+from .switching import active_adapter
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = DEFAULT_ADAPTER) -> None:
-    """Write adapter `adapter_name` of `model` so that PEFT, and load_adapter, read it: two files, complete or not at all.
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """What load_adapter read; str() is for people."""
 
-    As in PEFT, "default" goes into `directory` itself, another name into a subfolder of that name. Where parameters are sharded
-    (FSDP2), every process has to call it, and the first one writes.
-    Raises KeyError for an unknown adapter, and ValueError, before anything is written, for what PEFT's format cannot say.
-    """
-    model = unwrapped(model)
-    state = lora_state(model)
-    if adapter_name not in state.configs:
-        raise KeyError(f"adapter {adapter_name!r}: not found; adapters here: {list(state.configs)}, made by add_lora")
-    folder = Path(directory) if adapter_name == DEFAULT_ADAPTER else _subfolder(directory, adapter_name)
-    config = adapter_config.to_peft(model, state.configs[adapter_name], adapter_name)
-    own = adapter_tensors(model, adapter_name)
-    if any(tensor.is_meta for tensor in own.values()):
-        raise ValueError(f"adapter {adapter_name!r}: it is on the meta device and has no values; fill it first")
-    whole = {key: full(tensor).detach().to("cpu", copy=True).contiguous() for key, tensor in own.items()}
-    sharded = any(is_sharded(tensor) for tensor in own.values())
-    if not sharded or torch.distributed.get_rank() == 0:
-        _write(folder, config, whole)
-    if sharded:
-        torch.distributed.barrier()
+    adapter: str
+    directory: Path  # in which the files are
+    config: LoRAConfig
+    adapted: dict[str, int]  # path -> r
+    tensors: tuple[str, ...]  # all keys that were read
+    active: bool  # otherwise it waits for set_adapter
+
+    def __str__(self) -> str:
+        ranks = ", ".join(map(str, sorted(set(self.adapted.values()))))
+        waits = "" if self.active else f"; not active: call set_adapter(model, {self.adapter!r})"
+        whole = [key.removeprefix(PREFIX) for key in self.tensors if ".lora_" not in key]
+        lines = [f"adapter {self.adapter!r} from {self.directory}: {len(self.adapted)} LoRA layers, r = {ranks}{waits}"]
+        return "\n".join(lines + [f"  whole: {key}" for key in whole])
 
 
 def load_adapter(
@@ -53,19 +49,20 @@ def load_adapter(
     *,
     autocast_adapter_dtype: bool = True,
     quantize: str | None = None,
-) -> None:
+) -> LoadedAdapter:
     """Read an adapter that PEFT or save_adapter wrote, as `adapter_name` of `model`.
 
     It is read from the subfolder `adapter_name` if there is one with an adapter, else from `directory` itself. A model that has
     an adapter of that name gets its values; otherwise the adapter is added, as by add_lora with the file's configuration
-    and the same `autocast_adapter_dtype` and `quantize`.
+    and the same `autocast_adapter_dtype` and `quantize`. Where the file has the embedding and the head of a resized model, the
+    adapter gets frozen copies of them. Returns what was read, for people too.
     Raises FileNotFoundError or ValueError, before anything changes, for files that are missing or damaged, a configuration
-    that has no counterpart here, and keys or shapes that are not exactly those of this model.
+    that has no counterpart here, keys or shapes that are not exactly those of this model, and NaN or infinity.
     """
     check_adapter_name(adapter_name, "adapter_name")
     folder = Path(directory)
-    if (_subfolder(directory, adapter_name) / CONFIG_FILE).is_file():
-        folder = _subfolder(directory, adapter_name)
+    if (subfolder(directory, adapter_name) / CONFIG_FILE).is_file():
+        folder = subfolder(directory, adapter_name)
     values, saved = _read(folder)
     config = adapter_config.from_peft(values, model, str(folder / CONFIG_FILE))
     refuse_if_merged(lora_layers(model), "load an adapter")
@@ -75,20 +72,19 @@ def load_adapter(
         expected = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, adapter_name).items()}
     else:
         expected = planned_shapes(model, config, adapter_name)
-    weights = check_tensors(saved, expected, base_tensors(model), folder / WEIGHTS_FILE)
+    brought = brought_embeddings(model, saved, expected)
+    expected |= {key: tuple(tensor.shape) for key, tensor in exchanged_tensors(brought).items()}
+    weights = check_tensors(model, saved, expected, folder / WEIGHTS_FILE)
     if not present:
         add_adapter(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
+    add_embeddings(model, adapter_name, brought)
     with torch.no_grad():
         for key, tensor in adapter_tensors(model, adapter_name).items():
             tensor.copy_(sharded_like(weights[key], tensor))
-
-
-def _subfolder(directory: str | os.PathLike, adapter_name: str) -> Path:
-    """Where an adapter that is not "default" lies. Raises ValueError for a name that is a path out of `directory`."""
-    folder = Path(directory) / adapter_name
-    if not folder.is_relative_to(directory):
-        raise ValueError(f"adapter_name: got {adapter_name!r}, which is no folder inside {os.fspath(directory)!r}")
-    return folder
+    adapted = {
+        path: layer.adapters[adapter_name].r for path, layer in lora_layers(model).items() if adapter_name in layer.adapters
+    }
+    return LoadedAdapter(adapter_name, folder, config, adapted, tuple(weights), active_adapter(model) == adapter_name)
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -116,11 +112,3 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return config, load_file(directory / WEIGHTS_FILE)
     except SafetensorError as error:
         raise ValueError(f"{directory / WEIGHTS_FILE}: no safetensors file, or cut off: {error}") from error
-
-
-def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    with all_or_nothing(directory) as folder:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,5 +1,7 @@
 """PEFT's keys for the tensors of an adapter, of one that is there and of one that add_lora would make."""
 
+from collections.abc import Collection, Mapping
+
 from torch import Tensor, nn
 
 from .config import LoRAConfig
@@ -21,17 +23,26 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[adapter_name]
             if adapter_name in layer.lora_bias:
                 tensors[f"{PREFIX}{path}.lora_B.bias"] = layer.lora_bias[adapter_name]
-    for exchange in lora_state(model).exchanges:
-        if adapter_name in exchange.choices:
-            tensors.update(_exchanged(exchange.path, exchange.attribute, exchange.choices[adapter_name], set(layers)))
+    exchanges = [exchange for exchange in lora_state(model).exchanges if adapter_name in exchange.choices]
+    return tensors | exchanged_tensors({(e.path, e.attribute): e.choices[adapter_name] for e in exchanges}, layers)
+
+
+def exchanged_tensors(
+    originals: Mapping[tuple[str, str], nn.Module | nn.Parameter], adapted: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors of modules and parameters that are trained whole, given by (path of the owner, attribute), under PEFT's keys.
+
+    adapted: paths of the LoRA layers, a bias of which PEFT has one level further down.
+    """
+    tensors: dict[str, Tensor] = {}
+    for (owner, attribute), choice in originals.items():
+        path = f"{owner}.{attribute}".removeprefix(".")
+        if isinstance(choice, nn.Module):
+            own = plain_state_dict(choice, keep_vars=True)
+            tensors.update({f"{PREFIX}{path}.{key}": tensor for key, tensor in own.items()})
+        else:
+            tensors[f"{PREFIX}{owner}.base_layer.{attribute}" if owner in adapted else f"{PREFIX}{path}"] = choice
     return tensors
-
-
-def _exchanged(owner: str, attribute: str, choice: nn.Module | nn.Parameter, adapted: set[str]) -> dict[str, Tensor]:
-    path = f"{owner}.{attribute}".removeprefix(".")
-    if isinstance(choice, nn.Module):
-        return {f"{PREFIX}{path}.{key}": tensor for key, tensor in plain_state_dict(choice).items()}
-    return {f"{PREFIX}{owner}.base_layer.{attribute}" if owner in adapted else f"{PREFIX}{path}": choice}
 
 
 def planned_shapes(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str, tuple[int, ...]]:
@@ -45,10 +56,8 @@ def planned_shapes(model: nn.Module, config: LoRAConfig, adapter_name: str) -> d
         if config.lora_bias:
             shapes[f"{PREFIX}{path}.lora_B.bias"] = (out_features,)
     saved = plan_modules_to_save(model, config)
-    for (owner, attribute), original in plan_exchanges(model, config, saved, set(plan)).items():
-        own = _exchanged(owner, attribute, original, set(plan))
-        shapes.update({key: tuple(tensor.shape) for key, tensor in own.items()})
-    return shapes
+    own = exchanged_tensors(plan_exchanges(model, config, saved, set(plan)), plan)
+    return shapes | {key: tuple(tensor.shape) for key, tensor in own.items()}
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -56,7 +65,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     layers = lora_layers(model)
     adapters = {id(parameter) for layer in layers.values() for parameter in layer.adapter_parameters()}
     tensors = {}
-    for name, tensor in [*named_parameters(model), *named_buffers(model)]:
+    named = *named_parameters(model, remove_duplicate=False), *named_buffers(model, remove_duplicate=False)  # tied ones too
+    for name, tensor in named:
         if id(tensor) in adapters:
             continue
         owner, _, attribute = name.rpartition(".")

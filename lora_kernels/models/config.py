@@ -9,6 +9,7 @@ from ..mask import check_p
 from .names import first_match, layer_index, names_match
 
 ALL_LINEAR = "all-linear"
+TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # peft.TaskType
 
 
 @dataclass
@@ -29,6 +30,9 @@ class LoRAConfig:
     bias: which biases are trained: "none", "lora_only" (those of the adapted layers) or "all".
     modules_to_save: modules to train whole, in a copy beside the adapters, such as a new classifier head: each path that ends
         in one of these names (in PEFT the name may begin inside a word, so "norm" means "input_layernorm" too).
+    task_type: what the model is for, a value of peft.TaskType. As in PEFT, "SEQ_CLS" and "TOKEN_CLS" train the modules named
+        "classifier" or "score", and "QUESTION_ANS" "qa_outputs", as modules_to_save. By default nothing of that; save_adapter
+        then writes the task of a transformers model's class, from which AutoPeftModelForCausalLM and others go.
 
     Raises ValueError or TypeError at once for a value outside its range.
     """
@@ -47,6 +51,7 @@ class LoRAConfig:
     lora_bias: bool = False
     bias: str = "none"
     modules_to_save: list[str] | None = None
+    task_type: str | None = None
 
     def __post_init__(self) -> None:
         for name, r in {"r": self.r, **_entries("rank_pattern", self.rank_pattern)}.items():
@@ -75,6 +80,10 @@ class LoRAConfig:
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern: got {self.layers_pattern!r} without layers_to_transform, which it is for")
+        if self.task_type is not None:
+            if self.task_type not in TASK_TYPES:
+                raise ValueError(f"task_type: got {self.task_type!r}, expected one of {', '.join(TASK_TYPES)}, or None")
+            self.task_type = TASK_TYPES[TASK_TYPES.index(self.task_type)]  # a plain string, also for a peft.TaskType
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save: got {self.modules_to_save!r}, expected a list of names")
 

@@ -38,7 +38,7 @@ def plan_exchanges(
 ) -> dict[tuple[str, str], nn.Module | nn.Parameter]:
     """What else the adapter trains, by (path of the owner, attribute): modules_to_save and biases.
 
-    Raises ValueError for one that accelerate offloads: its hook would load the original in place of what is trained.
+    Raises ValueError for one that accelerate offloads.
     """
     originals: dict[tuple[str, str], nn.Module | nn.Parameter] = {}
     for path, module in saved.items():
@@ -54,14 +54,19 @@ def plan_exchanges(
             inside = any(parent in saved for parent in parents(owner))
             if attribute.endswith("bias") and not inside and (config.bias == "all" or owner in adapted):
                 originals[owner, attribute] = parameter
+    refuse_offloaded(model, originals)
+    return originals
+
+
+def refuse_offloaded(model: nn.Module, originals: dict[tuple[str, str], nn.Module | nn.Parameter]) -> None:
+    """Raise ValueError for an original that accelerate offloads: its hook would load it in place of the adapter's copy."""
     offloaded = {id(kept.tensor): name for name, kept in offloaded_tensors(model).items()}
     for (owner, attribute), original in originals.items():
         if name := next((offloaded[id(tensor)] for tensor in _tensors(original) if id(tensor) in offloaded), None):
             raise ValueError(
-                f"{f'{owner}.{attribute}'.removeprefix('.')}: it is to be trained, but accelerate offloads {name}; "
+                f"{f'{owner}.{attribute}'.removeprefix('.')}: the adapter has its own, but accelerate offloads {name}; "
                 "give it a device of its own in device_map"
             )
-    return originals
 
 
 def add_exchanges(exchanges: list[Exchange], adapter: str, originals: dict[tuple[str, str], nn.Module | nn.Parameter]) -> None:

@@ -14,10 +14,12 @@ from .config import LoRAConfig
 from .config_checks import check_parts
 from .exchanges import add_exchanges, plan_exchanges
 from .names import grouped
+from .pretrained import give_back_saving, take_over_saving
 from .state import LoRAState, adapted_layers, lora_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
 from .state_dict import check_state
 from .switching import active_adapter, set_adapter
 from .targets import plan_layers, plan_modules_to_save
+from .tasks import with_head
 from .wrappers import is_fsdp1, named_modules, named_parameters, put, submodule, unwrapped
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ def add_lora(
     nothing matches, ranks an initialisation cannot start from, a merged model, one with PEFT's own layers, or one inside
     DistributedDataParallel or FSDP1, which would not synchronise the new parameters' gradients.
     """
-    own = from_config(config, model)
+    own = with_head(model, from_config(config, model))
     check_parts(model, own, adapter_name)
     return add_adapter(model, own, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
 
@@ -101,6 +103,7 @@ def add_adapter(
         model._lora_state = state  # type: ignore[assignment]
         state.frozen = trainable_before
         state.state_check = model.register_load_state_dict_pre_hook(check_state)
+        take_over_saving(model)
         _freeze_base(model)
     _disable_fast_paths(model, state)
     state.configs[adapter_name] = config
@@ -130,6 +133,7 @@ def remove_lora(model: nn.Module) -> None:
         parameter.requires_grad_(parameter.requires_grad or name in state.frozen)
     if state.state_check is not None:
         state.state_check.remove()
+    give_back_saving(model)
     if hasattr(model, "_lora_state"):
         del model._lora_state
 

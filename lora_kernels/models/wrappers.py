@@ -62,11 +62,11 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """model.state_dict() under the plain model's names."""
+def plain_state_dict(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
+    """model.state_dict(keep_vars=…) under the plain model's names."""
     model = unwrapped(model)
     plain = plain_names(model)
-    return {plain(name): value for name, value in model.state_dict().items()}
+    return {plain(name): value for name, value in model.state_dict(keep_vars=keep_vars).items()}
 
 
 def plain_names(model: nn.Module) -> Callable[[str], str]:

@@ -15,7 +15,7 @@ def new_header(device: torch.device, repeats: int, seed: int, output: Output) ->
     """What a run's numbers depend on, printed as one line."""
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     header = {**environment(), "device": _device_name(device), "time": started, "repeats": repeats, "seed": seed}
-    output.print(_header_line(header))
+    output.print(_header_line(header), markup=False)
     return header
 
 
@@ -27,7 +27,7 @@ def _header_line(header: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in header["packages"].items() if version)
     return (
         f"{header['device']} · Python {header['python']} · {packages} · "
-        f"lora_kernels {header['lora_kernels']} commit {header['commit']} · {header['cpu']['threads']} CPU threads"
+        f"lora_kernels {header['lora_kernels']} commit {header['commit'] or 'unknown'} · {header['cpu']['threads']} CPU threads"
     )
 
 

@@ -35,11 +35,12 @@ def run(
     output: Output,
     compare: tuple[str, ...] = ("peft",),
     lorafusion: Path | None = None,
+    quantize: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure every case of `suite`: print a table for each as it is done, return header, rows, failures and refusals."""
     header = new_header(device, repeats, seed, output)
-    reasons = {peer: peers.why_not(peer, lorafusion) for peer in compare}
+    reasons = {peer: peers.why_not(peer, lorafusion, quantize) for peer in compare}
     refusals: Refusals = [{"peer": peer, "case": "all", "reason": why} for peer, why in reasons.items() if why]
     print_refusals(refusals, output)
     present = tuple(peer for peer in compare if not reasons[peer])
@@ -47,12 +48,13 @@ def run(
     failures: list[dict[str, Any]] = []
     result = {"header": header, "rows": rows, "failures": failures, "peers_not_measured": refusals}
     for case in suite.workloads():
-        case_rows, wrong, refused = measure_case(case, device, repeats, present, lorafusion, seed)
+        with output.status(f"Timing {case}"):
+            case_rows, wrong, refused = measure_case(case, device, repeats, present, lorafusion, quantize, seed)
         rows += case_rows
         refusals += refused
         failures += [{"case": str(case), "reason": reason} for reason in wrong]
         if wrong:
-            output.print(f"[bold red]{case}: no times reported, the correctness gate failed[/]")
+            output.print(f"{case}: no times reported, the correctness gate failed", style="bold red", markup=False)
             output.print("\n".join(f"  {reason}" for reason in wrong), markup=False)
         else:
             print_case(case, case_rows, output)
@@ -68,19 +70,20 @@ def measure_case(
     repeats: int,
     compare: tuple[str, ...] = ("peft",),
     lorafusion: Path | None = None,
+    quantize: str | None = None,
     seed: int = 0,
 ) -> tuple[list[dict[str, Any]], list[str], Refusals]:
     """(rows, what the gate found wrong, peers that could not run with the reason): no rows where anything is wrong."""
     problem = BlockProblem.draw(case, device, seed)
     variants, refusals = [], []
-    for name in ("bare", "ours", *compare):
+    for name in _names(compare, quantize):
         try:
             reason = peers.why_not_here(name, case)
             new = [] if reason else peers.variants(name, problem, lorafusion)
             for variant in new:
                 problem.step(variant.module)()
         except Exception as error:  # another project's code: whatever it raises, the others are measured
-            if name not in compare:
+            if name not in peers.PEERS:
                 raise
             new, reason = [], f"{type(error).__name__}: {first_line(error)}"
         variants += new
@@ -88,6 +91,13 @@ def measure_case(
             refusals.append({"peer": name, "case": str(case), "reason": reason})
     wrong = [reason for variant in variants if variant.ours for reason in _gate(variant)]
     return ([], wrong, refusals) if wrong else (_measure(problem, variants, device, repeats), [], refusals)
+
+
+def _names(compare: tuple[str, ...], quantize: str | None) -> list[str]:
+    """What is built, in the order of the rows: over 4-bit weights PEFT is bitsandbytes' layer under it."""
+    if quantize:
+        return ["bare", "ours-nf4", *(["bnb"] if compare else [])]
+    return ["bare", "ours", *compare, *(["ours-nf4"] if "bnb" in compare else [])]
 
 
 def _gate(variant: Variant) -> list[str]:

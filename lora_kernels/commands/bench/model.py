@@ -18,7 +18,7 @@ from ...dtypes import dtype_name
 from ...models.config import LoRAConfig
 from .. import model_step, pretrained
 from ..console import Output
-from ..layer_shapes import check_rank, group_layers
+from ..layer_shapes import group_layers
 from ..measure import held_bytes, kernel_launches, peak_bytes, saved_bytes
 from ..timing import interleaved
 from . import peers
@@ -42,29 +42,33 @@ def run(
     """Measure every combination, print a table of each, return header, rows, failures and refusals."""
     settings.check()
     header = new_header(device, repeats, seed, output)
+    measured = ("peft", "bnb") if settings.quantize else ("peft",)
     refusals: Refusals = [
         {"peer": peer, "case": "all", "reason": reason}
         for peer in compare
-        if (reason := peers.why_not("bnb" if settings.quantize else peer) if peer == "peft" else OTHERS)
+        if (reason := OTHERS if peer not in measured else peers.why_not(peer, quantize=settings.quantize))
     ]
     print_refusals(refusals, output)
-    with_peft = "peft" in compare and not any(refusal["peer"] == "peft" for refusal in refusals)
+    with_peft = any(peer in measured and peer not in {refusal["peer"] for refusal in refusals} for peer in compare)
     model = pretrained.load_model(settings.model, settings.dtype, device)
     rows: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
+    result = {"header": header, "rows": rows, "failures": failures, "peers_not_measured": refusals}
     for tokens, rank, p in itertools.product(settings.tokens, settings.ranks, settings.dropouts):
         config = LoRAConfig(r=rank, lora_alpha=2 * rank, lora_dropout=p, target_modules="all-linear")
         one = replace(settings, tokens=(tokens,), length=min(tokens, settings.length))
-        new, wrong = measure(model, config, one, device, repeats, with_peft, seed)
         case = f"{settings.model.name}, {tokens} tokens, r={rank}, p={p}, {dtype_name(settings.dtype)}"
+        with output.status(f"Timing a step of {case}"):
+            new, wrong = measure(model, config, one, device, repeats, with_peft, seed)
         failures += [{"case": case, "reason": reason} for reason in wrong]
         rows += new
         if wrong:
             output.print(f"{case}: no times reported, the correctness gate failed", *wrong, sep="\n  ", markup=False)
         else:
             print_rows(case, new, output)
+        output.save_progress(result)
     output.print(CAPTION)
-    return {"header": header, "rows": rows, "failures": failures, "peers_not_measured": refusals}
+    return result
 
 
 def measure(
@@ -112,7 +116,6 @@ def _wrong(
     """The gate's reasons for each different layer, with its own dtypes, and losses that are not finite."""
     name, _ = settings.names
     groups = group_layers(models[name])
-    check_rank(groups)
     adapter = next(parameter.dtype for parameter in models[name].parameters() if parameter.requires_grad)
     reasons = []
     for group in groups:

@@ -5,6 +5,9 @@ from typing import Any
 from ..console import Output, format_bytes
 from ..timing import Timing
 from .peers import BARE, HEADINGS
+from .rows import launches
+
+LESS_IMPORTANT = ("launches", "held", "p20–p80", "tokens/s", "peak", "saved")
 
 
 def times(name: str, timings: dict[str, Timing], tokens: int, peer: str | None) -> dict[str, Any]:
@@ -32,10 +35,11 @@ def print_rows(case: str, rows: list[dict[str, Any]], output: Output) -> None:
             f"{row['times_bare']:.3f}",
             *(f"{faster:.3f}" for faster in row["faster_than"].values()),
             *(format_bytes(row[name]) for name in ("saved_bytes", "held_bytes", "peak_bytes")),
-            "" if row["launches"] is None else row["launches"],
+            *launches(row),
         )
         for row in rows
     ]
     others = (HEADINGS[name] for name in rows[0]["faster_than"])
-    columns = ("variant", "median ms", "p20–p80", "tokens/s", "x bare", *others, "saved", "held", "peak", "launches")
-    output.table(case, columns, cells)
+    columns = ["variant", "median ms", "p20–p80", "tokens/s", "x bare", *others, "saved", "held", "peak"]
+    columns += ["launches"] if launches(rows[0]) else []
+    output.table(case, columns, cells, less_important=LESS_IMPORTANT)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import pretrained
-from ..console import CommandError
+from ..options import check_count
 from .peers import BNB, OURS, OURS_NF4, PEFT
 
 
@@ -28,16 +28,8 @@ class Settings:
         return (OURS_NF4, BNB) if self.quantize else (OURS, PEFT)
 
     def check(self) -> None:
-        """Raise CommandError for values that need no model to be seen as wrong."""
-        for option, values, low, high in (
-            ("--tokens", self.tokens, 2, 1 << 40),
-            ("--rank", self.ranks, 1, 1 << 20),
-            ("--dropout", self.dropouts, 0, 1),
-            ("--sequence-length", (self.length,), 2, 1 << 30),
-        ):
-            for value in values:
-                if not low <= value <= high:
-                    raise CommandError(f"{option}: got {value}, expected {low} to {high}")
-        if self.quantize not in (None, "nf4"):
-            raise CommandError(f"--quantize: got {self.quantize!r}, expected nf4, or no --quantize")
+        """Raise CommandError for values that fit a layer and no model, and for a directory that has none."""
+        for tokens in self.tokens:
+            check_count("--tokens", tokens, low=2)  # a loss is of the next token
+        check_count("--sequence-length", self.length, low=2)
         pretrained.check_directory(self.model)

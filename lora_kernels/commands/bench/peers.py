@@ -16,12 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...cases.linear import Problem
-from ..console import CommandError
+from ..console import FAILED, CommandError
 from . import peer_layers
 from .blocks import Block, BlockProblem
 from .suites import BOTH, Workload
@@ -31,6 +32,7 @@ BARE, OURS = "bare frozen linear", "lora_kernels"
 OURS_FP32, OURS_NF4 = "lora_kernels, fp32 adapters", "lora_kernels, NF4"
 PEFT, PEFT_FP32, PEFT_COMPILED = "PEFT eager", "PEFT eager, fp32 adapters", "PEFT compiled"
 UNSLOTH, BNB, LORAFUSION = "Unsloth's order", "bitsandbytes NF4 + PEFT", "LoRAFusion"
+ROWS = {"peft": PEFT, "peft-compile": PEFT_COMPILED, "unsloth-style": UNSLOTH, "bnb": BNB, "lorafusion": LORAFUSION}
 HEADINGS = {  # of the columns "times faster than"
     PEFT: "x PEFT",
     PEFT_FP32: "x PEFT fp32",
@@ -60,8 +62,10 @@ def parse(text: str) -> tuple[str, ...]:
     return names
 
 
-def why_not(name: str, lorafusion: Path | None = None) -> str | None:
+def why_not(name: str, lorafusion: Path | None = None, quantize: str | None = None) -> str | None:
     """None if peer `name` is installed, otherwise the reason that it is not measured in this run."""
+    if quantize:
+        return why_not("bnb") if name in ("peft", "bnb") else "not measured over 4-bit weights; bnb is"
     if name in ("peft", "peft-compile"):
         return _missing("peft")
     if name == "bnb":
@@ -75,6 +79,16 @@ def why_not(name: str, lorafusion: Path | None = None) -> str | None:
     return None
 
 
+def require_rows(named: tuple[str, ...], result: dict[str, Any], quantize: str | None) -> None:
+    """Raise CommandError for a peer that was named and is in no row of `result`, with the reason; rows are shown by then."""
+    measured = {row["variant"] for row in result["rows"]}
+    for name in named:
+        built = "bnb" if quantize and name == "peft" else name
+        if ROWS[built] not in measured:
+            reason = next(row["reason"] for row in result["peers_not_measured"] if row["peer"] in (name, built))
+            raise CommandError(f"--compare: {name} was not measured: {reason}", FAILED)
+
+
 def why_not_here(name: str, case: Workload) -> str | None:
     """None if peer `name` has a path for `case`, otherwise the reason."""
     if name == "unsloth-style" and case.p > 0 and case.passes == BOTH:
@@ -83,7 +97,7 @@ def why_not_here(name: str, case: Workload) -> str | None:
 
 
 def variants(name: str, problem: BlockProblem, lorafusion: Path | None = None) -> list[Variant]:
-    """The rows of peer `name`, or of "bare" or "ours", over `problem`'s tensors."""
+    """The rows of peer `name`, or of "bare", "ours" or "ours-nf4", over `problem`'s tensors."""
     wide = None if problem.case.dtype == torch.float32 else problem.map(lambda layer: layer.with_adapters(torch.float32))
     if name == "bare":
         return [_variant(BARE, problem, peer_layers.frozen)]
@@ -98,11 +112,10 @@ def variants(name: str, problem: BlockProblem, lorafusion: Path | None = None) -
         return [replace(eager, module=torch.compile(eager.module, dynamic=False))]  # type: ignore[arg-type]
     if name == "unsloth-style":
         return [Variant(UNSLOTH, peer_layers.UnslothBlock(problem).train())]
+    if name == "ours-nf4":
+        return [replace(_variant(OURS_NF4, problem, peer_layers.ours_nf4, problem), nf4=True)]
     if name == "bnb":
-        return [
-            _variant(BNB, problem, peer_layers.bnb),
-            replace(_variant(OURS_NF4, problem, peer_layers.ours_nf4, problem), nf4=True),
-        ]
+        return [_variant(BNB, problem, peer_layers.bnb)]
     kernels = _lorafusion(lorafusion)
     return [_variant(LORAFUSION, problem, lambda layer: peer_layers.LoRAFusionLinear(layer, kernels))]
 

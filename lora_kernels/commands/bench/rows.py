@@ -9,6 +9,8 @@ from ..timing import Timing
 from .peers import BARE, HEADINGS, Variant
 from .suites import Workload
 
+LESS_IMPORTANT = ("launches", "GB/s", "backend", "p20–p80", "TFLOP/s", "peak", "saved", *reversed(HEADINGS.values()))
+
 
 def new_row(case: Workload, variant: Variant, timings: dict[str, Timing]) -> dict[str, Any]:
     """What JSON holds of one variant of a case: how it was measured, its time, and the rates that follow."""
@@ -40,6 +42,11 @@ def _backend(variant: Variant) -> str | None:
     return next(row.backend for row in backend_report(layer.x, layer.W, layer.A, layer.B) if row.used)
 
 
+def launches(row: dict[str, Any]) -> list[int]:
+    """Kernels of a call, where they are counted: on a GPU."""
+    return [] if row["launches"] is None else [row["launches"]]
+
+
 def print_case(case: Workload, rows: list[dict[str, Any]], output: Output) -> None:
     """The case's table."""
     others = [name for name in HEADINGS if name in rows[0]["faster_than"]]
@@ -56,8 +63,9 @@ def print_case(case: Workload, rows: list[dict[str, Any]], output: Output) -> No
             *(f"{row['faster_than'][name]:.2f}" for name in others),
             format_bytes(row["saved_bytes"]),
             format_bytes(row["peak_bytes"]),
-            "" if row["launches"] is None else row["launches"],
+            *launches(row),
         )
         for row in rows
     ]
-    output.table(f"{case.passes}, {case}", [*columns, "saved", "peak", "launches"], cells)
+    columns += ["saved", "peak", *(["launches"] if launches(rows[0]) else [])]
+    output.table(f"{case.passes}, {case}", columns, cells, less_important=LESS_IMPORTANT)

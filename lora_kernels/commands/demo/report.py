@@ -45,7 +45,11 @@ def print_summary(result: dict[str, Any], output: Output) -> None:
     _print_steps(result["steps"], result["settings"], output)
     trip = result["round_trip"]
     size = format_bytes(trip["adapter_bytes"])
-    output.print(f"adapter   {trip['adapter']} ({size}), read back into a fresh base: logits bit-equal", markup=False)
+    output.print(f"adapter   {trip['adapter']} ({size}), in PEFT's format", markup=False)
+    output.print("          load_adapter into a fresh base: logits bit-equal", markup=False)
+    difference, base = trip["peft_relative_difference"], trip["base_relative_difference"]
+    output.print(f"          PeftModel.from_pretrained: logits equal to {difference:.1e} of their norm", markup=False)
+    output.print(f"          (the base model's without an adapter: {base:.1e})", markup=False)
     output.print(f"plot      {result['plot']}\ntotal     {result['seconds']:.0f} s on {result['device']}", markup=False)
 
 
@@ -70,7 +74,7 @@ def _print_steps(steps: dict[str, Any], settings: dict[str, Any], output: Output
         f"all linear layers, dropout {settings['dropout']}, {dtype} adapters"
     )
     caption = "saved: what autograd keeps between forward and backward for the whole model, without parameters."
-    output.table(title, ("", "median ms", "p20–p80", "tokens/s", "x PEFT", "saved"), rows, caption)
+    output.table(title, ("", "median ms", "p20–p80", "tokens/s", "x PEFT", "saved"), rows, caption, ("p20–p80", "tokens/s"))
 
 
 def _averaged(losses: list[float]) -> int:

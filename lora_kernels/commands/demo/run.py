@@ -1,11 +1,10 @@
 """`lora-kernels demo`: fine-tune a causal language model on real text, beside PEFT, and read the adapter back.
 
 The order is: check the input; measure one training step of this package and of PEFT over the same frozen weights;
-train; compare held-out loss and a sample before and after; write the adapter, load it into a freshly read base model,
-and require bit-equal logits.
+train; compare held-out loss and a sample before and after; write the adapter, read it back here and with PEFT, and require
+the same logits (round_trip.py).
 """
 
-import json
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...models.state_dict import load_lora_state_dict, lora_state_dict
 from ...models.surgery import add_lora
 from .. import pretrained
 from ..bench.peers import OURS, PEFT
-from ..console import CommandError, Output, require
+from ..console import Output, make_writable, require
 from ..layer_shapes import adapt
 from ..measure import saved_bytes
 from ..model_step import loss as model_loss
@@ -27,6 +25,7 @@ from ..model_step import peft_twin, step
 from ..timing import interleaved
 from .corpus import Corpus, read_text, split
 from .report import plot, print_summary
+from .round_trip import round_trip
 from .settings import CPU_TOKENS, GPU_TOKENS, Settings
 from .training import sample, train
 
@@ -40,7 +39,7 @@ def run(settings: Settings, output: Output) -> dict[str, Any]:
     Raises CommandError for bad input, RuntimeError for a lossy round trip of the adapter.
     """
     settings.check()
-    require("demo", "transformers", "peft", "safetensors", "matplotlib", *(["bitsandbytes"] if settings.quantize else []))
+    require("transformers", "peft", "safetensors", "matplotlib", *(["bitsandbytes"] if settings.quantize else []))
     started = time.perf_counter()
     text = read_text(settings.text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,7 +50,7 @@ def run(settings: Settings, output: Output) -> dict[str, Any]:
     vocabulary = _check_adapters_fit(directory, settings)
     tokenizer = pretrained.load_tokenizer(directory)
     corpus = split(text, tokenizer, settings.window, vocabulary)
-    _make_output_directory(settings.output)
+    make_writable(settings.output, "--output")
 
     model = pretrained.load_model(directory, dtype, device)
     peft_model = peft_twin(model, settings.lora_config, settings.quantize)
@@ -61,7 +60,8 @@ def run(settings: Settings, output: Output) -> dict[str, Any]:
     steps = _compare_steps(model, peft_model, corpus, settings, output)
     del peft_model
     result = _fine_tune(model, tokenizer, corpus, settings, output)
-    result["round_trip"] = _round_trip(model, directory, corpus.held_out[:1].to(device), settings)
+    with output.status("Reading the adapter back, with PEFT too"):
+        result["round_trip"] = round_trip(model, directory, corpus.held_out[:1].to(device), settings)
     result["plot"] = str(plot(result["losses"], result["held_out"], settings.output / "loss.png"))
     result |= {"steps": steps, "device": str(device), "dtype": str(dtype), "seconds": time.perf_counter() - started}
     result["settings"] = asdict(settings)
@@ -76,22 +76,15 @@ def _model_directory(settings: Settings, output: Output) -> Path:
     if pretrained.default_model_is_cached():
         return pretrained.default_model_directory()
     pretrained.default_model_source()  # a missing wheel is said before anything is announced
-    with output.console.status(f"Converting {pretrained.DEFAULT_MODEL} from GGUF, once (about half a minute)"):
+    with output.status(f"Converting {pretrained.DEFAULT_MODEL} from GGUF, once (about half a minute)"):
         return pretrained.default_model_directory()
 
 
 def _check_adapters_fit(directory: Path, settings: Settings) -> int:
     """The model's vocabulary size. Adapters are tried on the meta device: a rank too large costs no loading time."""
     model = pretrained.meta_model(directory)
-    adapt(model, settings.lora_config, "demo")
+    adapt(model, settings.lora_config, "--model")
     return model.get_input_embeddings().weight.shape[0]
-
-
-def _make_output_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"--output: cannot create {directory}: {error.strerror}") from error
 
 
 def _compare_steps(
@@ -101,7 +94,7 @@ def _compare_steps(
     device = next(model.parameters()).device
     ids = corpus.batch(settings.windows, torch.Generator().manual_seed(settings.seed)).to(device)
     models = {OURS: model.train(), PEFT: peft_model.train()}
-    with output.console.status("Timing a training step beside PEFT"):
+    with output.status("Timing a training step beside PEFT"):
         timings = interleaved({name: step(model, ids) for name, model in models.items()}, TIMED_STEPS, warmup=1, device=device)
         saved = {name: saved_bytes(partial(model_loss, it, ids), exclude=[ids, *it.buffers()]) for name, it in models.items()}
     for candidate in models.values():
@@ -120,10 +113,10 @@ def _compare_steps(
 def _fine_tune(model: nn.Module, tokenizer: Any, corpus: Corpus, settings: Settings, output: Output) -> dict[str, Any]:
     """Train, with a greedy sample before and after; the losses by step."""
     prompt = corpus.held_out[:1, :PROMPT_TOKENS]
-    with output.console.status("A sample before training"):
+    with output.status("A sample before training"):
         before = sample(model, tokenizer, prompt)
     losses, held_out = train(model, corpus, settings, output)
-    with output.console.status("A sample after training"):
+    with output.status("A sample after training"):
         after = sample(model, tokenizer, prompt)
     return {
         "losses": losses,
@@ -131,23 +124,3 @@ def _fine_tune(model: nn.Module, tokenizer: Any, corpus: Corpus, settings: Setti
         "prompt": tokenizer.decode(prompt[0].tolist()),
         "sample": {"before": before, "after": after},
     }
-
-
-@torch.no_grad()
-def _round_trip(model: nn.Module, directory: Path, ids: Tensor, settings: Settings) -> dict[str, Any]:
-    """Write the adapter, load it into a base model read from disk again, and require the same logits bit for bit."""
-    from safetensors.torch import load_file, save_file
-
-    path = settings.output / "adapter.safetensors"
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in lora_state_dict(model).items()}
-    save_file(state, path, metadata={"lora_config": json.dumps(asdict(settings.lora_config))})
-    expected = model.eval()(input_ids=ids).logits
-    first = next(model.parameters())
-    fresh = pretrained.load_model(directory, first.dtype, first.device)
-    add_lora(fresh, settings.lora_config, quantize=settings.quantize)
-    load_lora_state_dict(fresh, load_file(path))
-    logits = fresh.eval()(input_ids=ids).logits
-    if not torch.equal(logits, expected):
-        difference = (logits - expected).abs().max().item()
-        raise RuntimeError(f"adapter round trip: logits differ by up to {difference:.3g} with {path} read back, expected 0")
-    return {"adapter": str(path), "adapter_bytes": path.stat().st_size, "logits_bit_equal": True}

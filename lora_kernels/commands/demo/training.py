@@ -1,5 +1,6 @@
 """Training of the demo's adapters: the loop, the held-out loss, and a sample of the model's text."""
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .settings import Settings
 HELD_OUT_BATCH = 4  # windows
 EVALUATIONS = 4  # of the held-out loss during training
 SAMPLE_TOKENS = 40
+LINES = 10  # of progress, at least, where there is no terminal to draw a bar on
 
 
 def train(model: nn.Module, corpus: Corpus, settings: Settings, output: Output) -> tuple[list[float], dict[int, float]]:
@@ -29,7 +31,8 @@ def train(model: nn.Module, corpus: Corpus, settings: Settings, output: Output) 
     evaluate_after = {round(settings.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
     losses: list[float] = []
     status = TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]}, held out {task.fields[held_out]}")
-    with Progress("training", BarColumn(), status, TimeRemainingColumn(), console=output.console) as progress:
+    bar, lines = ("training", BarColumn(), status, TimeRemainingColumn()), not output.progress.is_terminal
+    with Progress(*bar, console=output.progress, disable=lines) as progress:
         task = progress.add_task("", total=settings.steps, loss="", held_out="")
         held_out = {0: held_out_loss(model, corpus)}
         for step in range(1, settings.steps + 1):
@@ -43,6 +46,8 @@ def train(model: nn.Module, corpus: Corpus, settings: Settings, output: Output) 
                 held_out[step] = held_out_loss(model, corpus)
             latest = next(reversed(held_out.values()))
             progress.update(task, advance=1, loss=f"{losses[-1]:.3f}", held_out=f"{latest:.3f}")
+            if lines and (step in evaluate_after or step % math.ceil(settings.steps / LINES) == 0):
+                output.progress.print(f"step {step}/{settings.steps}  loss {losses[-1]:.3f}, held out {latest:.3f}")
     return losses, held_out
 
 

@@ -61,11 +61,14 @@ class Footprint:
         return self.weights + self.adapters + self.saved_activations + self.gradients + self.optimizer
 
 
-def layers_of_model(directory: Path, config: LoRAConfig) -> tuple[list[Layers], int]:
-    """(the layers that `config` adapts in the model of `directory`, the number of its base parameters)."""
+def layers_of_model(directory: Path, config: LoRAConfig, option: str) -> tuple[list[Layers], int]:
+    """(the layers that `config` adapts in the model of `directory`, the number of its base parameters).
+
+    Raises CommandError that names `option`, where they come from.
+    """
     model = meta_model(directory)
     base_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return adapt(model, config, "--model"), base_parameters
+    return adapt(model, config, option), base_parameters
 
 
 def footprints(

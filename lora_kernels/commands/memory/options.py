@@ -6,10 +6,13 @@ from typing import Annotated
 import typer
 
 from ..console import CommandError, Output
-from ..options import Json, Rank, parse_dtype
+from ..options import Json, Rank, check_count, check_mode, check_probability, parse_dtype
+
+MODES = {"memory --model DIR": ("model", "target"), "memory --size": ("size",), "memory --shape": ("shape",)}
 
 
 def memory(
+    ctx: typer.Context,
     model: Annotated[Path | None, typer.Option(help="Local Hugging Face causal LM; no weights are loaded.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="KxN:COUNT linear layers, as in 4096x14336:32; repeatable.")] = None,
     size: Annotated[str | None, typer.Option(help="7b, 8b or 70b: a Llama of that size, all linear layers adapted.")] = None,
@@ -25,25 +28,27 @@ def memory(
 ) -> None:
     """Count the bytes of QLoRA and LoRA training beside full fine-tuning, for a model, a well-known size or shapes."""
     from ...models.config import LoRAConfig
-    from ..layer_shapes import check_rank, parse_shapes
+    from ..layer_shapes import parse_shapes
     from .footprints import SIZES, layers_of_model
     from .run import run
 
-    out = Output(json_file)
-    base_dtype = parse_dtype(dtype)
-    if [model is None, not shape, size is None].count(False) != 1:
+    given = [value is not None for value in (model, size, shape)]
+    if given.count(True) != 1:
         raise CommandError("memory: expected --model DIR, --size or --shape KxN:COUNT, one of the three")
+    check_mode(ctx, MODES, list(MODES)[given.index(True)])
+    out = Output(json_file)
+    base_dtype, adapters = parse_dtype(dtype), parse_dtype(adapter_dtype, "--adapter-dtype")
+    check_count("--tokens", tokens)
+    check_count("--rank", rank)
+    check_probability("--dropout", dropout)
     if model is not None:
-        if rank < 1:
-            raise CommandError(f"--rank: got {rank}, expected at least 1")
         config = LoRAConfig(r=rank, lora_alpha=rank, target_modules=target or "all-linear")
-        layers, parameters = layers_of_model(model, config)
+        layers, parameters = layers_of_model(model, config, "--target" if target else "--model")
     elif size is not None:
         if size not in SIZES:
             raise CommandError(f"--size: got {size!r}, expected {', '.join(SIZES)}")
         layers, parameters = SIZES[size].adapted(rank), SIZES[size].parameters
-        check_rank(layers)
     else:
         layers = parse_shapes(shape or (), rank)
         parameters = sum(group.K * group.N * group.count for group in layers)
-    out.write_json(run(layers, parameters, tokens, dropout, base_dtype, parse_dtype(adapter_dtype), out))
+    out.write_json(run(layers, parameters, tokens, dropout, base_dtype, adapters, out))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...dtypes import dtype_name
-from ..console import CommandError, Output, format_bytes
+from ..console import Output, format_bytes
 from ..layer_shapes import Layers
 from .footprints import footprints
 
@@ -34,14 +34,12 @@ def run(
     output: Output,
 ) -> dict[str, Any]:
     """Print the two tables and return what they show."""
-    if M < 1:
-        raise CommandError(f"--tokens: got {M}, expected at least 1")
-    if not 0 <= dropout <= 1:
-        raise CommandError(f"--dropout: got {dropout}, expected a probability in [0, 1]")
     result = footprints(layers, base_parameters, M, dropout > 0, dtype, adapter_dtype)
     layer_rows = [_layer_row(group, M, dropout > 0, adapter_dtype.itemsize) for group in layers]
     columns = ("K → N", "layers", "rank", "adapter parameters", "saved beyond x")
-    output.table(f"Adapted linear layers, M = {M} tokens", columns, layer_rows)
+    output.table(
+        f"Adapted linear layers, M = {M} tokens", columns, layer_rows, less_important=("saved beyond x", "adapter parameters")
+    )
     names = ("trainable_parameters", "weights", "adapters", "saved_activations", "gradients", "optimizer", "total")
     rows = []
     for name in names:

@@ -5,10 +5,13 @@ from typing import Annotated
 import typer
 
 from ..console import Output
-from ..options import Json
+from ..options import Json, check_count, check_mode
+
+MODES: dict[str, tuple[str, ...]] = {"report": (), "report --kernels": ("kernels", "target", "dtypes", "shape", "tokens")}
 
 
 def report(
+    ctx: typer.Context,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Show the Triton kernels instead: machine code, bytes per pass, predicted times.")
     ] = False,
@@ -19,15 +22,17 @@ def report(
     json_file: Json = None,
 ) -> None:
     """Show versions, devices and CPU capabilities, and for each backend whether it is used here, or why not."""
+    check_mode(ctx, MODES, "report --kernels" if kernels else "report")
     if not kernels:
         from .backends import run
 
         out = Output(json_file)
         out.write_json(run(out))
         return
-    from ..layer_shapes import parse_shapes
+    from ..layer_shapes import parse_shape
     from .kernels import run as run_kernels
 
-    layer = parse_shapes([shape], rank=1)[0]
+    check_count("--tokens", tokens)
+    K, N = parse_shape(shape)
     out = Output(json_file)
-    out.write_json(run_kernels(tokens, layer.K, layer.N, target, dtypes, out))
+    out.write_json(run_kernels(tokens, K, N, target, dtypes, out))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...plan import load
-from ..console import CommandError, Output
+from ..console import CommandError, Output, make_writable, write_whole
 from ..environment import environment
 from .calls import DTYPES, Sizes
 from .flows import choose_flow, time_flows
@@ -29,8 +29,9 @@ def run(output: Output, folder: Path | None, quick: bool) -> dict[str, Any]:
     gpu = torch.cuda.get_device_properties(device)
     about = {"device": gpu.name, "capability": [gpu.major, gpu.minor]}
     output.print(f"Tuning for {gpu.name}: {'three' if quick else 'six'} minutes or so, most of them compilation", markup=False)
-    result = tune(device, about, header, Sizes(), (32,) if quick else (32, 64), output)
     target = (folder or user_folder()) / file_name(gpu.name)
+    make_writable(target.parent, "--folder")  # found out before the minutes of measuring
+    result = tune(device, about, header, Sizes(), (32,) if quick else (32, 64), output)
     write(result, target)
     print_choices(result, output)
     output.print(f"written to {target}; dispatch reads it from the next process on", markup=False)
@@ -60,7 +61,7 @@ def tune(
         for arithmetic in DTYPES:
             for rank in ranks:
                 options = candidate_tiles(kernel, arithmetic, rank)
-                with output.console.status(f"{kernel}, {arithmetic}, rank {rank}"):
+                with output.status(f"{kernel}, {arithmetic}, rank {rank}"):
                     seconds = time_tiles(kernel, arithmetic, rank, options, sizes, device)
                     row = choose_tile(kernel, arithmetic, rank, options, seconds, device)
                 chosen["tiles"] += [row] if row else []
@@ -68,7 +69,7 @@ def tune(
     for direction in tuned.DIRECTIONS:
         for contraction in sizes.contractions:
             for M in sizes.tokens:
-                with output.console.status(f"{direction}, contraction {contraction}, {M} tokens"):
+                with output.status(f"{direction}, contraction {contraction}, {M} tokens"):
                     times = time_flows(direction, contraction, M, best, sizes, device)
                 classes = tuning.shape_class(M, contraction)
                 chosen["dataflow"].append(choose_flow(direction, *classes, times))
@@ -78,10 +79,5 @@ def tune(
 
 def write(result: dict[str, Any], target: Path) -> None:
     """Write the file whole or not at all: another process may read it meanwhile."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = target.with_suffix(".new")
-        staging.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        staging.replace(target)
-    except OSError as error:
-        raise CommandError(f"tune: cannot write {target}: {error.strerror}") from error
+    make_writable(target.parent, "--folder")
+    write_whole(target, json.dumps(result, indent=1, sort_keys=True) + "\n", "--folder")

@@ -1,0 +1,69 @@
+"""Write an adapter of a model changed by add_lora into PEFT's own files, adapter_config.json and adapter_model.safetensors."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.linear import DEFAULT_ADAPTER
+from . import adapter_config
+from .adapter_checks import why_not_finite
+from .adapter_keys import adapter_tensors
+from .atomic_files import all_or_nothing
+from .distributed import full, is_sharded
+from .embeddings import resized_embeddings
+from .state import lora_state
+from .wrappers import unwrapped
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = DEFAULT_ADAPTER) -> Path:
+    """Write adapter `adapter_name` of `model` so that PEFT, and load_adapter, read it: two files, complete or not at all.
+
+    Returns the directory that has them: as in PEFT, "default" goes into `directory` itself, another name into a subfolder of
+    that name. A transformers model that was resized since it was loaded has its embedding and its head in the file as well.
+    Where parameters are sharded (FSDP2), every process has to call it, and the first one writes.
+    Raises KeyError for an unknown adapter, and ValueError, before anything is written, for what PEFT's format cannot say, and
+    for NaN or infinity.
+    """
+    model = unwrapped(model)
+    state = lora_state(model)
+    if adapter_name not in state.configs:
+        raise KeyError(f"adapter {adapter_name!r}: not found; adapters here: {list(state.configs)}, made by add_lora")
+    target = Path(directory) if adapter_name == DEFAULT_ADAPTER else subfolder(directory, adapter_name)
+    config = adapter_config.to_peft(model, state.configs[adapter_name], adapter_name)
+    own = {**resized_embeddings(model), **adapter_tensors(model, adapter_name)}
+    if any(tensor.is_meta for tensor in own.values()):
+        raise ValueError(f"adapter {adapter_name!r}: it is on the meta device and has no values; fill it first")
+    whole = {key: full(tensor).detach().to("cpu", copy=True).contiguous() for key, tensor in own.items()}
+    diverged = [why for key, t in own.items() if isinstance(t, nn.Parameter) for why in why_not_finite(key, whole[key])]
+    if diverged:
+        raise ValueError(
+            f"adapter {adapter_name!r}: nothing was written, {len(diverged)} of its tensors are lost: {diverged[0]}"
+        )
+    sharded = any(is_sharded(tensor) for tensor in own.values())
+    if not sharded or torch.distributed.get_rank() == 0:
+        _write(target, config, whole)
+    if sharded:
+        torch.distributed.barrier()
+    return target
+
+
+def subfolder(directory: str | os.PathLike, adapter_name: str) -> Path:
+    """Where an adapter that is not "default" lies. Raises ValueError for a name that is a path out of `directory`."""
+    folder = Path(directory) / adapter_name
+    if not folder.is_relative_to(directory):
+        raise ValueError(f"adapter_name: got {adapter_name!r}, which is no folder inside {os.fspath(directory)!r}")
+    return folder
+
+
+def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    with all_or_nothing(directory) as folder:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
