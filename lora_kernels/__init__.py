@@ -6,7 +6,7 @@ from .integrations.peft import AccelerationReport, accelerate, accelerated, rest
 from .integrations.trainer import adapter_checkpoints
 from .layers.linear import LoRALinear
 from .mask import dropout_mask
-from .models.adapter_files import load_adapter
+from .models.adapter_files import LoadedAdapter, load_adapter
 from .models.adapter_saving import save_adapter
 from .models.combining import add_weighted_adapter
 from .models.config import LoRAConfig
@@ -14,7 +14,7 @@ from .models.export import save_merged
 from .models.merging import merge_lora, unmerge_lora
 from .models.parameters import lora_parameters, lora_plus_param_groups
 from .models.state_dict import load_lora_state_dict, lora_state_dict
-from .models.surgery import add_lora, remove_lora
+from .models.surgery import LoRAReport, add_lora, remove_lora
 from .models.switching import delete_adapter, set_adapter
 from .nf4 import NF4Weight
 from .plan import use_backend
@@ -26,7 +26,9 @@ __all__ = [
     "AccelerationReport",
     "LoRAConfig",
     "LoRALinear",
+    "LoRAReport",
     "LoRAWeights",
+    "LoadedAdapter",
     "NF4Weight",
     "accelerate",
     "accelerated",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock  # a dependency of torch
+from filelock import FileLock
 from torch import nn
 
 from .console import CommandError, first_line, make_writable, require
