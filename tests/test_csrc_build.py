@@ -119,7 +119,7 @@ def test_libraries_of_an_earlier_build_are_not_packed(tmp_path: Path) -> None:
     result = setup_py(*commands, cwd=tree, LORA_KERNELS_BUILD_CUDA="0", CC="false", CXX="false")
     assert result.returncode == 0, result.stderr
     files = {str(file.relative_to(packed)) for file in packed.rglob("*") if file.is_file()}
-    sources = [file for file in (ROOT / "lora_kernels").rglob("*") if file.suffix in (".py", ".json")]
+    sources = [file for file in (ROOT / "lora_kernels").rglob("*") if file.suffix in (".py", ".json", ".typed")]
     assert files == {str(file.relative_to(ROOT)) for file in sources}
 
 
