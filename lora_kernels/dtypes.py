@@ -21,4 +21,5 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Autocast off: for what computes in dtypes that were decided before, forward and backward."""
-    return contextlib.nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+    off = not torch._C._is_any_autocast_enabled() or autocast_dtype(device) is None
+    return contextlib.nullcontext() if off else torch.autocast(device.type, enabled=False)

@@ -145,11 +145,17 @@ def describe(
     return Call(operation, setting, x.device, dtype, layout(x), tuple(layouts), p, offset, options, frozenset(fields))
 
 
-def choose(call: Call) -> Plan:
-    """The plan of the first backend that can compute the call. Raises RuntimeError if a requested one cannot.
+state = 0  # of the backends: another number means that they may answer a Call in another way
 
-    The one place through which every call goes: a cache of plans by Call belongs here.
-    """
+
+def changed() -> None:
+    """A backend says so when it answers in another way from now on, so that nobody keeps its old plans."""
+    global state
+    state += 1
+
+
+def choose(call: Call) -> Plan:
+    """The plan of the first backend that can compute the call. Raises RuntimeError if a requested one cannot."""
     reason: str | None = None
     for name in _asked(call.setting):
         found = _plan(name, call)

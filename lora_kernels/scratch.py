@@ -27,4 +27,6 @@ def scratch(use: str, size: int, dtype: torch.dtype, like: Tensor) -> Tensor:
 
 def slices(size: int, step: int) -> list[slice]:
     """Consecutive slices of at most `step` that cover range(size); one empty slice for size 0."""
-    return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), step)]
+    if size <= step:
+        return [slice(0, size)]
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]

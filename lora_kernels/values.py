@@ -1,10 +1,12 @@
 """The values that travel from a call to its kernels; and, in pieces, through torch.library's operators."""
 
 import ast
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .dtypes import FLOATS, dtype_name
@@ -67,6 +69,7 @@ CLASSES: dict[str, Callable[..., Any]] = {
     "NF4Weight": lambda *fields: NF4Weight.from_fields(fields),
 }
 DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
+NF4_FIELDS = tuple(field.name for field in dataclasses.fields(NF4Weight))
 
 
 def flatten(value: Any) -> Flat:
@@ -93,46 +96,51 @@ def _flatten(value: Any, tensors: list[Tensor], numbers: list[float]) -> str:
 
 def unflatten(tensors: Sequence[Tensor | None], numbers: Sequence[float], text: str) -> Any:
     """The value of `flatten`'s pieces. Raises ValueError for pieces that do not fit one another."""
-    left = iter(tensors), iter(numbers)
-    value = _builder(text)(*left)
-    if any(next(rest, None) is not None for rest in left):
-        raise ValueError(f"spec: got {len(tensors)} tensors and {len(numbers)} numbers, more than {text!r} names")
-    return value
+    form = form_of(text)
+    for name, got, expected in (("tensors", len(tensors), form.tensors), ("numbers", len(numbers), form.numbers)):
+        if got != expected:
+            raise ValueError(f"spec: got {got} {name}, but {text!r} names {expected}")
+    return form.build(tensors, numbers)
+
+
+class Form(NamedTuple):
+    """A text as functions: read(value) -> (tensors, numbers) of a value that has this form, or more where it has None;
+    build(tensors, numbers) -> the value.
+    """
+
+    tensors: int
+    numbers: int
+    read: Callable[[Any], tuple[list[Tensor], list[float]]]
+    build: Callable[[Sequence[Tensor | None], Sequence[float]], Any]
 
 
 @functools.lru_cache(maxsize=4096)
-def _builder(text: str) -> Callable[[Iterator[Tensor | None], Iterator[float]], Any]:
+def form_of(text: str) -> Form:
+    """The Form of `flatten`'s text; a text of any other kind is a ValueError, and nothing in it is executed."""
+    paths: dict[str, list[str]] = {"T": [], "F": []}
     try:
-        return _build(ast.parse(text, mode="eval").body)
+        build = _source(ast.parse(text, mode="eval").body, "value", paths)
     except (SyntaxError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"spec: got {text!r}, which is not a text of lora_kernels.values.flatten") from error
+    read = f"lambda value: ([{', '.join(paths['T'])}], [{', '.join(paths['F'])}])"
+    names = {**CLASSES, "torch": torch}
+    return Form(len(paths["T"]), len(paths["F"]), eval(read, names), eval(f"lambda T, F: {build}", names))
 
 
-def _build(node: ast.expr) -> Callable[[Iterator[Tensor | None], Iterator[float]], Any]:
-    """(tensors, numbers) -> the value that a node of the text means; nothing in a text is executed."""
-    if isinstance(node, (ast.Tuple, ast.Call)):
-        parts = [_build(item) for item in (node.elts if isinstance(node, ast.Tuple) else node.args)]
-        make = CLASSES[node.func.id] if isinstance(node, ast.Call) else _tuple  # type: ignore[attr-defined]
-        return lambda tensors, numbers: make(*[part(tensors, numbers) for part in parts])
+def _source(node: ast.expr, path: str, paths: dict[str, list[str]]) -> str:
+    """The Python source that builds what a node of the text means; `paths` gets where its tensors and numbers stand."""
     if isinstance(node, ast.Name):
-        return {"T": _next_tensor, "F": _next_number}[node.id]
-    value = DTYPES[node.attr] if isinstance(node, ast.Attribute) else ast.literal_eval(node)
-    return lambda tensors, numbers: value
-
-
-def _tuple(*items: Any) -> tuple[Any, ...]:
-    return items
-
-
-def _next_tensor(tensors: Iterator[Tensor | None], _: Iterator[float]) -> Tensor:
-    return _next(tensors)
-
-
-def _next_number(_: Iterator[Tensor | None], numbers: Iterator[float]) -> float:
-    return _next(numbers)
-
-
-def _next(left: Iterator[Any]) -> Any:
-    for item in left:
-        return item
-    raise ValueError("spec: got fewer tensors or numbers than it names")
+        paths[node.id].append(path)
+        return f"{node.id}[{len(paths[node.id]) - 1}]"
+    if isinstance(node, ast.Tuple):
+        inside = [_source(item, f"{path}[{i}]", paths) for i, item in enumerate(node.elts)]
+        return f"({', '.join(inside)},)" if inside else "()"
+    if isinstance(node, ast.Call):
+        name = node.func.id  # type: ignore[attr-defined]
+        CLASSES[name]  # or it is not a text of ours
+        within = [f".{field}" for field in NF4_FIELDS] if name == "NF4Weight" else [f"[{i}]" for i in range(len(node.args))]
+        inside = [_source(item, path + step, paths) for item, step in zip(node.args, within, strict=True)]
+        return f"{name}({', '.join(inside)})"
+    if isinstance(node, ast.Attribute):
+        return str(DTYPES[node.attr])
+    return repr(ast.literal_eval(node))

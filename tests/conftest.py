@@ -9,6 +9,7 @@ from csrc_emulator import cuda  # noqa: F401
 from kinds import Kind
 
 from lora_kernels import cpu_extension, use_backend
+from lora_kernels.operation import prepared
 from lora_kernels.plan import load
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # more only fight over a busy machine
@@ -48,8 +49,10 @@ def _is_refused(callspec: Any) -> bool:
 def _nothing_is_replaced() -> Iterator[None]:
     """Fails the test under which a tile was rejected or a backend given up: what it tested would not be what it names.
 
-    A test that provokes this puts dictionaries of its own in the place of these.
+    A test that provokes this puts dictionaries of its own in the place of these. What an earlier test made a backend answer,
+    by putting something else in the place of a part of it, is forgotten.
     """
+    prepared._kinds.clear()
     yield
     triton = load("triton", "linear")
     if isinstance(triton, ModuleType):

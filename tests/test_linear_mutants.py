@@ -6,13 +6,13 @@ from accuracy import Case, ours, plain, truth, violations
 
 from lora_kernels import mask, use_backend
 from lora_kernels.backends.torch import engine, linear
-from lora_kernels.operation import definition
+from lora_kernels.operation import prepared
 from lora_kernels.values import Dropout
 
 
 def plan_with(monkeypatch, forward=None, backward=None):
     """Every plan's functions, changed: forward(original, *args), backward(original, *args)."""
-    choose = definition.choose
+    choose = prepared.choose
 
     def changed(call):
         plan = choose(call)
@@ -22,7 +22,8 @@ def plan_with(monkeypatch, forward=None, backward=None):
             plan = plan._replace(backward=lambda *args, original=plan.backward: backward(original, *args))
         return plan
 
-    monkeypatch.setattr(definition, "choose", changed)
+    monkeypatch.setattr(prepared, "choose", changed)
+    monkeypatch.setattr(prepared, "_kinds", {})
 
 
 def gradient_of(field):

@@ -52,9 +52,9 @@ def test_the_text_says_nothing_of_values():
 @pytest.mark.parametrize(
     ("pieces", "words"),
     [
-        (([], [], "T"), "fewer tensors or numbers"),
-        (([], [], "(F,)"), "fewer tensors or numbers"),
-        (([T, T], [], "T"), "got 2 tensors and 0 numbers, more than 'T' names"),
+        (([], [], "T"), "got 0 tensors, but 'T' names 1"),
+        (([], [], "(F,)"), r"got 0 numbers, but '\(F,\)' names 1"),
+        (([T, T], [], "T"), "got 2 tensors, but 'T' names 1"),
         (([], [], "LoRAWeights("), "not a text of"),
         (([], [], "print('x')"), "not a text of"),
         (([], [], "__import__('os').system('true')"), "not a text of"),

@@ -6,13 +6,6 @@ from torch import Tensor
 from ..scratch import slices
 
 
-def set_product(out: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
-    """out = a·b + c, rounded once to out's dtype."""
-    if out.dtype != a.dtype:
-        return out.copy_(a @ b if c is None else torch.addmm(c, a, b))
-    return torch.mm(a, b, out=out) if c is None else torch.addmm(c, a, b, out=out)
-
-
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out += a·b in place, in out's dtype: the product's own, or float32 in tiles, whose copies stay small."""
     if out.dtype == a.dtype:
@@ -27,6 +20,19 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out += a·b in place; all of one dtype."""
     return out.add_(a @ b) if _is_thin(out) else out.addmm_(a, b)
+
+
+SMALL = 1 << 14  # elements of dy below which a copy of B, or of dB, costs more than it saves
+
+
+def columns_together(B: Tensor, dy: Tensor) -> Tensor:
+    """B with contiguous columns: dy·B is twice as fast then, once dy is large."""
+    return B if dy.numel() < SMALL else B.T.contiguous().T
+
+
+def transposed_product(dy: Tensor, h: Tensor) -> Tensor:
+    """dyᵀ·h[N, R]; of a large dy as (hᵀ·dy)ᵀ, which is 2 to 17 times as fast for R = 8 (MKL, 128 to 512 rows)."""
+    return dy.T @ h if dy.numel() < SMALL else (h.T @ dy).T
 
 
 def _is_thin(out: Tensor) -> bool:

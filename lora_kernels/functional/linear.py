@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..mask import as_seed, check_p, draw_seed
+from ..mask import check_p
 from ..nf4 import NF4Weight
 from ..operation import Members, Operation, call, register
 from ..plan import BackendReport, describe, report, use_backend
@@ -40,13 +40,8 @@ def lora_linear(
     Raises TypeError or ValueError for arguments that do not fit, and RuntimeError on a second derivative.
     """
     member = LoRAWeights(weight, lora_A, lora_B, bias, scaling)
-    check_member(x, member)
-    check_p(dropout_p)
-    dropout = None
-    if dropout_p > 0:
-        dropout = Dropout(float(dropout_p), draw_seed(x.device) if seed is None else as_seed(seed, x.device))
-    (y,) = call(LINEAR, x, (member,), dropout)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    (y,) = call(LINEAR, x, (member,), Dropout(dropout_p, seed) if dropout_p else None)  # type: ignore[arg-type]
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def backend_report(
@@ -66,7 +61,6 @@ def check(x: Tensor, members: Members, dropout: Dropout | None) -> None:
         check_member(x, member)
     if dropout is not None:
         check_p(dropout.p)
-        as_seed(dropout.seed, x.device)
 
 
 def shapes(x: Tensor, members: Members) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:

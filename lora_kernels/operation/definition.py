@@ -1,4 +1,4 @@
-"""What an operation is, in which dtype a call computes, and the one way from a call to its plan."""
+"""What an operation is, and how a call reads its arguments: in which dtype, as rows, with which seed."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import backends as backends  # registers them
-from ..dtypes import autocast_dtype, without_autocast
+from ..dtypes import autocast_dtype
+from ..mask import as_seed, draw_seed
 from ..nf4 import NF4Weight
-from ..plan import Plan, choose, describe
 from ..values import Dropout, LoRAWeights
 
 Members = tuple[LoRAWeights, ...]
@@ -36,20 +36,12 @@ class Operation(NamedTuple):
 OPERATIONS: dict[str, Operation] = {}
 
 
-def compute(
-    operation: Operation,
-    setting: str,
-    dtype: torch.dtype,
-    x: Tensor,
-    members: Members,
-    dropout: Dropout | None,
-    options: tuple[Any, ...],
-) -> tuple[Plan, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """(who computes, the results, what they save for the backward pass)."""
-    x, members = rows_of(x, dtype), in_dtype(members, dtype)
-    plan = choose(describe(operation.name, setting, dtype, x, members, dropout, options))
-    with without_autocast(x.device):
-        return plan, *plan.forward(x, members, dropout, *options)
+def seeded(dropout: Dropout | None, device: torch.device) -> Dropout | None:
+    """dropout with a seed on `device`: the one that it has, or one that is drawn."""
+    if dropout is None:
+        return None
+    seed = draw_seed(device) if dropout.seed is None else as_seed(dropout.seed, device)
+    return Dropout(dropout.p, seed, dropout.offset)
 
 
 def compute_dtype(x: Tensor, members: Members) -> torch.dtype:

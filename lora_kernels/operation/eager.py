@@ -8,61 +8,75 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
-from .. import plan as registry
 from ..dtypes import without_autocast
-from ..values import Dropout, Needs, flatten, unflatten
+from ..values import Dropout, flatten
 from . import library
-from .definition import Members, Operation, compute, compute_dtype, in_dtype, no_second_derivative, rows_of
-from .gradients import in_order, leaves, like_leaves, used, wanted
+from .definition import Members, Operation, compute_dtype, no_second_derivative, rows_of, seeded
+from .gradients import like_leaves, used
+from .prepared import Prepared, prepare
 
 
 def call(
     operation: Operation, x: Tensor, members: Members, dropout: Dropout | None, options: tuple[Any, ...] = ()
 ) -> tuple[Tensor, ...]:
-    """The operation's results on checked arguments, each [M, ·], with gradients for x and every tensor of the members."""
-    dtype = compute_dtype(x, members)
+    """The operation's results, each [M, ·], with gradients for x and every tensor of the members.
+
+    dropout's seed may be None, which draws one, or an int. Raises what the operation's check raises, before a seed is drawn.
+    """
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
-        return library.call(operation, dtype, x, members, dropout, options)
-    refuse_transforms(operation.public, x, members)
-    needs = wanted(x, members) if torch.is_grad_enabled() else Needs(False, ((),) * len(members))
-    arguments = x, members, dropout, options
-    if not (own := leaves(x, members, needs)):
-        return compute(operation, registry.setting, dtype, *arguments)[1]
-    return OperationFunction.apply(operation, dtype, needs, arguments, *own)
+        operation.check(x, members, dropout, *options)
+        return library.call(operation, compute_dtype(x, members), x, members, seeded(dropout, x.device), options)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        refuse_transforms(operation.public, x, members)
+    prepared = prepare(operation, x, members, dropout, options)
+    dropout = seeded(dropout, x.device)
+    if prepared.order:
+        return OperationFunction.apply(prepared, (x, members, dropout, options), *prepared.leaves(x, members))
+    return _forward(prepared, x, members, dropout, options)[0]
+
+
+def _forward(
+    prepared: Prepared, x: Tensor, members: Members, dropout: Dropout | None, options: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(the results, what they save for the backward pass)."""
+    with without_autocast(x.device):
+        return prepared.plan.forward(rows_of(x, prepared.dtype), prepared.read(members), dropout, *options)
 
 
 class OperationFunction(torch.autograd.Function):
     """An operation's results, differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, operation: Operation, dtype: torch.dtype, needs: Needs, arguments: tuple, *own: Tensor) -> Any:
-        x, members, dropout, options = arguments
-        plan, results, saved = compute(operation, registry.setting, dtype, *arguments)
-        kept, *ctx.pieces = flatten(operation.kept(x, members, saved, dropout, needs))
-        ctx.save_for_backward(*kept)  # a setup_context of its own would cost 50 µs per call (torch 2.13)
+    def forward(ctx: Any, prepared: Prepared, arguments: tuple[Any, ...], *own: Tensor) -> tuple[Tensor, ...]:
+        x, members, dropout, options = arguments  # in a tuple, which hides them from autograd: it is to see `own` alone
+        results, saved = _forward(prepared, x, members, dropout, options)
+        tensors, ctx.numbers = prepared.saved(x, members, saved, dropout)
+        ctx.save_for_backward(*tensors)  # a setup_context of its own would cost 50 µs per call (torch 2.13)
         ctx.set_materialize_grads(False)
-        ctx.public, ctx.plan, ctx.dtype, ctx.needs, ctx.options = operation.public, plan, dtype, needs, options
+        ctx.prepared, ctx.form, ctx.options = prepared, prepared.form, options
         ctx.like = [(t.shape, t.dtype) for t in own]
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads):
-            return (None,) * (4 + len(ctx.like))
+            return (None,) * (2 + len(ctx.like))
+        prepared: Prepared = ctx.prepared
 
         def gradients(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
             dys, kept = tensors[: len(grads)], tensors[len(grads) :]
-            x, members, saved, dropout = unflatten(kept, *ctx.pieces)
-            x = None if x is None else rows_of(x, ctx.dtype)
-            needs = used(ctx.needs, grads)
+            x, members, saved, dropout = ctx.form.build(kept, ctx.numbers)
+            x = None if x is None else rows_of(x, prepared.dtype)
+            needs = used(prepared.needs, grads)
             with without_autocast(next(dy for dy in dys if dy is not None).device):
-                found = ctx.plan.backward(dys, x, in_dtype(members, ctx.dtype), saved, dropout, needs, *ctx.options)
-            return tuple(in_order(found, ctx.needs))
+                found = prepared.plan.backward(dys, x, prepared.read(members), saved, dropout, needs, *ctx.options)
+            return tuple([found.x if i < 0 else found.members[i].get(name) for i, name in prepared.order])
 
         tensors = (*grads, *ctx.saved_tensors)
         once = torch.is_grad_enabled()  # create_graph=True
-        found = DifferentiableOnce.apply(ctx.public, gradients, *tensors) if once else gradients(*tensors)
-        return None, None, None, None, *like_leaves(found, ctx.like)
+        public = prepared.operation.public
+        found = DifferentiableOnce.apply(public, gradients, *tensors) if once else gradients(*tensors)
+        return None, None, *like_leaves(found, ctx.like)
 
 
 class DifferentiableOnce(torch.autograd.Function):

@@ -13,7 +13,7 @@ from .. import plan as registry
 from ..dtypes import without_autocast
 from ..plan import choose, describe
 from ..values import Dropout, LoRAWeights, flatten, unflatten
-from .definition import OPERATIONS, Members, Operation, compute, in_dtype, no_second_derivative, rows_of
+from .definition import OPERATIONS, Members, Operation, in_dtype, no_second_derivative, rows_of, seeded
 from .gradients import in_order, keys, leaves, like_leaves, places, used, wanted
 
 
@@ -51,7 +51,11 @@ def register(operation: Operation) -> Operation:
     def forward(*pieces: Any) -> list[Tensor]:
         setting, dtype, x, members, dropout, options = unflatten(*pieces)
         operation.check(x, members, dropout, *options)
-        _, results, saved = compute(operation, setting, dtype, x, members, dropout, options)
+        dropout = seeded(dropout, x.device)
+        x, members = rows_of(x, dtype), in_dtype(members, dtype)
+        plan = choose(describe(name, setting, dtype, x, members, dropout, options))
+        with without_autocast(x.device):
+            results, saved = plan.forward(x, members, dropout, *options)
         return [*results, *saved]
 
     def forward_fake(*pieces: Any) -> list[Tensor]:

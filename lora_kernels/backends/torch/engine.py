@@ -36,8 +36,18 @@ class ChunkMask:
 
 def total(sum_so_far: Tensor | None, part: Tensor) -> Tensor:
     """The sum over chunks of rows, in float32 or wider."""
-    part = part.to(torch.promote_types(part.dtype, torch.float32))
+    part = part if part.dtype.itemsize >= 4 else part.float()
     return part if sum_so_far is None else sum_so_far.add_(part)
+
+
+def to(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), which asks PyTorch only where it has to."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def part(t: Tensor, rows: slice, chunks: list[slice]) -> Tensor:
+    """t[rows], or t itself where that is all of it."""
+    return t if len(chunks) == 1 else t[rows]
 
 
 def work_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -46,9 +56,10 @@ def work_dtype(*tensors: Tensor | None) -> torch.dtype:
     A CPU that multiplies bfloat16 would be a sixth faster in it without dropout, but one result in 600 had up to three times
     the error of PyTorch's operations.
     """
-    there = [t for t in tensors if t is not None]
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in there))
-    return torch.promote_types(dtype, torch.float32) if there[0].device.type == "cpu" else dtype
+    dtypes = {t.dtype for t in tensors if t is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else functools.reduce(torch.promote_types, dtypes)
+    narrow = dtype.itemsize < 4 and next(t for t in tensors if t is not None).device.type == "cpu"
+    return torch.float32 if narrow else dtype
 
 
 # ---- the base product, dense or over a 4-bit weight a tile at a time, in memory that the next tile overwrites ----

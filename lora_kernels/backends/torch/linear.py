@@ -5,14 +5,15 @@ rounded once. x is never copied whole. The factor 1 / (1 - p̂) of dropout is ap
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import cpu_extension
 from ...mask import keep_scale, row_chunks
 from ...plan import Call, Plan
 from ...values import Dropout, Grads, LoRAWeights, Needs
-from ..products import set_product, weight_gradient
-from .engine import ChunkMask, add_backward_product, add_forward_product, sum_dtype, total, work_dtype
+from ..products import columns_together, transposed_product, weight_gradient
+from .engine import ChunkMask, add_backward_product, add_forward_product, part, sum_dtype, to, total, work_dtype
 
 FIELDS = frozenset({"weight", "lora_A", "lora_B", "bias", "scaling"})
 
@@ -42,19 +43,28 @@ def _forward_of(
     """(y, h) of one member."""
     W, A, B, c, s = member
     (M, K), N, work = x.shape, B.shape[0], work_dtype(x, A)
-    y, h = x.new_empty(M, N, dtype=sum_dtype(x, W)), A.new_empty(M, A.shape[0])
-    Aw, Bw, cw = A.to(work), B.to(work), None if c is None else c.to(work)
+    Aw, Bw, cw = to(A, work), to(B, work), None if c is None else to(c, work)
     keep = None if dropout is None else mask(K, dropout, number, work)
-    for rows in row_chunks(M, max(K, N), x.device):
-        xw = x[rows].to(work)
+    chunks = row_chunks(M, max(K, N), x.device)
+
+    def low_rank(rows: slice) -> tuple[Tensor, Tensor]:
+        xw = to(part(x, rows, chunks), work)
         if keep is None or dropout is None:
-            h[rows] = xw @ Aw.T  # 1
+            h = F.linear(xw, Aw)  # 1
         else:
             keep.chunk(rows)
-            h[rows] = (keep.dropped(xw) @ Aw.T).mul_(keep_scale(dropout.p))  # 1
-        set_product(y[rows], h[rows].to(work) * s, Bw.T, cw)
-    del xw  # the product needs that memory
-    return add_forward_product(y, x, W).to(x.dtype), h  # 2
+            h = F.linear(keep.dropped(xw), Aw).mul_(keep_scale(dropout.p))  # 1
+        h = to(h, A.dtype)
+        return h, F.linear(to(h, work) * s, Bw, cw)
+
+    if len(chunks) == 1:
+        h, y = low_rank(chunks[0])
+        y = to(y, sum_dtype(x, W))
+    else:
+        y, h = x.new_empty(M, N, dtype=sum_dtype(x, W)), A.new_empty(M, A.shape[0])
+        for rows in chunks:
+            h[rows], y[rows] = low_rank(rows)
+    return to(add_forward_product(y, x, W), x.dtype), h  # 2
 
 
 def backward(
@@ -100,37 +110,42 @@ def _backward_of(
     W, A, B, _, s = member
     (M, N), work = dy.shape, work_dtype(dy, B, h)
     need_A = "lora_A" in wanted
-    Aw = A.to(work) if need_x else None
-    Bw = B.to(work).T.contiguous().T if need_x or need_A else None  # dy·B is twice as fast with B's columns contiguous
+    Aw = to(A, work) if need_x else None
+    Bw = columns_together(to(B, work), dy) if need_x or need_A else None
     K = W.shape[1] if need_x else x.shape[1] if need_A else 0
     keep = mask(K, dropout, number, work) if dropout is not None and (need_x or need_A) else None
     factor = s if dropout is None else s * keep_scale(dropout.p)  # the factors that 4 and 5 share, by way of 3
-    dx = dy.new_empty(M, K, dtype=sum_dtype(dy, W)) if need_x else None
-    dA = dB = dc = None
-    for rows in row_chunks(M, max(K, N), dy.device):
-        dyw = dy[rows].to(work)
+    chunks = row_chunks(M, max(K, N), dy.device)
+    dx = dA = dB = dc = None
+    if need_x and len(chunks) > 1:
+        dx = dy.new_empty(M, K, dtype=sum_dtype(dy, W))
+    for rows in chunks:
+        dyw = to(part(dy, rows, chunks), work)
         if "lora_B" in wanted:
-            dB = total(dB, ((h[rows].to(work) * s).T @ dyw).T)  # 6
+            dB = total(dB, transposed_product(dyw, to(part(h, rows, chunks), work) * s))  # 6
         if "bias" in wanted:
             dc = total(dc, dyw.sum(0, dtype=torch.promote_types(work, torch.float32)))  # 6
         if not (need_x or need_A):
             continue
-        g = (dyw @ Bw) * factor  # 3
+        g = (dyw @ Bw).mul_(factor)  # 3
         if keep is not None:
             keep.chunk(rows)
         if need_x:
-            set_product(dx[rows], g, Aw)
+            dx_rows = g @ Aw
             if keep is not None:
-                keep.undrop_(dx[rows])
+                keep.undrop_(dx_rows)
+            if dx is None:
+                dx = to(dx_rows, sum_dtype(dy, W))
+            else:
+                dx[rows] = dx_rows
         if need_A:
-            xw = x[rows].to(work)
+            xw = to(part(x, rows, chunks), work)
             dA = total(dA, g.T @ (xw if keep is None else keep.dropped(xw)))  # 5
-    del dyw  # the product needs that memory
     if need_x:
-        dx = add_backward_product(dx, dy, W).to(dy.dtype)  # 4
+        dx = to(add_backward_product(dx, dy, W), dy.dtype)  # 4
     found = {
-        "lora_A": None if dA is None else dA.to(B.dtype),
-        "lora_B": None if dB is None else dB.to(h.dtype).contiguous(),
+        "lora_A": None if dA is None else to(dA, B.dtype),
+        "lora_B": None if dB is None else to(dB, h.dtype).contiguous(),
         "bias": dc,
     }
     return dx, {field: grad for field, grad in found.items() if grad is not None}

@@ -8,6 +8,7 @@ import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from ...plan import changed
 from .tuned import Tile
 from .tuning import candidates, gpu, padded_rank
 
@@ -56,3 +57,4 @@ def give_up(device: torch.device, error: Exception, setting: str) -> None:
     if reason is None or setting != "auto":
         raise error
     broken[gpu(device).capability] = reason
+    changed()

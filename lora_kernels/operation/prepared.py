@@ -1,0 +1,95 @@
+"""What the calls of one kind have in common, found out once: that they pass the checks, who computes, which gradients.
+
+A kind is all that those depend on: layouts, dtypes and devices of the tensors, which of them want a gradient, the number of
+rows up to the next power of two, dropout, autocast, use_backend's setting, and the backends' state (plan.changed). Arguments
+that do not fit are of no kind: they raise.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import plan as registry
+from ..dtypes import autocast_dtype
+from ..nf4 import NF4Weight
+from ..plan import choose, describe
+from ..values import Dropout, Form, LoRAWeights, Needs, flatten, form_of
+from .definition import Members, Operation, compute_dtype, in_dtype, rows_of
+from .gradients import keys, wanted
+
+LIMIT = 4096  # kinds that are kept, of about 1 KB each; a model has one for each shape of layer and range of rows
+DEFAULTS = tuple(LoRAWeights._field_defaults.get(name) for name in LoRAWeights._fields)
+
+_kinds: dict[tuple, "Prepared"] = {}
+
+
+class Prepared:
+    """What the calls of one kind have in common. Raises what the operation's check raises."""
+
+    __slots__ = ("as_is", "dtype", "form", "needs", "operation", "order", "plan")
+
+    def __init__(self, operation: Operation, x: Tensor, members: Members, dropout: Dropout | None, options: tuple[Any, ...]):
+        operation.check(x, members, dropout, *options)
+        self.operation = operation
+        self.dtype = compute_dtype(x, members)
+        self.needs = wanted(x, members) if torch.is_grad_enabled() else Needs(False, ((),) * len(members))
+        self.order = keys(self.needs)
+        read = in_dtype(members, self.dtype)
+        self.as_is = all(after is before for after, before in zip(read, members, strict=True))
+        rows = rows_of(x, self.dtype)
+        self.plan = choose(describe(operation.name, registry.setting, self.dtype, rows, read, dropout, options))
+        self.form: Form | None = None  # of what is saved for the backward pass, known from the first call on
+
+    def read(self, members: Members) -> Members:
+        """The members as the plan reads them."""
+        return members if self.as_is else in_dtype(members, self.dtype)
+
+    def leaves(self, x: Tensor, members: Members) -> list[Tensor]:
+        """The tensors whose gradients are wanted."""
+        return [x if i < 0 else getattr(members[i], name) for i, name in self.order]
+
+    def saved(self, x: Tensor, members: Members, saved: tuple, dropout: Dropout | None) -> tuple[list[Tensor], list[float]]:
+        """The tensors and numbers that the wanted gradients read, of which `form` makes the four again."""
+        if self.form is None:
+            self.form = form_of(flatten(self.operation.kept(x, members, saved, dropout, self.needs)).text)
+        return self.form.read((x, members, saved, dropout))
+
+
+def prepare(operation: Operation, x: Tensor, members: Members, dropout: Dropout | None, options: tuple[Any, ...]) -> Prepared:
+    """What the calls of this one's kind have in common."""
+    try:
+        kind = _kind(operation, x, members, dropout, options)
+        if (found := _kinds.get(kind)) is not None:
+            return found
+    except (AttributeError, IndexError, RuntimeError, TypeError):  # no tensor where one should be, or one without an address
+        return Prepared(operation, x, members, dropout, options)
+    found = Prepared(operation, x, members, dropout, options)
+    if len(_kinds) >= LIMIT:
+        _kinds.clear()
+    _kinds[kind] = found
+    return found
+
+
+def _kind(operation: Operation, x: Tensor, members: Members, dropout: Dropout | None, options: tuple[Any, ...]) -> tuple:
+    K = x.shape[-1]
+    if K and x.is_contiguous():
+        M = x.numel() // K
+        rows: Any = (M - 1).bit_length() if M else None
+    else:
+        rows = x.shape, x.stride()
+    own = K, rows, x.dtype, x.device, x.requires_grad, not x.data_ptr() & 15, x.__class__
+    fields = [_field(value, default) for member in members for value, default in zip(member, DEFAULTS, strict=True)]
+    drop = None if dropout is None else (dropout.p, dropout.offset)
+    narrow = autocast_dtype(x.device) if torch._C._is_any_autocast_enabled() else None
+    return operation.name, registry.setting, registry.state, torch.is_grad_enabled(), narrow, own, tuple(fields), drop, options
+
+
+def _field(value: Any, default: Any) -> Any:
+    """What a plan may depend on of a member's field: of a number only whether it is the default."""
+    if isinstance(value, Tensor):
+        aligned = not value.data_ptr() & 15
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad, aligned, value.__class__
+    if isinstance(value, NF4Weight):
+        return tuple([_field(field, None) for field in value.fields()])
+    return (float, value == default) if value.__class__ is float else value
