@@ -4,9 +4,10 @@ import pytest
 import torch
 from accuracy import Case, ours
 from kinds import every_dtype, every_kind
+from peft import LoraConfig, get_peft_model
 from torch.autograd import forward_ad
 
-from lora_kernels import LoRALinear, lora_linear, quantize_nf4
+from lora_kernels import LoRAConfig, LoRALinear, accelerate, add_lora, lora_linear, quantize_nf4
 
 BF16 = torch.bfloat16
 
@@ -59,6 +60,30 @@ def test_compiled_backward_inside_autocast(compiled, device):
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
 
 
+@pytest.mark.parametrize("base", [torch.float32, BF16])
+@pytest.mark.parametrize("kind", ["add_lora", "nf4", "accelerate"])
+def test_compiled_layers_inside_autocast(kind, base):
+    """The second layer's x has autocast's dtype, not its weight's; the graph runs when autocast is off again."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)).to(base)
+    options = {"r": 4, "target_modules": ["0", "2"], "init_lora_weights": False}
+    if kind == "accelerate":
+        model = get_peft_model(model, LoraConfig(**options))
+        assert accelerate(model).accelerated
+    else:
+        add_lora(model, LoRAConfig(**options), quantize="nf4" if kind == "nf4" else None)
+    compiled, inputs = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(3, 64, requires_grad=True)
+    leaves = [inputs, *(p for p in model.parameters() if p.requires_grad)]
+    found = []
+    for compute in (model, compiled):
+        with torch.autocast("cpu", BF16):
+            y = compute(inputs)
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    for eager, graph in zip(*found, strict=True):
+        torch.testing.assert_close(graph, eager)
+
+
 # ---- the meta device ----
 
 
@@ -92,7 +117,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("quant_type", [None, "nf4"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_are_refused(transform, quant_type):
-    with pytest.raises(RuntimeError, match=r"lora_linear: torch.func's transforms .* use torch.autograd,"):
+    with pytest.raises(RuntimeError, match=r"lora_linear: torch.func's transforms .* use torch.autograd for"):
         TRANSFORMS[transform](quantize_nf4(W) if quant_type else W)
 
 
@@ -107,3 +132,11 @@ def test_a_tangent_is_refused(dual, trained):
         with pytest.raises(RuntimeError, match="lora_linear: forward-mode AD does not go through"):
             lora_linear(**inputs)
     assert torch.equal(y, lora_linear(x, W, A, B))
+
+
+def test_batched_gradients_are_refused():
+    """is_grads_batched=True, and torch.autograd.functional's vectorize=True."""
+    trained = x.clone().requires_grad_()
+    y = lora_linear(trained, W, A, B)
+    with pytest.raises(RuntimeError, match="lora_linear: a backward pass of several gradients at once does not go through"):
+        torch.autograd.grad(y.sum(0), trained, torch.eye(32), is_grads_batched=True)

@@ -61,6 +61,8 @@ class OperationFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads):
             return (None,) * (2 + len(ctx.like))
+        if any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):  # is_grads_batched
+            refuse(ctx.prepared.operation.public, "a backward pass of several gradients at once does")
         prepared: Prepared = ctx.prepared
 
         def gradients(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -97,12 +99,15 @@ def refuse_transforms(public: str, x: Tensor, members: Members) -> None:
 
     Autograd is given only the tensors whose gradient is wanted: a transform of the others would be lost without a word.
     """
-    what = "torch.func's transforms do"
-    if not torch._C._are_functorch_transforms_active():
-        tensors = flatten((x, members)).tensors if forward_ad._current_level >= 0 else ()
-        if all(forward_ad.unpack_dual(t).tangent is None for t in tensors):
-            return
-        what = "forward-mode AD does"
+    if torch._C._are_functorch_transforms_active():
+        refuse(public, "torch.func's transforms do")
+    tensors = flatten((x, members)).tensors if forward_ad._current_level >= 0 else ()
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        refuse(public, "forward-mode AD does")
+
+
+def refuse(public: str, what: str) -> NoReturn:
     raise RuntimeError(
-        f"{public}: {what} not go through these kernels; use torch.autograd, or compute the layer with plain PyTorch operations"
+        f"{public}: {what} not go through these kernels; use torch.autograd for one gradient at a time, "
+        "or compute the layer with plain PyTorch operations"
     )

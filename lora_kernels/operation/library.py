@@ -50,9 +50,10 @@ def register(operation: Operation) -> Operation:
 
     def forward(*pieces: Any) -> list[Tensor]:
         setting, dtype, x, members, dropout, options = unflatten(*pieces)
+        # Read in `dtype` before the check: a compiled graph runs outside of the autocast in which it was traced.
+        x, members = x.to(dtype), in_dtype(members, dtype)
         operation.check(x, members, dropout, *options)
-        dropout = seeded(dropout, x.device)
-        x, members = rows_of(x, dtype), in_dtype(members, dtype)
+        x, dropout = rows_of(x, dtype), seeded(dropout, x.device)
         plan = choose(describe(name, setting, dtype, x, members, dropout, options))
         with without_autocast(x.device):
             results, saved = plan.forward(x, members, dropout, *options)
