@@ -54,12 +54,11 @@ class AcceleratedLinear(Accelerated, lora.Linear, metaclass=ShownAsPeft):
 
 def _computed(layer: Any, parts: Parts, x: Tensor) -> Tensor | str:
     """y, or the reason in the tensors why PEFT's own forward has to compute; accelerate's hooks bring offloaded ones first."""
-
-    def function(x: Tensor) -> Tensor | str:
-        return why_not_tensors(layer, parts, x) or compute(x, parts)
-
-    hooked = [module for module in parts[:4] if forward_is_replaced(module)]
-    return call_onloaded(hooked, function, x) if hooked else function(x)
+    base, lora_A, lora_B, dropout, _ = parts  # torch 2.8 traces no slice of a NamedTuple
+    hooked = [module for module in (base, lora_A, lora_B, dropout) if forward_is_replaced(module)]
+    if hooked:
+        return call_onloaded(hooked, lambda x: why_not_tensors(layer, parts, x) or compute(x, parts), x)
+    return why_not_tensors(layer, parts, x) or compute(x, parts)
 
 
 def compute(x: Tensor, parts: Parts) -> Tensor:
