@@ -1,5 +1,6 @@
 """Put LoRA into any model and take it out again, by module type and name pattern: linear layers are exchanged in place."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -106,7 +107,7 @@ def add_adapter(
         take_over_saving(model)
         _freeze_base(model)
     _disable_fast_paths(model, state)
-    state.configs[adapter_name] = config
+    state.configs[adapter_name] = copy.deepcopy(config)  # the caller may change theirs for the next model
     add_exchanges(state.exchanges, adapter_name, originals)
     set_adapter(model, active)
     return _report(model, config, adapter_name, list(plan), skipped)
