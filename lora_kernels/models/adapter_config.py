@@ -48,14 +48,14 @@ def from_peft(values: dict[str, Any], model: nn.Module, source: str) -> LoRAConf
     shared = {name: values[name] for name in SHARED if values.get(name) is not None}
     if "target_modules" not in shared:
         raise ValueError(f"{source}: target_modules is missing, expected a list of names or a regex")
-    if "modules_to_save" in shared:  # PEFT lists names that a model may not have: "classifier" and "score" by task
-        paths = [path for path, _ in named_modules(model) if path]
-        there = [name for name in shared["modules_to_save"] if any(trained_whole(path, [name]) for path in paths)]
-        shared["modules_to_save"] = there or None
     try:
-        return LoRAConfig(**shared)
+        config = LoRAConfig(**shared)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
+    # PEFT lists names that a model may not have: "classifier" and "score" by task
+    paths = [path for path, _ in named_modules(model) if path]
+    there = [name for name in config.modules_to_save or () if any(trained_whole(path, [name]) for path in paths)]
+    return dataclasses.replace(config, modules_to_save=there or None)
 
 
 def from_config(config: Any, model: nn.Module) -> LoRAConfig:
