@@ -16,7 +16,7 @@ from .adapter_saving import save_adapter
 from .distributed import is_sharded
 from .export import merged_tensors
 from .quantization_config import quantization_config
-from .state import lora_layers, lora_state
+from .state import lora_exchanges, lora_layers, lora_state
 from .wrappers import named_modules, plain_state_dict
 
 ADAPTERS = "adapters"  # a folder: beside config.json, transformers would put an adapter into PEFT's layers on loading
@@ -107,11 +107,11 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     layers = (path for path, module in named_modules(model, remove_duplicate=False) if isinstance(module, LoRALinear))
     own = tuple([f"{path}.lora_" for path in layers])
     state = {name: tensor for name, tensor in plain_state_dict(model).items() if not name.startswith(own)}
-    for exchange in lora_state(model).exchanges:
-        path, original = f"{exchange.path}.{exchange.attribute}".removeprefix("."), exchange.choices[None]
+    for exchange in lora_exchanges(model):
+        original = exchange.choices[None]
         tensors = plain_state_dict(original) if isinstance(original, nn.Module) else {"": original.detach()}
         for key, tensor in tensors.items():
-            name = f"{path}.{key}".removesuffix(".")
+            name = f"{exchange.name}.{key}".removesuffix(".")
             state[name] = tensor.to(state[name])  # what was put aside has missed model.to(…)
     return state
 
