@@ -169,11 +169,12 @@ LOST = r"1 of its tensors are lost: '[\w.]*layers\.1\.q_proj\.lora_B\.weight' ho
             ValueError,
             "rewrote the base",
         ),
-        (lambda m: None, KeyError, "not found"),
+        (lambda m: None, ValueError, "no LoRA layers; call add_lora first"),
+        (lambda m: own_adapter("sql", m), KeyError, r"adapter 'default': not found; adapters here: \['sql'\]"),
         (lambda m: setattr(own_adapter(base=m).layers[0].q_proj.adapters["default"], "scaling", 9.0), ValueError, "scaling 9"),
         (lambda m: own_adapter(base=m).layers[1].q_proj.lora_B["default"].data[0, 0].fill_(float("nan")), ValueError, LOST),
     ],
-    ids=["pissa", "no adapter", "scaling", "diverged"],
+    ids=["pissa", "no adapter", "another adapter", "scaling", "diverged"],
 )
 def test_what_the_format_cannot_say_is_not_written(tmp_path, change, error, message):
     ours = model()

@@ -15,7 +15,7 @@ from .adapter_keys import adapter_tensors
 from .atomic_files import all_or_nothing
 from .distributed import full, is_sharded
 from .embeddings import resized_embeddings
-from .state import lora_state
+from .state import adapted_layers, lora_state
 from .wrappers import unwrapped
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -27,9 +27,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     Returns the directory that has them: as in PEFT, "default" goes into `directory` itself, another name into a subfolder of
     that name. A transformers model that was resized since it was loaded has its embedding and its head in the file as well.
     Where parameters are sharded (FSDP2), every process has to call it, and the first one writes.
-    Raises KeyError for an unknown adapter, and ValueError, before anything is written, for what PEFT's format cannot say, and
-    for NaN or infinity.
+    Raises KeyError for an unknown adapter, and ValueError, before anything is written, for a model without add_lora's layers,
+    what PEFT's format cannot say, and NaN or infinity.
     """
+    adapted_layers(model)  # says whose layers a model has, if they are not add_lora's
     model = unwrapped(model)
     state = lora_state(model)
     if adapter_name not in state.configs:

@@ -47,7 +47,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     if not layers:
         name = type(unwrapped(model)).__name__
         if peft_layers(model):
-            raise ValueError(f"model: {name} has PEFT's own LoRA layers, expected add_lora's; use PEFT's methods for them")
+            raise ValueError(f"model: {name} has PEFT's own layers, expected add_lora's; use PEFT's methods for them")
         raise ValueError(f"model: {name} has no LoRA layers; call add_lora first")
     for path, layer in layers.items():
         for name, adapter in layer.adapters.items():
