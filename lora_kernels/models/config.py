@@ -34,10 +34,11 @@ class LoRAConfig:
     lora_bias: give each adapter a bias of its own, scaled with it.
     bias: which biases are trained: "none", "lora_only" (those of the adapted layers) or "all".
     modules_to_save: modules to train whole, in a copy beside the adapters, such as a new classifier head: each path that ends
-        in one of these names (in PEFT the name may begin inside a word, so "norm" means "input_layernorm" too).
+        in one of these names, which as in PEFT may begin inside a word: "norm" means "input_layernorm" too.
     task_type: what the model is for, a value of peft.TaskType. As in PEFT, "SEQ_CLS" and "TOKEN_CLS" train the modules named
         "classifier" or "score", and "QUESTION_ANS" "qa_outputs", as modules_to_save. By default nothing of that; save_adapter
-        then writes the task of a transformers model's class, from which AutoPeftModelForCausalLM and others go.
+        then writes the task of a transformers model's class, from which AutoPeftModelForCausalLM and others go, unless that
+        task has a head which modules_to_save does not name.
 
     Names may come in any collection, and are kept as a list: JSON, in which an adapter's configuration is saved, has no sets.
     Raises ValueError or TypeError at once for a value outside its range.
