@@ -41,6 +41,14 @@ def rename_to_bin(directory):
 KEY = "base_model.model.layers.0.q_proj.lora_A.weight"
 NORM = "base_model.model.layers.0.norm.lora_A.weight"
 EMBEDDING = {f"base_model.model.embed_tokens.lora_embedding_{side}": torch.ones(4, 11) for side in "AB"}
+ODD = [  # values of another type than the field's, and regexes that are none
+    *(("modules_to_save", value) for value in ("lm_head", [3], {"lm_head": 1})),
+    *(("target_modules", value) for value in (5, [5], {"q_proj": 1}, "(")),
+    *(("exclude_modules", value) for value in (3, [None], "(")),
+    *((name, value) for name in ("rank_pattern", "alpha_pattern") for value in (["q"], "q", {"(": 1})),
+    *(("layers_to_transform", value) for value in ("0", ["0"], 0.5)),
+    *((name, value) for name in ("use_rslora", "lora_bias") for value in (1, "yes")),
+]
 DAMAGES = [
     (
         change_weights(lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}),
@@ -70,6 +78,8 @@ DAMAGES = [
     (change_config(target_modules=None), "target_modules is missing"),
     (change_config(r=0), "r: got 0"),
     (change_config(a_new_field={"x": 1}), "a_new_field"),
+    *((change_config(**{name: value}), f"{CONFIG}: {name}: got ") for name, value in ODD),
+    (change_config(layers_to_transform=[0], layers_pattern="("), rf"{CONFIG}: layers_pattern: got '\('"),
     (cut_off(CONFIG), "not JSON, or cut off"),
     (cut_off(WEIGHTS), "no safetensors file, or cut off"),
     (rename_to_bin, "adapter_model.bin is a pickle"),
@@ -98,9 +108,11 @@ def test_a_clear_error_and_nothing_has_changed(tmp_path, damage, message, existi
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
 
 
-def test_peft_s_adapter_of_an_embedding_is_refused(tmp_path):
-    peft_adapter(tmp_path, target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(ValueError, match=r"adapts embed_tokens \(Embedding\), and only linear layers get LoRA here"):
+@pytest.mark.parametrize("target_modules", [["q_proj", "embed_tokens"], ["embed_tokens"]])
+def test_peft_s_adapter_of_an_embedding_is_refused(tmp_path, target_modules):
+    peft_adapter(tmp_path, target_modules=target_modules)
+    words = r"/adapter_\w*\.\w+.* adapts embed_tokens \(Embedding\), and only linear layers get LoRA here: load it with PEFT"
+    with pytest.raises(ValueError, match=words):
         load_adapter(model(), tmp_path)
 
 
@@ -157,11 +169,12 @@ LOST = r"1 of its tensors are lost: '[\w.]*layers\.1\.q_proj\.lora_B\.weight' ho
             ValueError,
             "rewrote the base",
         ),
-        (lambda m: None, KeyError, "not found"),
+        (lambda m: None, ValueError, "no LoRA layers; call add_lora first"),
+        (lambda m: own_adapter("sql", m), KeyError, r"adapter 'default': not found; adapters here: \['sql'\]"),
         (lambda m: setattr(own_adapter(base=m).layers[0].q_proj.adapters["default"], "scaling", 9.0), ValueError, "scaling 9"),
         (lambda m: own_adapter(base=m).layers[1].q_proj.lora_B["default"].data[0, 0].fill_(float("nan")), ValueError, LOST),
     ],
-    ids=["pissa", "no adapter", "scaling", "diverged"],
+    ids=["pissa", "no adapter", "another adapter", "scaling", "diverged"],
 )
 def test_what_the_format_cannot_say_is_not_written(tmp_path, change, error, message):
     ours = model()

@@ -5,8 +5,8 @@ import os
 
 import pytest
 import torch
-from adapter_case import CONFIG, IDS, WEIGHTS, close, fill, model, own_adapter, peft_adapter
-from peft import PeftModel
+from adapter_case import CONFIG, IDS, WEIGHTS, Block, close, fill, model, own_adapter, peft_adapter
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -75,6 +75,21 @@ def test_a_layer_that_add_lora_left_alone_is_left_alone_by_peft(tmp_path):
     loaded = PeftModel.from_pretrained(model(), tmp_path).eval()
     close(loaded(IDS), ours(IDS))
     assert type(loaded.base_model.model.layers[0].q_proj) is nn.Linear
+
+
+def test_peft_adapts_inside_a_module_that_modules_to_save_means_by_the_end_of_a_word(tmp_path):
+    """add_lora does not, and what it writes says so to PEFT."""
+    base = model()
+    base.layers[0].input_norm = Block()
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["put_norm"]}
+    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(**options))
+    assert [name for name, _ in theirs.named_parameters() if "input_norm.modules_to_save.default.q_proj.lora_A" in name]
+    ours = own_adapter(base=copy.deepcopy(base), **options)
+    assert type(ours.layers[0].input_norm.q_proj) is nn.Linear
+    save_adapter(ours, tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert not [name for name, _ in loaded.named_parameters() if "input_norm" in name and "lora_" in name]
+    close(loaded(IDS), ours(IDS))
 
 
 def test_several_adapters_lie_in_subfolders_as_in_peft(tmp_path):

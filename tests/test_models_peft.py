@@ -10,7 +10,17 @@ import torch
 from adapter_case import model
 from model_case import QV, Model
 
-from lora_kernels import LoRAConfig, LoRALinear, add_lora, load_adapter, lora_state_dict, merge_lora, save_adapter, save_merged
+from lora_kernels import (
+    LoRAConfig,
+    LoRALinear,
+    accelerate,
+    add_lora,
+    load_adapter,
+    lora_state_dict,
+    merge_lora,
+    save_adapter,
+    save_merged,
+)
 
 
 def peft_models():
@@ -30,7 +40,28 @@ def peft_models():
     }
 
 
-@pytest.mark.parametrize("case", peft_models())
+ACCELERATE = r"call accelerate\(model\) to let these compute with our kernels"
+UNLOAD, ANEW, BASE = r"give PEFT's model\.unload\(\) to", "load the model anew for", r"give PEFT's model\.get_base_model\(\) to"
+CURES = {  # what the error ends with
+    "PeftModel": rf"layers, such as 'base_\S*q_proj', expected a model without; {ACCELERATE}, or {UNLOAD} add_lora$",
+    "compiled PeftModel": rf"{ACCELERATE}, or {UNLOAD} add_lora$",
+    "PeftModel without layers": rf"prompts, expected a model without; {BASE} add_lora$",
+    "IA3": rf"expected a model without; {UNLOAD} add_lora$",
+    "layers inside": rf"{ACCELERATE}, or {ANEW} add_lora$",
+    "transformers' add_adapter": rf"{ACCELERATE}, or {ANEW} add_lora$",
+}
+
+
+@pytest.mark.parametrize("case", CURES)
+def test_the_cures_for_a_model_with_peft_s_layers_work(case):
+    model = peft_models()[case]
+    if ACCELERATE in CURES[case]:
+        assert accelerate(model).accelerated
+    if ANEW not in CURES[case]:
+        add_lora(model.unload() if UNLOAD in CURES[case] else model.get_base_model(), LoRAConfig(**QV))
+
+
+@pytest.mark.parametrize("case", CURES)
 def test_a_model_with_peft_s_layers_is_refused(case, tmp_path):
     save_to, own = tmp_path / "adapter", Model()
     add_lora(own, LoRAConfig(**QV))
@@ -42,11 +73,11 @@ def test_a_model_with_peft_s_layers_is_refused(case, tmp_path):
         lambda: add_lora(refused, LoRAConfig(**QV), quantize="nf4"),
         lambda: load_adapter(refused, save_to),
     ):
-        with pytest.raises(ValueError, match=r"model: got a .* with PEFT's own layers.*call accelerate\(model\)"):
+        with pytest.raises(ValueError, match=rf"model: got a .* with PEFT's own .*{CURES[case]}"):
             call()
     assert list(refused.state_dict()) == names
-    for function in (lora_state_dict, merge_lora, lambda m: save_merged(m, tmp_path)):
-        with pytest.raises(ValueError, match=r"has PEFT's own LoRA layers, expected add_lora's"):
+    for function in (lora_state_dict, merge_lora, lambda m: save_merged(m, tmp_path), lambda m: save_adapter(m, tmp_path)):
+        with pytest.raises(ValueError, match=r"has PEFT's own layers, expected add_lora's"):
             function(refused)
 
 

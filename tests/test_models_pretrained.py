@@ -128,11 +128,21 @@ def with_pissa():
     return model
 
 
+def with_a_second_adapter_that_diverged():
+    model = tiny_models.llama()
+    add_lora(model, LoRAConfig(target_modules=["q_proj"]))
+    add_lora(model, LoRAConfig(target_modules=["v_proj"]), "second")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.lora_B["second"][0, 0] = torch.nan
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (t5_with_wo_in_4_bits, r"wo: in 4 bits, but transformers keeps \['wo'\] of a T5ForConditionalGeneration dense"),
         (with_pissa, "'pissa' rewrote the base weights"),
+        (with_a_second_adapter_that_diverged, "adapter 'second': nothing was written, 1 of its tensors are lost"),
     ],
 )
 def test_what_the_files_cannot_say_is_an_error_before_anything_is_written(make, words, tmp_path):
@@ -143,6 +153,7 @@ def test_what_the_files_cannot_say_is_an_error_before_anything_is_written(make, 
     assert not (tmp_path / "out").exists()
     with pytest.warns(UserWarning, match=f"only load_state_dict of a model made in the same way .*{words}"):
         model.save_pretrained(tmp_path / "out", state_dict=None)
+    assert not (tmp_path / "out" / "adapters").exists()
     other = make()
     other.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=False)  # tied weights are written once
     assert same_states(other, model.state_dict())

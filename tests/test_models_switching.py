@@ -3,10 +3,22 @@
 import warnings
 
 import pytest
+import tiny_models
 import torch
-from model_case import QV, TOKENS, Model, snapshot, train
+from model_case import QV, TOKENS, Model, flags, snapshot, train
+from torch import nn
 
-from lora_kernels import LoRAConfig, add_lora, lora_parameters, lora_state_dict, set_adapter
+from lora_kernels import (
+    LoRAConfig,
+    add_lora,
+    add_weighted_adapter,
+    delete_adapter,
+    lora_parameters,
+    lora_state_dict,
+    remove_lora,
+    save_adapter,
+    set_adapter,
+)
 
 
 def test_training_changes_only_the_adapter():
@@ -89,3 +101,67 @@ def test_an_adapter_that_is_thawed_inside_ddp_is_warned_of(tmp_path):
             set_adapter(wrapped, "second")
     finally:
         torch.distributed.destroy_process_group()
+
+
+CHANGES = {
+    "resized head": (["lm_head"], lambda model: model.resize_token_embeddings(64, mean_resizing=False)),
+    "resized embedding": (["embed_tokens"], lambda model: model.resize_token_embeddings(64, mean_resizing=False)),
+    "head of the same size": (["lm_head"], lambda model: setattr(model, "lm_head", nn.Linear(32, 60, bias=False))),
+    "another kind": (["lm_head"], lambda model: setattr(model, "lm_head", nn.Identity())),
+}
+USES = {
+    "lora_parameters": lora_parameters,
+    "lora_state_dict": lora_state_dict,
+    "save_adapter": lambda model: save_adapter(model, "out"),
+    "save_pretrained": lambda model: model.save_pretrained("out"),
+    "set_adapter": lambda model: set_adapter(model, None),
+    "delete_adapter": lambda model: delete_adapter(model, "default"),
+    "remove_lora": remove_lora,
+    "add_lora": lambda model: add_lora(model, LoRAConfig(target_modules=["v_proj"]), "second"),
+    "add_weighted_adapter": lambda model: add_weighted_adapter(model, ["default"], [0.5], "mix"),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_module_that_is_replaced_after_add_lora(use, change, tmp_path, monkeypatch):
+    """It would be trained and not saved, or the reverse."""
+    monkeypatch.chdir(tmp_path)
+    names, replace = CHANGES[change]
+    model = tiny_models.llama(tie_word_embeddings=False)
+    add_lora(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=names))
+    replace(model)
+    before, own = snapshot(model), flags(model)
+    name = {"lm_head": "lm_head", "embed_tokens": "model.embed_tokens"}[names[0]]
+    with pytest.raises(ValueError, match=rf"^{name}: got a .* replaced or resized since.* before add_lora$"):
+        USES[use](model)
+    assert snapshot(model).keys() == before.keys()
+    assert flags(model) == own
+    assert list(model._lora_state.configs) == ["default"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("active", ["default", None])
+def test_new_parameters_of_the_same_shape_are_the_trained_ones(active):
+    """load_state_dict(assign=True), as fully_shard, gives modules new parameters."""
+    model = Model()
+    add_lora(model, LoRAConfig(r=2, bias="lora_only", modules_to_save=["lm_head"], **QV))
+    train(model)
+    set_adapter(model, active)
+    model.load_state_dict({name: value * 2 for name, value in snapshot(model).items()}, assign=True)
+    expected = model(TOKENS)
+    assert {id(p) for p in lora_parameters(model)} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert any(p is model.blocks[0].q_proj.bias for p in lora_parameters(model)) == (active is not None)
+    if active is not None:
+        assert torch.equal(lora_state_dict(model)["blocks.0.q_proj.bias.default"], model.blocks[0].q_proj.bias)
+    for name in ("default", None, active):
+        set_adapter(model, name)
+    assert torch.equal(model(TOKENS), expected)
+
+
+def test_a_parameter_of_another_shape():
+    model = Model()
+    add_lora(model, LoRAConfig(r=2, bias="lora_only", **QV))
+    model.blocks[0].q_proj.bias = None
+    with pytest.raises(ValueError, match=r"blocks\.0\.q_proj\.bias: got a NoneType of \[\], expected .* of \[\(8,\)\]"):
+        lora_parameters(model)

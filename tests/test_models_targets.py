@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from model_case import QV, Model
@@ -183,11 +184,56 @@ def test_output_head_and_other_layers_are_reported():
         ),
         ({"target_modules": []}, ValueError, r"target_modules: got \[\]"),
         ({"modules_to_save": "lm_head"}, TypeError, "modules_to_save: got 'lm_head', expected a list"),
+        *(
+            ({name: value}, TypeError, f"{name}: got {value!r}, expected ".replace("[", r"\["))
+            for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "layers_to_transform")
+            for value in (5.0, [None], {"q": 1})
+        ),
+        ({"target_modules": ["q"], "layers_to_transform": "0"}, TypeError, "layers_to_transform: got '0', expected layer numb"),
+        ({"target_modules": ["q"], "layers_to_transform": [True]}, TypeError, r"layers_to_transform: got \[True\]"),
+        *(
+            ({name: value}, TypeError, rf"{name}: got .*, expected \{{name or regex: value\}}")
+            for name in ("rank_pattern", "alpha_pattern")
+            for value in (["q"], None)
+        ),
+        ({"rank_pattern": {"(": 1}}, ValueError, r"rank_pattern: got '\(', expected a name or a valid regex"),
+        ({"alpha_pattern": {"(": 1}}, ValueError, r"alpha_pattern: got '\(', expected a name or a valid regex"),
+        (
+            {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": ["h", "("]},
+            ValueError,
+            r"layers_pattern: got '\(', expected a name or a valid regex",
+        ),
+        *(({name: np.True_}, TypeError, f"{name}: got .*True") for name in ("use_rslora", "lora_bias", "init_lora_weights")),
     ],
 )
 def test_bad_configs(options, error, words):
     with pytest.raises(error, match=words):
         LoRAConfig(**options)
+
+
+@pytest.mark.parametrize("kind", [set, frozenset, tuple, list])
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_names_in_any_collection_are_saved(field, kind, tmp_path):
+    names = ["norm", "lm_head"] if field == "modules_to_save" else ["q_proj", "out"]
+    config = LoRAConfig(**{"target_modules": ["v_proj"], field: kind(names)})
+    assert getattr(config, field) == (sorted(names) if kind in (set, frozenset) else names)
+    model = Model(tie=False)
+    add_lora(model, config)
+    save_adapter(model, tmp_path)
+    load_adapter(Model(tie=False), tmp_path)
+
+
+def test_the_caller_s_config_stays_the_caller_s(tmp_path):
+    config, model = LoRAConfig(r=2, target_modules=["q_proj"], rank_pattern={"0.q_proj": 3}), Model()
+    add_lora(model, config)
+    config.r, config.rank_pattern["0.q_proj"] = 16, 5
+    config.target_modules.append("v_proj")
+    save_adapter(model, tmp_path)
+    fresh = Model()
+    loaded = load_adapter(fresh, tmp_path)
+    assert loaded.adapted == {"blocks.0.q_proj": 3, "blocks.1.q_proj": 2}
+    loaded.config.r = 16
+    save_adapter(fresh, tmp_path / "again")
 
 
 def test_a_single_layer_cannot_be_exchanged():

@@ -96,6 +96,23 @@ def test_a_task_type_is_kept(tmp_path, task):
     assert written(tmp_path / "again")["task_type"] == task
 
 
+def test_a_config_that_peft_used_names_heads_of_other_models(tmp_path, recwarn):
+    """get_peft_model writes all names of the task's heads into the config that it is given."""
+    config = LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
+    get_peft_model(saved_base("LlamaForSequenceClassification", LLAMA, tmp_path), config)
+    assert set(config.modules_to_save) == {"classifier", "score"}
+    ours = saved_base("LlamaForSequenceClassification", LLAMA, tmp_path)
+    recwarn.clear()
+    add_lora(ours, config)
+    assert not [warning for warning in recwarn if "modules_to_save" in str(warning.message)]
+    assert ours.score.weight.requires_grad
+    with pytest.raises(ValueError, match="modules_to_save: 'classifier' matches no module"):
+        add_lora(
+            nn.Sequential(nn.Linear(8, 8)),
+            LoRAConfig(target_modules=["0"], modules_to_save=["classifier", "score"], task_type="SEQ_CLS"),
+        )
+
+
 def add(model, config):
     add_lora(model, config)
     return model

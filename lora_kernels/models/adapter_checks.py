@@ -1,6 +1,7 @@
 """Whether an adapter's file fits a model: its tensors and its scaling, with everything that does not in one message."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -60,13 +61,11 @@ def why_not_finite(key: str, tensor: Tensor) -> list[str]:
     return [f"{key!r} holds NaN or infinity in {bad} of {tensor.numel()} values: its training has diverged"] * bool(bad)
 
 
-def _unknown(
-    model: nn.Module, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], base: dict[str, Tensor]
-) -> list[str]:
-    """Why keys that are not the adapter's are errors, but for what PEFT writes beside it and which says nothing new."""
+def not_linear(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """Modules of `model` that keys of a file adapt although they are no linear layers, and why that is an error."""
     modules = dict(named_modules(model))
-    reasons: dict[str, str] = {}  # one for all keys of a module that is no linear layer
-    for key in sorted(saved.keys() - expected.keys()):
+    reasons: dict[str, str] = {}
+    for key in sorted(keys):
         place, adapts, _ = key.removeprefix(PREFIX).partition(".lora_")
         module = modules.get(place)
         if adapts and module is not None and not isinstance(module, (nn.Linear, LoRALinear)) and not is_conv1d(module):
@@ -74,9 +73,18 @@ def _unknown(
                 f"{key!r} adapts {place} ({type(module).__name__}), and only linear layers get LoRA here: load it with "
                 "PEFT, where accelerate(model) takes the linear layers, or train one without it"
             )
-        elif (reason := _why_unknown(key, saved, expected, base)) is not None:
-            reasons[key] = reason
-    return list(reasons.values())
+    return reasons
+
+
+def _unknown(
+    model: nn.Module, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], base: dict[str, Tensor]
+) -> list[str]:
+    """Why keys that are not the adapter's are errors, but for what PEFT writes beside it and which says nothing new."""
+    keys = sorted(saved.keys() - expected.keys())
+    others = not_linear(model, keys)
+    left = [key for key in keys if key.removeprefix(PREFIX).partition(".lora_")[0] not in others]
+    reasons = (_why_unknown(key, saved, expected, base) for key in left)
+    return [*others.values(), *(reason for reason in reasons if reason is not None)]
 
 
 def _why_unknown(

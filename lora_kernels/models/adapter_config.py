@@ -48,14 +48,14 @@ def from_peft(values: dict[str, Any], model: nn.Module, source: str) -> LoRAConf
     shared = {name: values[name] for name in SHARED if values.get(name) is not None}
     if "target_modules" not in shared:
         raise ValueError(f"{source}: target_modules is missing, expected a list of names or a regex")
-    if "modules_to_save" in shared:  # PEFT lists names that a model may not have: "classifier" and "score" by task
-        paths = [path for path, _ in named_modules(model) if path]
-        there = [name for name in shared["modules_to_save"] if any(trained_whole(path, [name]) for path in paths)]
-        shared["modules_to_save"] = there or None
     try:
-        return LoRAConfig(**shared)
+        config = LoRAConfig(**shared)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
+    # PEFT lists names that a model may not have: "classifier" and "score" by task
+    paths = [path for path, _ in named_modules(model) if path]
+    there = [name for name in config.modules_to_save or () if any(trained_whole(path, [name]) for path in paths)]
+    return dataclasses.replace(config, modules_to_save=there or None)
 
 
 def from_config(config: Any, model: nn.Module) -> LoRAConfig:
@@ -117,12 +117,14 @@ def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str
 def _target_modules(model: nn.Module, config: LoRAConfig, adapted: set[str]) -> list[str] | str:
     """config's own target_modules if PEFT would adapt the same layers for it, otherwise names or a regex for exactly those.
 
-    PEFT matches names of any module and refuses, or adapts, types that add_lora leaves alone.
+    PEFT matches names of any module and refuses, or adapts, types that add_lora leaves alone. It adapts inside a module that
+    modules_to_save means by the end of a word ("norm" in "input_norm"), where add_lora does not.
     """
+    saved = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in config.modules_to_save or ()]
     candidates = [
         path
         for path, _ in named_modules(model)
-        if path and not any(p in adapted or trained_whole(p, config.modules_to_save) for p in parents(path)[1:])
+        if path and not any(p in adapted for p in parents(path)[1:]) and not any(regex.match(path) for regex in saved)
     ]
     own = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
     for names in (own, sorted({path.rpartition(".")[2] for path in adapted}), sorted(adapted)):

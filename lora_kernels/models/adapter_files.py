@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from ..layers.adapters import check_adapter_name
 from ..layers.linear import DEFAULT_ADAPTER
 from . import adapter_config
-from .adapter_checks import check_scaling, check_tensors
+from .adapter_checks import check_scaling, check_tensors, not_linear
 from .adapter_keys import PREFIX, adapter_tensors, exchanged_tensors, planned_shapes
 from .adapter_saving import CONFIG_FILE, WEIGHTS_FILE, subfolder
 from .config import LoRAConfig
 from .distributed import sharded_like
 from .embeddings import add_embeddings, brought_embeddings
+from .peft_layers import refuse_peft_layers
 from .state import lora_layers, lora_state, refuse_if_merged
 from .surgery import add_adapter
 from .switching import active_adapter
@@ -60,6 +61,7 @@ def load_adapter(
     that has no counterpart here, keys or shapes that are not exactly those of this model, and NaN or infinity.
     """
     check_adapter_name(adapter_name, "adapter_name")
+    refuse_peft_layers(model)
     folder = Path(directory)
     if (subfolder(directory, adapter_name) / CONFIG_FILE).is_file():
         folder = subfolder(directory, adapter_name)
@@ -71,7 +73,11 @@ def load_adapter(
         check_scaling(model, config, adapter_name, folder)
         expected = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, adapter_name).items()}
     else:
-        expected = planned_shapes(model, config, adapter_name)
+        try:
+            expected = planned_shapes(model, config, adapter_name)
+        except ValueError as error:
+            why = "; ".join([str(error), *not_linear(model, saved).values()])
+            raise ValueError(f"{folder / CONFIG_FILE}: {why}") from error
     brought = brought_embeddings(model, saved, expected)
     expected |= {key: tuple(tensor.shape) for key, tensor in exchanged_tensors(brought).items()}
     weights = check_tensors(model, saved, expected, folder / WEIGHTS_FILE)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .config import LoRAConfig
 from .exchanges import plan_exchanges
-from .state import adapted_layers, lora_layers, lora_state
+from .state import adapted_layers, lora_exchanges, lora_layers
 from .targets import features, plan_layers, plan_modules_to_save
 from .wrappers import named_buffers, named_parameters, plain_state_dict
 
@@ -23,7 +23,7 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[adapter_name]
             if adapter_name in layer.lora_bias:
                 tensors[f"{PREFIX}{path}.lora_B.bias"] = layer.lora_bias[adapter_name]
-    exchanges = [exchange for exchange in lora_state(model).exchanges if adapter_name in exchange.choices]
+    exchanges = [exchange for exchange in lora_exchanges(model) if adapter_name in exchange.choices]
     return tensors | exchanged_tensors({(e.path, e.attribute): e.choices[adapter_name] for e in exchanges}, layers)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .adapter_keys import adapter_tensors
 from .atomic_files import all_or_nothing
 from .distributed import full, is_sharded
 from .embeddings import resized_embeddings
-from .state import lora_state
+from .state import adapted_layers, lora_state
 from .wrappers import unwrapped
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -27,9 +28,37 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     Returns the directory that has them: as in PEFT, "default" goes into `directory` itself, another name into a subfolder of
     that name. A transformers model that was resized since it was loaded has its embedding and its head in the file as well.
     Where parameters are sharded (FSDP2), every process has to call it, and the first one writes.
-    Raises KeyError for an unknown adapter, and ValueError, before anything is written, for what PEFT's format cannot say, and
-    for NaN or infinity.
+    Raises KeyError for an unknown adapter, and ValueError, before anything is written, for a model without add_lora's layers,
+    what PEFT's format cannot say, and NaN or infinity.
     """
+    return prepare_adapter(model, directory, adapter_name).write()
+
+
+@dataclass(frozen=True)
+class PreparedAdapter:
+    """An adapter's files before they are written: all that can be wrong with its tensors was checked."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]  # whole ones, on the CPU
+    sharded: bool
+
+    def write(self) -> Path:
+        from safetensors.torch import save_file
+
+        if not self.sharded or torch.distributed.get_rank() == 0:
+            with all_or_nothing(self.directory) as folder:
+                save_file(self.tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+                text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
+                (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        if self.sharded:
+            torch.distributed.barrier()
+        return self.directory
+
+
+def prepare_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str) -> PreparedAdapter:
+    """What save_adapter writes, for several adapters to be checked before the first is written; raises as it does."""
+    adapted_layers(model)  # says whose layers a model has, if they are not add_lora's
     model = unwrapped(model)
     state = lora_state(model)
     if adapter_name not in state.configs:
@@ -46,11 +75,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
             f"adapter {adapter_name!r}: nothing was written, {len(diverged)} of its tensors are lost: {diverged[0]}"
         )
     sharded = any(is_sharded(tensor) for tensor in own.values())
-    if not sharded or torch.distributed.get_rank() == 0:
-        _write(target, config, whole)
-    if sharded:
-        torch.distributed.barrier()
-    return target
+    return PreparedAdapter(target, config, whole, sharded)
 
 
 def subfolder(directory: str | os.PathLike, adapter_name: str) -> Path:
@@ -59,11 +84,3 @@ def subfolder(directory: str | os.PathLike, adapter_name: str) -> Path:
     if not folder.is_relative_to(directory):
         raise ValueError(f"adapter_name: got {adapter_name!r}, which is no folder inside {os.fspath(directory)!r}")
     return folder
-
-
-def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    with all_or_nothing(directory) as folder:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,14 +1,19 @@
 """LoRAConfig, with PEFT's field names."""
 
 import re
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..layers.adapters import check_lora_alpha, scaling
 from ..mask import check_p
-from .names import first_match, layer_index, names_match
+from .names import first_match, layer_index, layer_regex, names_match, pattern_regex
 
 ALL_LINEAR = "all-linear"
+NAMES = {  # fields with names -> what they take
+    **dict.fromkeys(("target_modules", "exclude_modules"), "a list of names or a regex"),
+    **dict.fromkeys(("layers_pattern", "modules_to_save"), "a list of names"),
+}
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # peft.TaskType
 
 
@@ -29,11 +34,13 @@ class LoRAConfig:
     lora_bias: give each adapter a bias of its own, scaled with it.
     bias: which biases are trained: "none", "lora_only" (those of the adapted layers) or "all".
     modules_to_save: modules to train whole, in a copy beside the adapters, such as a new classifier head: each path that ends
-        in one of these names (in PEFT the name may begin inside a word, so "norm" means "input_layernorm" too).
+        in one of these names, which as in PEFT may begin inside a word: "norm" means "input_layernorm" too.
     task_type: what the model is for, a value of peft.TaskType. As in PEFT, "SEQ_CLS" and "TOKEN_CLS" train the modules named
         "classifier" or "score", and "QUESTION_ANS" "qa_outputs", as modules_to_save. By default nothing of that; save_adapter
-        then writes the task of a transformers model's class, from which AutoPeftModelForCausalLM and others go.
+        then writes the task of a transformers model's class, from which AutoPeftModelForCausalLM and others go, unless that
+        task has a head which modules_to_save does not name.
 
+    Names may come in any collection, and are kept as a list: JSON, in which an adapter's configuration is saved, has no sets.
     Raises ValueError or TypeError at once for a value outside its range.
     """
 
@@ -54,21 +61,30 @@ class LoRAConfig:
     task_type: str | None = None
 
     def __post_init__(self) -> None:
+        for name, expected in NAMES.items():
+            setattr(self, name, _as_list(name, getattr(self, name), str, expected))
+        self.layers_to_transform = _as_list("layers_to_transform", self.layers_to_transform, int, "layer numbers")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected {{name or regex: value}}")
+            for pattern in getattr(self, name):
+                _check_regex(name, pattern, pattern_regex(pattern))
         for name, r in {"r": self.r, **_entries("rank_pattern", self.rank_pattern)}.items():
             if isinstance(r, bool) or not isinstance(r, int) or r < 1:
                 raise ValueError(f"{name}: got {r!r}, expected an integer of at least 1")
         for name, alpha in {"lora_alpha": self.lora_alpha, **_entries("alpha_pattern", self.alpha_pattern)}.items():
             check_lora_alpha(alpha, name)
         check_p(self.lora_dropout, "lora_dropout")
+        for name in ("use_rslora", "lora_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+        if not isinstance(self.init_lora_weights, (bool, str)):
+            raise TypeError(f"init_lora_weights: got {self.init_lora_weights!r}, expected True, False or a method's name")
         if self.bias not in ("none", "lora_only", "all"):
             raise ValueError(f"bias: got {self.bias!r}, expected 'none', 'lora_only' or 'all'")
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise ValueError(f"{name}: got {value!r}, expected a list of names or a valid regex: {error}") from None
+            if isinstance(value := getattr(self, name), str):
+                _check_regex(name, value, value, "a list of names or a valid regex")
         if not self.target_modules:
             raise ValueError(f"target_modules: got {self.target_modules!r}, expected names, a regex or {ALL_LINEAR!r}")
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
@@ -78,6 +94,8 @@ class LoRAConfig:
                 f"layers_to_transform: got {self.layers_to_transform!r} with target_modules {self.target_modules!r}, expected "
                 "a list of names there; a regex can name the layers itself"
             )
+        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
+            _check_regex("layers_pattern", pattern, layer_regex(pattern))
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern: got {self.layers_pattern!r} without layers_to_transform, which it is for")
         if self.task_type is not None:
@@ -106,3 +124,21 @@ class LoRAConfig:
 def _entries(name: str, pattern: dict[str, Any]) -> dict[str, Any]:
     """A pattern's values by how an error names them."""
     return {f"{name}[{key!r}]": value for key, value in pattern.items()}
+
+
+def _as_list(name: str, value: Any, kind: type, expected: str) -> Any:
+    """A collection as a list, and one `kind` or None as it is. Raises TypeError for anything else."""
+    if isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping)):
+        value = sorted(value, key=repr) if isinstance(value, Set) else list(value)  # a set's order is another in each process
+    several = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(each, kind) and not isinstance(each, bool) for each in several):
+        raise TypeError(f"{name}: got {value!r}, expected {expected}")
+    return value
+
+
+def _check_regex(name: str, got: Any, regex: str, expected: str = "a name or a valid regex") -> None:
+    """Raise ValueError if `regex`, which is made of what field `name` got, is none."""
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise ValueError(f"{name}: got {got!r}, expected {expected}: {error}") from None

@@ -12,6 +12,7 @@ from .config import ALL_LINEAR, LoRAConfig
 from .fused import fused_weights
 from .names import layer_index, names_match, pattern_matches, trained_whole
 from .targets import is_linear, plan_layers
+from .tasks import HEADS
 from .wrappers import named_modules, unwrapped
 
 
@@ -80,6 +81,7 @@ def _fields(model: nn.Module, config: LoRAConfig, plan: Collection[str], skipped
     for name in ("rank_pattern", "alpha_pattern"):
         yield Parts(name, getattr(config, name), pattern_matches, plan, "adapted layer")
     inside = [path for path in modules if path]
-    yield Parts(
-        "modules_to_save", config.modules_to_save or (), lambda name, path: trained_whole(path, [name]), inside, "module"
-    )
+    heads = HEADS.get(config.task_type or "", [])  # all of which PEFT writes into a config: a model has one of them
+    there = heads if any(trained_whole(path, heads) for path in inside) else []
+    saved = [name for name in config.modules_to_save or () if name not in there]
+    yield Parts("modules_to_save", saved, lambda name, path: trained_whole(path, [name]), inside, "module")

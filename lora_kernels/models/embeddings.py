@@ -69,7 +69,7 @@ def _embeddings(model: nn.Module) -> dict[str, Any]:
         with contextlib.suppress(AttributeError, NotImplementedError):
             found.append(unwrapped(getattr(unwrapped(model), name)()))
     paths = [path for path, module in named_modules(model) if path and any(module is each for each in found)]
-    originals = {f"{each.path}.{each.attribute}".removeprefix("."): each.choices[None] for each in lora_state(model).exchanges}
+    originals = {each.name: each.choices[None] for each in lora_state(model).exchanges}
     return {path: originals.get(path, submodule(model, path)) for path in paths}
 
 

@@ -13,7 +13,7 @@ from ..layers.linear import LoRALinear
 from ..layers.offload import offloaded_tensors
 from .config import LoRAConfig
 from .names import parents
-from .wrappers import named_parameters, put, submodule
+from .wrappers import named_parameters, put, submodule, unwrapped
 
 
 @dataclass
@@ -23,6 +23,36 @@ class Exchange:
     path: str  # of the owner
     attribute: str
     choices: dict[str | None, nn.Module | nn.Parameter]
+    active: str | None = None  # whose choice is in place
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}.{self.attribute}".removeprefix(".")
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError if what is in place is none of the choices, or choices differ in shape: it was replaced or resized
+        after add_lora, and one of the two would be trained, the other saved.
+
+        A parameter of the same shape is taken into the choices: fully_shard, to_empty and load_state_dict(assign=True) give
+        modules new ones.
+        """
+        present, original = getattr(submodule(model, self.path), self.attribute, None), self.choices[None]
+        if isinstance(present, nn.Module):
+            present = unwrapped(present)
+        known = any(present is choice for choice in self.choices.values())
+        if isinstance(original, nn.Parameter):
+            if known or (isinstance(present, Tensor) and not isinstance(present, nn.Parameter)):  # FSDP1's view of it
+                return
+            if isinstance(present, nn.Parameter) and present.shape == original.shape:
+                self.choices[self.active] = present
+                return
+        elif known and all(_shapes(choice) == _shapes(original) for choice in self.choices.values()):
+            return
+        raise ValueError(
+            f"{self.name}: got a {type(present).__name__} of {_shapes(present)}, expected what add_lora put there, of "
+            f"{_shapes(original)}: it was replaced or resized since, and would not be trained or not be saved; make the model "
+            "anew, and call resize_token_embeddings, or put another module there, before add_lora"
+        )
 
     def activate(self, model: nn.Module, adapter: str | None) -> None:
         """Put the copy of `adapter`, or else the original, in its place."""
@@ -31,6 +61,7 @@ class Exchange:
         for aside, here in zip(_tensors(chosen), _tensors(present), strict=True):
             aside.data = aside.data.to(here)  # what was put aside has missed model.to(…)
         put(owner, self.attribute, chosen)
+        self.active = adapter if adapter in self.choices else None
 
 
 def plan_exchanges(
@@ -79,6 +110,12 @@ def add_exchanges(exchanges: list[Exchange], adapter: str, originals: dict[tuple
         trained = copy.deepcopy(exchange.choices[None])
         trained.requires_grad_(True)
         exchange.choices[adapter] = trained
+
+
+def _shapes(value: object) -> list[tuple[int, ...]]:
+    """Of its parameters; buffers may grow in one and not in another."""
+    found = value.parameters() if isinstance(value, nn.Module) else [value] if isinstance(value, Tensor) else []
+    return [tuple(tensor.shape) for tensor in found]
 
 
 def _tensors(value: nn.Module | nn.Parameter) -> list[Tensor]:

@@ -16,10 +16,15 @@ def names_match(path: str, names: Iterable[str] | str | None) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
+def layer_regex(pattern: str) -> str:
+    """The regex for a path with a layer's number behind `pattern`."""
+    return rf"(?:^|.*?\.){pattern}\.(\d+)\."
+
+
 def layer_index(path: str, patterns: list[str] | str | None) -> int | None:
     """The number behind the first of `patterns` that is in a module's path, or without them the first behind two names."""
     named = [patterns] if isinstance(patterns, str) else patterns
-    regexes = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in named] if named else [r".*?\.[^.]*\.(\d+)\."]
+    regexes = [layer_regex(pattern) for pattern in named] if named else [r".*?\.[^.]*\.(\d+)\."]
     found = next((match for match in (re.match(regex, path) for regex in regexes) if match), None)
     return None if found is None else int(found[1])
 
@@ -36,7 +41,12 @@ def first_match(patterns: Mapping[str, _Number], path: str, default: _Number) ->
 
 def pattern_matches(pattern: str, path: str) -> bool:
     """Whether a name or regex matches the end of a module's path."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    return re.match(pattern_regex(pattern), path) is not None
+
+
+def pattern_regex(pattern: str) -> str:
+    """The regex for a path with an end that a name or regex matches."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def parents(path: str) -> list[str]:

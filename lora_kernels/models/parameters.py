@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .state import adapted_layers, lora_state
+from .state import adapted_layers, lora_exchanges
 
 SIDES = {  # which matrix a part of a parameter's name means, here and in PEFT
     **dict.fromkeys(("lora_A", "lora_embedding_A"), "lora_A"),
@@ -17,7 +17,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     own: list[Tensor] = []
     for layer in adapted_layers(model).values():
         own += layer.adapter_parameters()
-    for exchange in lora_state(model).exchanges:
+    for exchange in lora_exchanges(model):
         for adapter, choice in exchange.choices.items():
             if adapter is not None:
                 own += choice.parameters() if isinstance(choice, nn.Module) else [choice]

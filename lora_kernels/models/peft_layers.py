@@ -19,8 +19,24 @@ def peft_layers(model: nn.Module) -> list[str]:
 
 def refuse_peft_layers(model: nn.Module) -> None:
     """Raise ValueError if PEFT has layers in the model: their lora_A and lora_B would be taken for linear layers."""
-    if found := peft_layers(model):
-        raise ValueError(
-            f"model: got a {type(unwrapped(model)).__name__} with PEFT's own layers, such as {found[-1]!r}, expected a model "
-            "without; call accelerate(model) to let these compute with our kernels, or PEFT's model.unload() before add_lora"
-        )
+    if not (found := peft_layers(model)):
+        return
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    modules = dict(named_modules(model))
+    outer = [module for module in modules.values() if isinstance(module, PeftModel)]
+    cures = ["call accelerate(model) to let these compute with our kernels"] * any(
+        isinstance(modules[path], LoraLayer) for path in found
+    )
+    if not outer:  # inject_adapter_in_model's, or transformers' add_adapter's: PEFT can only empty these layers
+        cures.append("load the model anew for add_lora")
+    elif hasattr(outer[0].base_model, "unload"):
+        cures.append("give PEFT's model.unload() to add_lora")
+    else:  # prompts beside a model that is as it was
+        cures.append("give PEFT's model.get_base_model() to add_lora")
+    own = f"layers, such as {found[-1]!r}" if found[-1] else "prompts"
+    raise ValueError(
+        f"model: got a {type(unwrapped(model)).__name__} with PEFT's own {own}, expected a model without; "
+        + ", or ".join(cures)
+    )

@@ -11,12 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers.linear import LoRALinear
-from .adapter_config import to_peft
-from .adapter_saving import save_adapter
+from .adapter_saving import prepare_adapter
 from .distributed import is_sharded
 from .export import merged_tensors
 from .quantization_config import quantization_config
-from .state import lora_layers, lora_state
+from .state import lora_exchanges, lora_layers, lora_state
 from .wrappers import named_modules, plain_state_dict
 
 ADAPTERS = "adapters"  # a folder: beside config.json, transformers would put an adapter into PEFT's layers on loading
@@ -33,8 +32,8 @@ class SavePretrained:
     A `state_dict` that is given is written as it is. None, which Trainer gives, is the model's own with its adapters' keys,
     which Trainer reads again.
 
-    An adapter or a 4-bit layer that those files cannot say is a ValueError before anything is written; with a `state_dict` a
-    warning, for that is written all the same.
+    An adapter or a 4-bit layer that those files cannot say, or one with NaN or infinity, is a ValueError before anything is
+    written; with a `state_dict` a warning, for that is written all the same.
     """
 
     def __init__(self, model: nn.Module):
@@ -55,11 +54,10 @@ class SavePretrained:
         layers, whole = lora_layers(model).values(), state_dict is NOT_GIVEN
         merged = any(layer.merged for layer in layers)
         sharded = any(is_sharded(parameter) for layer in layers for parameter in layer.adapter_parameters())
-        adapters = [] if merged or not (whole or (state_dict is None and not sharded)) else list(lora_state(model).configs)
+        names = [] if merged or not (whole or (state_dict is None and not sharded)) else list(lora_state(model).configs)
         try:
             quantization = quantization_config(model, merged=whole and merged)
-            for name in adapters:
-                to_peft(model, lora_state(model).configs[name], name)
+            adapters = [prepare_adapter(model, Path(save_directory) / ADAPTERS, name) for name in names]
         except ValueError as error:
             if whole:
                 raise
@@ -68,13 +66,13 @@ class SavePretrained:
         if whole:
             state_dict = dict(merged_tensors(model)) if merged else plain_state(model)
         if is_main_process or sharded:
-            for name in adapters:
-                save_adapter(model, Path(save_directory) / ADAPTERS, name)
+            for adapter in adapters:
+                adapter.write()
         with _described(model, quantization):
             type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)
         if whole and adapters:
             warnings.warn(
-                f"save_pretrained wrote the model without its adapters to {save_directory}, and {', '.join(adapters)} to "
+                f"save_pretrained wrote the model without its adapters to {save_directory}, and {', '.join(names)} to "
                 f"{Path(save_directory) / ADAPTERS}, for load_adapter or PEFT; save_merged writes one model",
                 stacklevel=2,
             )
@@ -107,11 +105,11 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     layers = (path for path, module in named_modules(model, remove_duplicate=False) if isinstance(module, LoRALinear))
     own = tuple([f"{path}.lora_" for path in layers])
     state = {name: tensor for name, tensor in plain_state_dict(model).items() if not name.startswith(own)}
-    for exchange in lora_state(model).exchanges:
-        path, original = f"{exchange.path}.{exchange.attribute}".removeprefix("."), exchange.choices[None]
+    for exchange in lora_exchanges(model):
+        original = exchange.choices[None]
         tensors = plain_state_dict(original) if isinstance(original, nn.Module) else {"": original.detach()}
         for key, tensor in tensors.items():
-            name = f"{path}.{key}".removesuffix(".")
+            name = f"{exchange.name}.{key}".removesuffix(".")
             state[name] = tensor.to(state[name])  # what was put aside has missed model.to(…)
     return state
 

@@ -28,6 +28,14 @@ def lora_state(model: nn.Module) -> LoRAState:
     return getattr(unwrapped(model), "_lora_state", None) or LoRAState()
 
 
+def lora_exchanges(model: nn.Module) -> list[Exchange]:
+    """What adapters train beside LoRA layers. Raises ValueError if one was replaced or resized after add_lora."""
+    exchanges = lora_state(model).exchanges
+    for exchange in exchanges:
+        exchange.check(model)
+    return exchanges
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Every LoRALinear of the model by its path, once each."""
     return {path: module for path, module in named_modules(model) if isinstance(module, LoRALinear)}
@@ -39,7 +47,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     if not layers:
         name = type(unwrapped(model)).__name__
         if peft_layers(model):
-            raise ValueError(f"model: {name} has PEFT's own LoRA layers, expected add_lora's; use PEFT's methods for them")
+            raise ValueError(f"model: {name} has PEFT's own layers, expected add_lora's; use PEFT's methods for them")
         raise ValueError(f"model: {name} has no LoRA layers; call add_lora first")
     for path, layer in layers.items():
         for name, adapter in layer.adapters.items():

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .state import adapted_layers, lora_layers, lora_state, refuse_if_merged
+from .state import adapted_layers, lora_exchanges, lora_layers, refuse_if_merged
 from .wrappers import plain_names, plain_state_dict
 
 
@@ -19,14 +19,13 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
             state[f"{path}.lora_B.{name}"] = layer.lora_B[name].detach()
             if name in layer.lora_bias:
                 state[f"{path}.lora_bias.{name}"] = layer.lora_bias[name].detach()
-    for exchange in lora_state(model).exchanges:
-        owner = f"{exchange.path}.{exchange.attribute}".removeprefix(".")
+    for exchange in lora_exchanges(model):
         for adapter, choice in exchange.choices.items():
             if isinstance(choice, nn.Module) and adapter is not None:
                 saved = plain_state_dict(choice)
-                state.update({f"{owner}.modules_to_save.{adapter}.{key}": value for key, value in saved.items()})
+                state.update({f"{exchange.name}.modules_to_save.{adapter}.{key}": value for key, value in saved.items()})
             elif isinstance(choice, nn.Parameter) and adapter is not None:
-                state[f"{owner}.{adapter}"] = choice.detach()
+                state[f"{exchange.name}.{adapter}"] = choice.detach()
     return state
 
 

@@ -1,5 +1,6 @@
 """Put LoRA into any model and take it out again, by module type and name pattern: linear layers are exchanged in place."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from .config_checks import check_parts
 from .exchanges import add_exchanges, plan_exchanges
 from .names import grouped
 from .pretrained import give_back_saving, take_over_saving
-from .state import LoRAState, adapted_layers, lora_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
+from .state import LoRAState, adapted_layers, lora_exchanges, lora_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
 from .state_dict import check_state
 from .switching import active_adapter, set_adapter
 from .targets import plan_layers, plan_modules_to_save
@@ -88,6 +89,7 @@ def add_adapter(
     check_adapter_name(adapter_name, "adapter_name")
     check_quantize(quantize)
     refuse_if_merged(lora_layers(model), "add an adapter")
+    lora_exchanges(model)  # checks them
     plan, skipped = plan_layers(model, config, adapter_name)
     originals = plan_exchanges(model, config, plan_modules_to_save(model, config), set(plan))
     if config.bias != "none" and state.configs:
@@ -106,7 +108,7 @@ def add_adapter(
         take_over_saving(model)
         _freeze_base(model)
     _disable_fast_paths(model, state)
-    state.configs[adapter_name] = config
+    state.configs[adapter_name] = copy.deepcopy(config)  # the caller may change theirs for the next model
     add_exchanges(state.exchanges, adapter_name, originals)
     set_adapter(model, active)
     return _report(model, config, adapter_name, list(plan), skipped)
@@ -124,7 +126,7 @@ def remove_lora(model: nn.Module) -> None:
     state = lora_state(model)
     merged = any(layer.merged for layer in layers.values())
     if not merged:
-        for exchange in state.exchanges:
+        for exchange in lora_exchanges(model):
             exchange.activate(model, None)
     _put_in_place(model, {id(layer): layer.to_linear() for layer in layers.values()})
     for path, value in state.fast_paths.items():

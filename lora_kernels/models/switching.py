@@ -5,24 +5,26 @@ import warnings
 from torch import nn
 
 from ..layers.linear import LoRALinear
-from .state import adapted_layers, lora_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
+from .state import adapted_layers, lora_exchanges, lora_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
     """Make adapter `name` active in every layer that has it, and none in the others; None gives the base model.
 
-    Raises KeyError for a name that no layer has, RuntimeError while merged. Warns where parameters become trainable inside
+    Raises KeyError for a name that no layer has, RuntimeError while merged, ValueError for a module in modules_to_save that was
+    replaced or resized after add_lora. Warns where parameters become trainable inside
     DistributedDataParallel.
     """
     layers = adapted_layers(model) if name is None else _layers_with(model, name)
     refuse_if_merged(layers, "change the active adapter")
+    exchanges = lora_exchanges(model)
     frozen = [p for layer in layers.values() for p in layer.adapter_parameters() if not p.requires_grad]
     for layer in layers.values():
         layer.set_adapter(name if name in layer.adapters else None)
         if name is not None and name not in layer.adapters:
             for parameter in layer.adapter_parameters():
                 parameter.requires_grad_(False)
-    for exchange in lora_state(model).exchanges:
+    for exchange in exchanges:
         exchange.activate(model, name)
     if any(p.requires_grad for p in frozen) and any(
         isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()
@@ -49,6 +51,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     refuse_in_fsdp1(model, "delete an adapter")
     layers, state = _layers_with(model, name), lora_state(model)
     refuse_if_merged(layers, "delete an adapter")
+    lora_exchanges(model)  # checks them
     if active_adapter(model) == name:
         set_adapter(model, None)
     for layer in layers.values():
