@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..layers.adapters import check_adapter_name
 from ..layers.linear import DEFAULT_ADAPTER, LoRALinear, check_quantize
@@ -130,7 +131,7 @@ def remove_lora(model: nn.Module) -> None:
     for path, value in state.fast_paths.items():
         submodule(model, path).activation_relu_or_gelu = value  # type: ignore[assignment]
     for name, parameter in named_parameters(model):
-        parameter.requires_grad_(parameter.requires_grad or name in state.frozen)
+        parameter.requires_grad = parameter.requires_grad or name in state.frozen
     if state.state_check is not None:
         state.state_check.remove()
     give_back_saving(model)
@@ -181,7 +182,7 @@ def _freeze_base(model: nn.Module) -> None:
     adapters = {id(parameter) for layer in lora_layers(model).values() for parameter in layer.adapter_parameters()}
     for parameter in model.parameters():
         if id(parameter) not in adapters:
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False  # a lazy module's has no requires_grad_()
 
 
 def _disable_fast_paths(model: nn.Module, state: LoRAState) -> None:
@@ -195,7 +196,7 @@ def _disable_fast_paths(model: nn.Module, state: LoRAState) -> None:
 
 
 def _report(model: nn.Module, config: LoRAConfig, adapter: str, adapted: list[str], skipped: dict[str, str]) -> LoRAReport:
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters() if not is_lazy(parameter)]
     packed = sum(layer.matrix.numel() - layer.weight.numel() for layer in lora_layers(model).values() if layer.quantized)
     trained, total = sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes) + packed
     return LoRAReport(adapter, {path: config.rank_and_alpha(path)[0] for path in adapted}, skipped, trained, total)

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..dtypes import FLOATS
 from ..layers.frozen_weight import is_conv1d, is_linear4bit
@@ -87,6 +88,8 @@ def _why_unsuitable(module: nn.Module) -> str | None:
         return None
     if (reason := why_fused(module)) is not None:
         return reason
+    if isinstance(module, nn.Linear) and any(map(is_lazy, module.parameters())):
+        return f"a {type(module).__name__}, which has no shape yet: call the model once before add_lora"
     if type(module) is not nn.Linear and not is_conv1d(module) and not is_linear4bit(module):
         return f"a {type(module).__name__}, not an nn.Linear or Conv1D: its forward may differ"
     if (reason := why_not_hooked(module)) is not None:
