@@ -15,6 +15,8 @@ from .distributed import full
 from .state import lora_layers
 from .wrappers import named_modules
 
+SHOWN = 4  # problems of a file that an error names
+
 
 def check_tensors(
     model: nn.Module, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], source: Path
@@ -49,8 +51,8 @@ def check_tensors(
         elif key not in base or isinstance(base[key], nn.Parameter):
             problems += why_not_finite(key, saved[key])
     if problems:
-        more = f"; and {len(problems) - 4} more" * (len(problems) > 4)
-        raise ValueError(f"{source} does not fit this model, nothing was changed: " + "; ".join(problems[:4]) + more)
+        more = f"; and {len(problems) - SHOWN} more" * (len(problems) > SHOWN)
+        raise ValueError(f"{source} does not fit this model, nothing was changed: " + "; ".join(problems[:SHOWN]) + more)
     return {key: saved[key] for key in expected}
 
 
@@ -74,13 +76,14 @@ def _unknown(
                 f"{key!r} adapts {place} ({type(module).__name__}), and only linear layers get LoRA here: load it with "
                 "PEFT, where accelerate(model) takes the linear layers, or train one without it"
             )
-        elif (reason := _why_unknown(key, saved, expected, base)) is not None:
+        # near keys are for the first ones, which are shown: to look for them takes as long as everything else
+        elif (reason := _why_unknown(key, saved, expected, base, near=len(reasons) < SHOWN)) is not None:
             reasons[key] = reason
     return list(reasons.values())
 
 
 def _why_unknown(
-    key: str, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], base: dict[str, Tensor]
+    key: str, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], base: dict[str, Tensor], *, near: bool
 ) -> str | None:
     for inside in (".original_module.", ".modules_to_save."):  # with bias="all" PEFT also writes its wrapper's inside
         if inside in key and key.replace(inside, ".") in expected:
@@ -98,8 +101,8 @@ def _why_unknown(
             f"{key!r} holds another base weight than this model's: it belongs to another model; or, if only rows that "
             "resize_token_embeddings added differ, copy it from the file into this model first"
         )
-    near = difflib.get_close_matches(key, expected, 1, cutoff=0.8)
-    return f"unknown {key!r}" + (f" (near: {near[0]!r})" if near else "")
+    found = difflib.get_close_matches(key, expected, 1, cutoff=0.8) if near else []
+    return f"unknown {key!r}" + (f" (near: {found[0]!r})" if found else "")
 
 
 def same_values(own: Tensor, theirs: Tensor) -> Tensor:
@@ -110,10 +113,10 @@ def same_values(own: Tensor, theirs: Tensor) -> Tensor:
 
 def check_scaling(model: nn.Module, config: LoRAConfig, adapter_name: str, source: Path) -> None:
     """Raise ValueError where the file scales an adapter that the model has already in another way."""
-    for path, layer in lora_layers(model).items():
-        if adapter_name not in layer.adapters:
-            continue
-        scaling, own = config.scaling(path), float(layer.adapters[adapter_name].scaling)
+    layers = {path: layer for path, layer in lora_layers(model).items() if adapter_name in layer.adapters}
+    ranks = config.ranks(layers)
+    for path, layer in layers.items():
+        scaling, own = ranks[path].scaling, float(layer.adapters[adapter_name].scaling)
         if abs(own - scaling) > 1e-6 * abs(scaling):
             raise ValueError(
                 f"{source}: scales {path} by {scaling:g}, but this model's adapter {adapter_name!r} by {own:g}; "

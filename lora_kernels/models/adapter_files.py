@@ -21,6 +21,7 @@ from .embeddings import add_embeddings, brought_embeddings
 from .state import lora_layers, lora_state, refuse_if_merged
 from .surgery import add_adapter
 from .switching import active_adapter
+from .targets import plan_layers
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,13 @@ def load_adapter(
         check_scaling(model, config, adapter_name, folder)
         expected = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, adapter_name).items()}
     else:
-        expected = planned_shapes(model, config, adapter_name)
+        plan = plan_layers(model, config, adapter_name)
+        expected = planned_shapes(model, config, plan.modules)
     brought = brought_embeddings(model, saved, expected)
     expected |= {key: tuple(tensor.shape) for key, tensor in exchanged_tensors(brought).items()}
     weights = check_tensors(model, saved, expected, folder / WEIGHTS_FILE)
     if not present:
-        add_adapter(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
+        add_adapter(model, config, adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
     add_embeddings(model, adapter_name, brought)
     with torch.no_grad():
         for key, tensor in adapter_tensors(model, adapter_name).items():

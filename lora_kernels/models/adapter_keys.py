@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .config import LoRAConfig
 from .exchanges import plan_exchanges
 from .state import adapted_layers, lora_layers, lora_state
-from .targets import features, plan_layers, plan_modules_to_save
+from .targets import features, plan_modules_to_save
 from .wrappers import named_buffers, named_parameters, plain_state_dict
 
 PREFIX = "base_model.model."
@@ -45,12 +45,12 @@ def exchanged_tensors(
     return tensors
 
 
-def planned_shapes(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the adapter that add_lora would make; changes nothing."""
-    plan, _ = plan_layers(model, config, adapter_name)
+def planned_shapes(model: nn.Module, config: LoRAConfig, plan: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the adapter that add_lora would make in the layers of `plan`; changes nothing."""
     shapes: dict[str, tuple[int, ...]] = {}
+    ranks = config.ranks(plan)
     for path, module in plan.items():
-        r, (in_features, out_features) = config.rank_and_alpha(path)[0], features(module)
+        r, (in_features, out_features) = ranks[path].r, features(module)
         shapes[f"{PREFIX}{path}.lora_A.weight"] = (r, in_features)
         shapes[f"{PREFIX}{path}.lora_B.weight"] = (out_features, r)
         if config.lora_bias:

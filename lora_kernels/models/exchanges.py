@@ -79,8 +79,9 @@ def refuse_offloaded(model: nn.Module, originals: dict[tuple[str, str], nn.Modul
 
 def add_exchanges(exchanges: list[Exchange], adapter: str, originals: dict[tuple[str, str], nn.Module | nn.Parameter]) -> None:
     """Give `adapter` a trainable copy of each of plan_exchanges' originals."""
+    present = {(exchange.path, exchange.attribute): exchange for exchange in exchanges}
     for (owner, attribute), original in originals.items():
-        exchange = next((e for e in exchanges if (e.path, e.attribute) == (owner, attribute)), None)
+        exchange = present.get((owner, attribute))
         if exchange is None:
             exchange = Exchange(owner, attribute, {None: original})
             exchanges.append(exchange)

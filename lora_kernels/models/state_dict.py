@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from .names import parents
 from .state import adapted_layers, lora_layers, lora_state, refuse_if_merged
 from .wrappers import plain_names, plain_state_dict
 
@@ -57,6 +58,13 @@ def check_state(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_
     RuntimeError if a layer is merged.
     """
     plain = plain_names(model)
-    named = {prefix + plain(key.removeprefix(prefix)): value for key, value in state_dict.items() if key.startswith(prefix)}
-    for path, layer in lora_layers(model).items():
-        layer.check_state(named, f"{prefix}{path}.")
+    layers = lora_layers(model)
+    own: dict[str, dict[str, Tensor]] = {path: {} for path in layers}  # each layer looks through what it is given
+    for key, value in state_dict.items():
+        if key.startswith(prefix):
+            name = plain(key.removeprefix(prefix))
+            for path in parents(name):
+                if path in own:
+                    own[path][prefix + name] = value
+    for path, layer in layers.items():
+        layer.check_state(own[path], f"{prefix}{path}.")

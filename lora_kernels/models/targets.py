@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -21,8 +22,15 @@ from .wrappers import named_modules, unwrapped
 HEAD_NAMES = ("lm_head", "score", "classifier")  # output heads of models that do not name theirs
 
 
-def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The modules to adapt by path, and why other candidates are not. Raises ValueError if nothing can be adapted."""
+class Plan(NamedTuple):
+    """The modules to adapt by path, and why other candidates are not."""
+
+    modules: dict[str, nn.Module]
+    skipped: dict[str, str]
+
+
+def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Plan:
+    """Raises ValueError if nothing can be adapted."""
     refuse_peft_layers(model)
     model = unwrapped(model)
     if isinstance(model, (nn.Linear, LoRALinear)):
@@ -57,10 +65,9 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> tupl
             raise ValueError(f"adapter_name: got {adapter_name!r}, which is in use; choose another or remove_lora(model) first")
     if not plan:
         raise ValueError(_nothing_matches(model, config, skipped))
-    for path, module in plan.items():
-        in_features, out_features = features(module)
-        check_init(config.init_lora_weights, config.rank_and_alpha(path)[0], in_features, out_features)
-    return plan, skipped
+    for path, rank in config.ranks(plan).items():
+        check_init(config.init_lora_weights, rank.r, *features(plan[path]))
+    return Plan(plan, skipped)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
