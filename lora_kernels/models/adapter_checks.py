@@ -3,13 +3,14 @@
 import difflib
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from ..dtypes import FLOATS
+from ..dtypes import FLOATS, dtype_name
 from ..layers.frozen_weight import is_conv1d
 from ..layers.linear import LoRALinear
 from ..layers.offload import offloaded_tensors, with_values
-from .adapter_keys import PREFIX, base_tensors
+from .adapter_keys import PREFIX, Form, base_tensors
 from .config import LoRAConfig
 from .distributed import full
 from .state import lora_layers
@@ -18,12 +19,11 @@ from .wrappers import named_modules
 SHOWN = 4  # problems of a file that an error names
 
 
-def check_tensors(
-    model: nn.Module, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], source: Path
-) -> dict[str, Tensor]:
+def check_tensors(model: nn.Module, saved: dict[str, Tensor], expected: dict[str, Form], source: Path) -> dict[str, Tensor]:
     """The tensors of `expected` from the file.
 
-    Raises ValueError for anything missing, unknown, of another shape or dtype, or trained to NaN or infinity.
+    Raises ValueError for anything missing, unknown, of another shape or dtype, trained to NaN or infinity, or too large to be
+    held.
     """
     unprefixed = sorted(key for key in saved if not key.startswith(PREFIX))
     if unprefixed or not saved:
@@ -44,27 +44,36 @@ def check_tensors(
     base |= {key: value(base[key]) for key in saved.keys() - expected.keys() if key in base}
     problems += _unknown(model, saved, expected, base)
     for key in sorted(expected.keys() & saved.keys()):
-        if tuple(saved[key].shape) != expected[key]:
-            problems.append(f"{key!r} has shape {tuple(saved[key].shape)}, expected {expected[key]}")
+        if tuple(saved[key].shape) != expected[key].shape:
+            problems.append(f"{key!r} has shape {tuple(saved[key].shape)}, expected {expected[key].shape}")
         elif ".lora_" in key and saved[key].dtype not in FLOATS:
             problems.append(f"{key!r} has dtype {saved[key].dtype}, expected a floating-point one")
         elif key not in base or isinstance(base[key], nn.Parameter):
-            problems += why_not_finite(key, saved[key])
+            problems += why_not_finite(key, saved[key], expected[key].dtype)
     if problems:
         more = f"; and {len(problems) - SHOWN} more" * (len(problems) > SHOWN)
         raise ValueError(f"{source} does not fit this model, nothing was changed: " + "; ".join(problems[:SHOWN]) + more)
     return {key: saved[key] for key in expected}
 
 
-def why_not_finite(key: str, tensor: Tensor) -> list[str]:
-    """[the error] for a trained tensor with NaN or infinity in it, which no model computes anything with; or []."""
-    bad = int((~tensor.isfinite()).sum()) if tensor.dtype in FLOATS else 0  # PyTorch cannot ask that of float8
+def why_not_finite(key: str, tensor: Tensor, dtype: torch.dtype | None = None) -> list[str]:
+    """[the error] for a trained tensor with NaN or infinity in it, which no model computes anything with; or [].
+
+    dtype: as which it will be held; values that are infinite only there are an error as well.
+    """
+    if tensor.dtype not in FLOATS or tensor.is_meta:  # PyTorch cannot ask that of float8
+        return []
+    bad = int((~tensor.isfinite()).sum())
+    if not bad and dtype in FLOATS and (lost := int((~tensor.to(dtype).isfinite()).sum())):
+        largest = torch.finfo(dtype).max
+        return [
+            f"{key!r} has {lost} of {tensor.numel()} values beyond {largest:g}, {dtype_name(dtype)}'s largest: they would "
+            "become infinite; hold the adapter in a wider dtype, or scale it down"
+        ]
     return [f"{key!r} holds NaN or infinity in {bad} of {tensor.numel()} values: its training has diverged"] * bool(bad)
 
 
-def _unknown(
-    model: nn.Module, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], base: dict[str, Tensor]
-) -> list[str]:
+def _unknown(model: nn.Module, saved: dict[str, Tensor], expected: dict[str, Form], base: dict[str, Tensor]) -> list[str]:
     """Why keys that are not the adapter's are errors, but for what PEFT writes beside it and which says nothing new."""
     modules = dict(named_modules(model))
     reasons: dict[str, str] = {}  # one for all keys of a module that is no linear layer
@@ -83,7 +92,7 @@ def _unknown(
 
 
 def _why_unknown(
-    key: str, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], base: dict[str, Tensor], *, near: bool
+    key: str, saved: dict[str, Tensor], expected: dict[str, Form], base: dict[str, Tensor], *, near: bool
 ) -> str | None:
     for inside in (".original_module.", ".modules_to_save."):  # with bias="all" PEFT also writes its wrapper's inside
         if inside in key and key.replace(inside, ".") in expected:

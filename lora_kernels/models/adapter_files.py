@@ -13,7 +13,7 @@ from ..layers.adapters import check_adapter_name
 from ..layers.linear import DEFAULT_ADAPTER
 from . import adapter_config
 from .adapter_checks import check_scaling, check_tensors
-from .adapter_keys import PREFIX, adapter_tensors, exchanged_tensors, planned_shapes
+from .adapter_keys import PREFIX, adapter_tensors, exchanged_tensors, forms, planned_forms
 from .adapter_saving import CONFIG_FILE, WEIGHTS_FILE, subfolder
 from .config import LoRAConfig
 from .distributed import sharded_like
@@ -58,7 +58,8 @@ def load_adapter(
     and the same `autocast_adapter_dtype` and `quantize`. Where the file has the embedding and the head of a resized model, the
     adapter gets frozen copies of them. Returns what was read, for people too.
     Raises FileNotFoundError or ValueError, before anything changes, for files that are missing or damaged, a configuration
-    that has no counterpart here, keys or shapes that are not exactly those of this model, and NaN or infinity.
+    that has no counterpart here, keys or shapes that are not exactly those of this model, and values that are NaN or infinite,
+    or would be in the adapter's dtype.
     """
     check_adapter_name(adapter_name, "adapter_name")
     folder = Path(directory)
@@ -70,12 +71,12 @@ def load_adapter(
     present = adapter_name in lora_state(model).configs
     if present:
         check_scaling(model, config, adapter_name, folder)
-        expected = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, adapter_name).items()}
+        expected = forms(adapter_tensors(model, adapter_name))
     else:
         plan = plan_layers(model, config, adapter_name)
-        expected = planned_shapes(model, config, plan.modules)
+        expected = planned_forms(model, config, plan.modules, autocast_adapter_dtype)
     brought = brought_embeddings(model, saved, expected)
-    expected |= {key: tuple(tensor.shape) for key, tensor in exchanged_tensors(brought).items()}
+    expected |= forms(exchanged_tensors(brought))
     weights = check_tensors(model, saved, expected, folder / WEIGHTS_FILE)
     if not present:
         add_adapter(model, config, adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)

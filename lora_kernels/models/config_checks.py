@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import ALL_LINEAR, LoRAConfig
 from .fused import fused_weights
-from .names import Patterns, layer_index, names_match, tails, trained_whole
+from .names import Patterns, layer_index, names_match, numbered, tails, trained_whole
 from .targets import Plan, is_linear
 from .wrappers import named_modules, unwrapped
 
@@ -84,6 +84,9 @@ def _fields(model: nn.Module, config: LoRAConfig, plan: Plan) -> Iterator[Parts]
     numbers = [layers] if isinstance(layers, int) else layers or ()
     of_layers = partial(_layer_numbers, config.layers_pattern)
     yield Parts("layers_to_transform", numbers, of_layers, adapted, "adapted layer")
+    before = config.layers_pattern or ()
+    before = [before] if isinstance(before, str) else before
+    yield Parts("layers_pattern", before, partial(_of_patterns, before), numbered(linear), "numbered module")
     for name in ("rank_pattern", "alpha_pattern"):
         yield Parts(name, value := getattr(config, name), partial(_of_patterns, value), adapted, "adapted layer")
     inside = [path for path in modules if path]

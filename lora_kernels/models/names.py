@@ -25,6 +25,16 @@ def layer_index(path: str, patterns: list[str] | str | None) -> int | None:
     return None if found is None else int(found[1])
 
 
+def numbered(paths: Iterable[str]) -> set[str]:
+    """What is before a number inside one of `paths`, which layers_pattern may mean: "model.layers" of "model.layers.0.norm"."""
+    return {found for path in paths for found in parents(path)[2:] if path.removeprefix(f"{found}.").split(".")[0].isdigit()}
+
+
+def end_of(path: str) -> str:
+    """The last name of a path."""
+    return path.rpartition(".")[2]
+
+
 def trained_whole(path: str, names: Iterable[str] | None) -> bool:
     """Whether modules_to_save means a module: PEFT takes any path with this end, "input_layernorm" for "norm" too."""
     return any(path.endswith(name) for name in names or ())

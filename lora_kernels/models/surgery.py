@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -19,7 +18,7 @@ from .pretrained import give_back_saving, take_over_saving
 from .state import LoRAState, adapted_layers, lora_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
 from .state_dict import check_state
 from .switching import active_adapter, set_adapter
-from .targets import Plan, plan_layers, plan_modules_to_save
+from .targets import Plan, adapter_dtype, plan_layers, plan_modules_to_save
 from .tasks import with_head
 from .wrappers import is_fsdp1, named_modules, named_parameters, put, submodule, unwrapped
 
@@ -151,7 +150,6 @@ def _build_layers(
         ranks = config.ranks(plan)
         for path, module in plan.items():
             layer = module if isinstance(module, LoRALinear) else LoRALinear.from_linear(module, r=None, quantize=quantize)
-            wide = autocast_adapter_dtype and layer.base_dtype in (torch.bfloat16, torch.float16)
             layer.add_adapter(
                 adapter_name,
                 ranks[path].r,
@@ -160,7 +158,7 @@ def _build_layers(
                 use_rslora=config.use_rslora,
                 init_lora_weights=config.init_lora_weights,
                 lora_bias=config.lora_bias,
-                dtype=torch.float32 if wide else None,
+                dtype=adapter_dtype(layer, autocast_adapter_dtype),
             )
             layers[id(module)] = layer
     except BaseException:

@@ -2,8 +2,9 @@
 
 import contextlib
 import difflib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -14,7 +15,7 @@ from ..layers.linear import LoRALinear, why_not_hooked
 from ..layers.offload import loaded_with_another
 from .config import ALL_LINEAR, LoRAConfig
 from .fused import UNCALLED, fused_weights, in_attention, why_fused
-from .names import names_match, parents, trained_whole
+from .names import end_of, layer_index, names_match, numbered, parents, trained_whole
 from .peft_layers import refuse_peft_layers
 from .state import lora_layers
 from .wrappers import named_modules, unwrapped
@@ -77,6 +78,14 @@ def features(module: nn.Module) -> tuple[int, int]:
     return tuple(module.weight.shape)  # type: ignore[union-attr, return-value, arg-type]  # Conv1D
 
 
+def adapter_dtype(module: nn.Module, autocast_adapter_dtype: bool) -> torch.dtype:
+    """What an adapter over a planned layer is held as: over 16 bits float32, or else the weight's own dtype."""
+    quantized: Any = getattr(module.weight, "quant_state", None) if is_linear4bit(module) else None
+    dtype: Any = module.base_dtype if isinstance(module, LoRALinear) else (quantized or module.weight).dtype
+    wide = autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if wide else dtype
+
+
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear and its subclasses, transformers' Conv1D and LoRALinear."""
     return isinstance(module, (nn.Linear, LoRALinear)) or is_conv1d(module)
@@ -120,13 +129,30 @@ def _output_heads(model: nn.Module) -> set[int]:
 
 
 def _nothing_matches(model: nn.Module, config: LoRAConfig, skipped: dict[str, str]) -> str:
-    leaves = sorted({path.split(".")[-1] for path, module in named_modules(model) if is_linear(module)})
+    linear = [path for path, module in named_modules(model) if is_linear(module)]
+    meant = [path for path in linear if config.target_modules != ALL_LINEAR and names_match(path, config.target_modules)]
+    if meant and not skipped:  # then layers_to_transform leaves them out
+        return _no_such_layers(model, config, meant)
+    leaves = sorted({path.split(".")[-1] for path in linear})
     names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     near = [match for name in names for match in difflib.get_close_matches(name.split(".")[-1], leaves, cutoff=0.5)]
     message = f"target_modules: {config.target_modules!r} matches no linear layer of {type(model).__name__}"
     if skipped:
         message += "; skipped: " + "; ".join(f"{path}: {reason}" for path, reason in list(skipped.items())[:3])
     return message + f"; near names: {near}; linear layers here: {leaves[:20]}"
+
+
+def _no_such_layers(model: nn.Module, config: LoRAConfig, meant: list[str]) -> str:
+    numbers = sorted({number for path in meant if (number := layer_index(path, config.layers_pattern)) is not None})
+    names = f"target_modules {config.target_modules!r} of {type(model).__name__}"
+    if numbers:
+        wanted = f"layers_to_transform: {config.layers_to_transform!r} matches no linear layer that has the names in"
+        return f"{wanted} {names}; layer numbers there: {numbers}"
+    if config.layers_pattern:
+        wanted = f"layers_pattern: {config.layers_pattern!r} stands before no number in the paths of the names in {names}"
+        return f"{wanted}, such as {meant[0]!r}; expected {sorted({end_of(path) for path in numbered(meant)})}"
+    wanted = f"layers_to_transform: got {config.layers_to_transform!r}, but no number stands behind two names in the paths of"
+    return f"{wanted} {names}, such as {meant[0]!r}; set layers_pattern to the name before the number, or leave both out"
 
 
 def plan_modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
