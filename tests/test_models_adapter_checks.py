@@ -139,6 +139,34 @@ def test_a_model_on_the_meta_device_would_lose_the_values(tmp_path, options):
         load_adapter(empty.to("meta"), tmp_path)
 
 
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize(
+    ("base", "value", "autocast", "fits"),
+    [
+        (torch.float32, torch.tensor(1e300, dtype=torch.float64), True, False),
+        (torch.float32, torch.tensor(1e30, dtype=torch.float64), True, True),
+        (torch.float16, torch.tensor(1e6), False, False),
+        (torch.float16, torch.tensor(1e6), True, True),
+        (torch.bfloat16, torch.tensor(3.4028e38), False, False),
+    ],
+)
+def test_values_beyond_the_adapter_s_dtype(tmp_path, base, value, autocast, fits, existing):
+    save_adapter(own_adapter(), tmp_path)
+    change_weights(lambda t: {**t, KEY: value.expand(4, 8)})(tmp_path)
+    target = model().to(base)
+    if existing:
+        add_lora(target, LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]), autocast_adapter_dtype=autocast)
+    before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
+    if fits:
+        load_adapter(target, tmp_path, autocast_adapter_dtype=autocast)
+        assert target.layers[0].q_proj.lora_A["default"].isfinite().all()
+        return
+    with pytest.raises(ValueError, match=f"'{KEY}' has 32 of 32 values beyond .*'s largest.*wider dtype"):
+        load_adapter(target, tmp_path, autocast_adapter_dtype=autocast)
+    assert target.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in target.state_dict().items())
+
+
 def test_a_missing_directory(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory"):
         load_adapter(model(), tmp_path / "nowhere")

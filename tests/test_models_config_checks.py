@@ -17,11 +17,12 @@ FIELDS = {  # field -> (what is there, what is not, a regex for the message's en
     "alpha_pattern": ({"0.q_proj": 2}, {"out": 3}, r"no adapted layer of Model; adapted layers here: \['q_proj', 'v_proj'\]"),
     "modules_to_save": (["lm_head"], ["classifier"], r"no module of Model; "),
     "layers_to_transform": ([0], [2], r"no adapted layer of Model; "),
+    "layers_pattern": (["blocks"], ["layers"], r"no numbered module of Model; numbered modules here: \['blocks'\]"),
 }
 
 
 def config(field, value):
-    pattern = {"layers_pattern": "blocks"} if field == "layers_to_transform" else {}
+    pattern = {"layers_pattern": "blocks", "layers_to_transform": [1]} if field.startswith("layers") else {}
     return LoRAConfig(**{**QV, **pattern, field: value})
 
 
@@ -47,15 +48,23 @@ def test_a_field_that_matches_nothing_is_an_error_before_anything_changes(field)
     _, lost, end = FIELDS[field]
     model = Model()
     before = snapshot(model)
-    if field in ("target_modules", "layers_to_transform"):
-        end = "no linear layer of Model"
-        field_or_targets = "target_modules"
-    else:
-        field_or_targets = field
-    with pytest.raises(ValueError, match=rf"{field_or_targets}: .* matches {end}"):
+    message = rf"{field}: .* matches {end}"
+    if field == "target_modules":
+        message = r"target_modules: .* matches no linear layer of Model"
+    elif field == "layers_to_transform":
+        message = r"layers_to_transform: \[2\] matches no linear layer that .*\['q_proj', 'v_proj'\] of Model.*: \[0, 1\]$"
+    elif field == "layers_pattern":
+        message = r"layers_pattern: \['layers'\] stands before no number in .*'blocks.0.q_proj'; expected \['blocks'\]$"
+    with pytest.raises(ValueError, match=message):
         add_lora(model, config(field, lost))
     assert snapshot(model).keys() == before.keys()
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_layers_to_transform_of_a_model_without_numbers():
+    model = nn.ModuleDict({"a": nn.ModuleDict({"q_proj": nn.Linear(2, 2)})})
+    with pytest.raises(ValueError, match=r"layers_to_transform: got 0, but no number .* of ModuleDict, such as 'a.q_proj'"):
+        add_lora(model, LoRAConfig(target_modules=["q_proj"], layers_to_transform=0))
 
 
 def test_every_lost_part_is_named():

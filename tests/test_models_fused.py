@@ -6,7 +6,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_kernels import LoRAConfig, accelerate, add_lora
+from lora_kernels import LoRAConfig, accelerate, add_lora, remove_lora
 
 SIZE = {
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 60},
@@ -74,6 +74,51 @@ def test_embeddings_and_convolutions_are_no_experts():
     model = nn.ModuleList([nn.Linear(4, 4), nn.Conv1d(4, 4, 3), nn.Bilinear(2, 3, 4)])
     model.position = nn.Parameter(torch.zeros(1, 9, 4))
     assert not add_lora(model, LoRAConfig()).skipped
+
+
+def listed(kind):
+    """A module over each kind of parameter that has three dimensions and is no experts'."""
+    weights = {"w": nn.Parameter(torch.zeros(4, 3, 2))}
+    return {
+        "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3), dim=2),
+        "list": lambda: nn.ParameterList(weights.values()),
+        "dictionary": lambda: nn.ParameterDict(weights),
+        "lazy": lambda: nn.LazyConv1d(4, 3),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["weight norm", "list", "dictionary", "lazy"])
+def test_other_parameters_of_three_dimensions_are_no_experts(kind):
+    def model():
+        return nn.ModuleDict({"other": listed(kind), "l": nn.Linear(4, 4)})
+
+    for targets in ("all-linear", ["l"]):
+        target = model()
+        before = [parameter.requires_grad for parameter in target.parameters()]
+        report = add_lora(target, LoRAConfig(target_modules=targets))
+        assert list(report.adapted) == ["l"]
+        assert not report.skipped
+        remove_lora(target)
+        assert [parameter.requires_grad for parameter in target.parameters()] == before
+    report = accelerate(get_peft_model(model(), LoraConfig(target_modules=["l"])))
+    assert len(report.accelerated) == 1
+    assert not report.without_lora
+
+
+def test_a_lazy_layer_waits_for_its_first_call():
+    model = nn.ModuleDict({"lazy": nn.LazyLinear(4), "l": nn.Linear(4, 4)})
+    for options, field in (
+        ({"bias": "all"}, "bias: got lazy.bias"),
+        ({"modules_to_save": ["lazy"]}, "modules_to_save: got lazy"),
+    ):
+        with pytest.raises(ValueError, match=f"{field}, .*which has no shape yet.*call the model once before add_lora"):
+            add_lora(model, LoRAConfig(target_modules=["l"], **options))
+    report = add_lora(model, LoRAConfig())
+    assert report.skipped == {"lazy": "a LazyLinear, which has no shape yet: call the model once before add_lora"}
+    remove_lora(model)
+    assert model["lazy"].weight.requires_grad
+    model["lazy"](torch.zeros(1, 3))
+    assert set(add_lora(model, LoRAConfig()).adapted) == {"lazy", "l"}
 
 
 @pytest.mark.parametrize("options", [{}, {"kdim": 3, "vdim": 5}])

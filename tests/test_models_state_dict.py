@@ -31,6 +31,14 @@ def test_state_dict_round_trip():
             lambda s: s.update({"blocks.0.q_proj.lora_A.default": torch.ones(3, 8)}),
             r"lora_A.default: got shape \(3, 8\), expected \(2, 8\)",
         ),
+        (
+            lambda s: s["blocks.1.q_proj.lora_B.default"].fill_(torch.nan),
+            r"1 of its tensors are lost: 'blocks.1.q_proj.lora_B.default' holds NaN or infinity in 16 of 16 values",
+        ),
+        (
+            lambda s: s.update({"blocks.0.q_proj.lora_A.default": torch.full((2, 8), 1e300, dtype=torch.float64)}),
+            r"16 of 16 values beyond 3.40282e\+38, float32's largest",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change, words):

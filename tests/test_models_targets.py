@@ -1,6 +1,7 @@
 """Which modules a LoRAConfig means, as in PEFT, and what is reported or refused."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from model_case import QV, Model
 from torch import nn
 
 from lora_kernels import LoRAConfig, LoRALinear, add_lora, load_adapter, lora_parameters, lora_state_dict, save_adapter
+from lora_kernels.models.names import Patterns
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,17 @@ def test_every_path_means_what_it_means_in_peft(options):
     report = add_lora(model, LoRAConfig(**options))
     assert sorted(report.adapted) == sorted(theirs)
     assert {name.partition(".modules_to_save")[0] for name in lora_state_dict(model) if "modules_to_save" in name} == whole
+
+
+def test_patterns_that_are_looked_up_mean_what_they_mean_as_regexes():
+    """PEFT's expression, in the patterns' order; a point stands for any character, and an escaped one for itself."""
+    names = ["q_proj", "11.q_proj", "1.q_proj", "layers.0.v_proj", "layers_0.v_proj", "model.layers.11.proj", "proj", "", "oj"]
+    regexes = [".*", r"layers\.\d+\.norm", "(q|v)_proj", "^q_proj", "q.proj", "layers.11", ".roj", "...", r"h\.1", "1.w1$"]
+    patterns = [*names, *regexes, *map(re.escape, names), "q_proj"]
+    for path in [*PATHS, "layersx0.q_proj", "q-proj", "a-b.q_proj", "layers.0xv_proj"]:
+        for some in (patterns, patterns[::-1], regexes):
+            expected = [pattern for pattern in some if re.match(rf"(.*\.)?({pattern})$", path)]
+            assert list(Patterns(some).matching(path)) == expected, path
 
 
 @pytest.mark.parametrize(

@@ -4,25 +4,27 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from ..dtypes import FLOATS
+from ..dtypes import FLOATS, dtype_name
 from ..layers.frozen_weight import is_conv1d
 from ..layers.linear import LoRALinear
 from ..layers.offload import offloaded_tensors, with_values
-from .adapter_keys import PREFIX, base_tensors
+from .adapter_keys import PREFIX, Form, base_tensors
 from .config import LoRAConfig
 from .distributed import full
 from .state import lora_layers
 from .wrappers import named_modules
 
+SHOWN = 4  # problems of a file that an error names
 
-def check_tensors(
-    model: nn.Module, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], source: Path
-) -> dict[str, Tensor]:
+
+def check_tensors(model: nn.Module, saved: dict[str, Tensor], expected: dict[str, Form], source: Path) -> dict[str, Tensor]:
     """The tensors of `expected` from the file.
 
-    Raises ValueError for anything missing, unknown, of another shape or dtype, or trained to NaN or infinity.
+    Raises ValueError for anything missing, unknown, of another shape or dtype, trained to NaN or infinity, or too large to be
+    held.
     """
     unprefixed = sorted(key for key in saved if not key.startswith(PREFIX))
     if unprefixed or not saved:
@@ -43,21 +45,32 @@ def check_tensors(
     base |= {key: value(base[key]) for key in saved.keys() - expected.keys() if key in base}
     problems += _unknown(model, saved, expected, base)
     for key in sorted(expected.keys() & saved.keys()):
-        if tuple(saved[key].shape) != expected[key]:
-            problems.append(f"{key!r} has shape {tuple(saved[key].shape)}, expected {expected[key]}")
+        if tuple(saved[key].shape) != expected[key].shape:
+            problems.append(f"{key!r} has shape {tuple(saved[key].shape)}, expected {expected[key].shape}")
         elif ".lora_" in key and saved[key].dtype not in FLOATS:
             problems.append(f"{key!r} has dtype {saved[key].dtype}, expected a floating-point one")
         elif key not in base or isinstance(base[key], nn.Parameter):
-            problems += why_not_finite(key, saved[key])
+            problems += why_not_finite(key, saved[key], expected[key].dtype)
     if problems:
-        more = f"; and {len(problems) - 4} more" * (len(problems) > 4)
-        raise ValueError(f"{source} does not fit this model, nothing was changed: " + "; ".join(problems[:4]) + more)
+        more = f"; and {len(problems) - SHOWN} more" * (len(problems) > SHOWN)
+        raise ValueError(f"{source} does not fit this model, nothing was changed: " + "; ".join(problems[:SHOWN]) + more)
     return {key: saved[key] for key in expected}
 
 
-def why_not_finite(key: str, tensor: Tensor) -> list[str]:
-    """[the error] for a trained tensor with NaN or infinity in it, which no model computes anything with; or []."""
-    bad = int((~tensor.isfinite()).sum()) if tensor.dtype in FLOATS else 0  # PyTorch cannot ask that of float8
+def why_not_finite(key: str, tensor: Tensor, dtype: torch.dtype | None = None) -> list[str]:
+    """[the error] for a trained tensor with NaN or infinity in it, which no model computes anything with; or [].
+
+    dtype: as which it will be held; values that are infinite only there are an error as well.
+    """
+    if tensor.dtype not in FLOATS or tensor.is_meta:  # PyTorch cannot ask that of float8
+        return []
+    bad = int((~tensor.isfinite()).sum())
+    if not bad and dtype in FLOATS and (lost := int((~tensor.to(dtype).isfinite()).sum())):
+        largest = torch.finfo(dtype).max
+        return [
+            f"{key!r} has {lost} of {tensor.numel()} values beyond {largest:g}, {dtype_name(dtype)}'s largest: they would "
+            "become infinite; hold the adapter in a wider dtype, or scale it down"
+        ]
     return [f"{key!r} holds NaN or infinity in {bad} of {tensor.numel()} values: its training has diverged"] * bool(bad)
 
 
@@ -76,19 +89,22 @@ def not_linear(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     return reasons
 
 
-def _unknown(
-    model: nn.Module, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], base: dict[str, Tensor]
-) -> list[str]:
+def _unknown(model: nn.Module, saved: dict[str, Tensor], expected: dict[str, Form], base: dict[str, Tensor]) -> list[str]:
     """Why keys that are not the adapter's are errors, but for what PEFT writes beside it and which says nothing new."""
     keys = sorted(saved.keys() - expected.keys())
     others = not_linear(model, keys)
-    left = [key for key in keys if key.removeprefix(PREFIX).partition(".lora_")[0] not in others]
-    reasons = (_why_unknown(key, saved, expected, base) for key in left)
-    return [*others.values(), *(reason for reason in reasons if reason is not None)]
+    reasons = list(others.values())
+    for key in keys:
+        if key.removeprefix(PREFIX).partition(".lora_")[0] in others:
+            continue
+        # near keys are for the first ones, which are shown: to look for them takes as long as everything else
+        if (reason := _why_unknown(key, saved, expected, base, near=len(reasons) < SHOWN)) is not None:
+            reasons.append(reason)
+    return reasons
 
 
 def _why_unknown(
-    key: str, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], base: dict[str, Tensor]
+    key: str, saved: dict[str, Tensor], expected: dict[str, Form], base: dict[str, Tensor], *, near: bool
 ) -> str | None:
     for inside in (".original_module.", ".modules_to_save."):  # with bias="all" PEFT also writes its wrapper's inside
         if inside in key and key.replace(inside, ".") in expected:
@@ -106,8 +122,8 @@ def _why_unknown(
             f"{key!r} holds another base weight than this model's: it belongs to another model; or, if only rows that "
             "resize_token_embeddings added differ, copy it from the file into this model first"
         )
-    near = difflib.get_close_matches(key, expected, 1, cutoff=0.8)
-    return f"unknown {key!r}" + (f" (near: {near[0]!r})" if near else "")
+    found = difflib.get_close_matches(key, expected, 1, cutoff=0.8) if near else []
+    return f"unknown {key!r}" + (f" (near: {found[0]!r})" if found else "")
 
 
 def same_values(own: Tensor, theirs: Tensor) -> Tensor:
@@ -118,10 +134,10 @@ def same_values(own: Tensor, theirs: Tensor) -> Tensor:
 
 def check_scaling(model: nn.Module, config: LoRAConfig, adapter_name: str, source: Path) -> None:
     """Raise ValueError where the file scales an adapter that the model has already in another way."""
-    for path, layer in lora_layers(model).items():
-        if adapter_name not in layer.adapters:
-            continue
-        scaling, own = config.scaling(path), float(layer.adapters[adapter_name].scaling)
+    layers = {path: layer for path, layer in lora_layers(model).items() if adapter_name in layer.adapters}
+    ranks = config.ranks(layers)
+    for path, layer in layers.items():
+        scaling, own = ranks[path].scaling, float(layer.adapters[adapter_name].scaling)
         if abs(own - scaling) > 1e-6 * abs(scaling):
             raise ValueError(
                 f"{source}: scales {path} by {scaling:g}, but this model's adapter {adapter_name!r} by {own:g}; "

@@ -93,8 +93,9 @@ def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str
             "B do not fit the original model; call merge_lora(model), remove_lora(model), and save the model"
         )
     layers = {path: layer for path, layer in lora_layers(model).items() if adapter_name in layer.adapters}
+    ranks = config.ranks(layers)
     for path, layer in layers.items():
-        adapter, r, scaling = layer.adapters[adapter_name], config.rank_and_alpha(path)[0], config.scaling(path)
+        adapter, (r, _, scaling) = layer.adapters[adapter_name], ranks[path]
         if adapter.r != r or abs(float(adapter.scaling) - scaling) > 1e-6 * abs(scaling):  # float32 where it is a tensor
             raise ValueError(
                 f"{path}: adapter {adapter_name!r} has r={adapter.r} and scaling {float(adapter.scaling):g}, but its config "

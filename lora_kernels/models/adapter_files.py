@@ -13,7 +13,7 @@ from ..layers.adapters import check_adapter_name
 from ..layers.linear import DEFAULT_ADAPTER
 from . import adapter_config
 from .adapter_checks import check_scaling, check_tensors, not_linear
-from .adapter_keys import PREFIX, adapter_tensors, exchanged_tensors, planned_shapes
+from .adapter_keys import PREFIX, adapter_tensors, exchanged_tensors, forms, planned_forms
 from .adapter_saving import CONFIG_FILE, WEIGHTS_FILE, subfolder
 from .config import LoRAConfig
 from .distributed import sharded_like
@@ -22,6 +22,7 @@ from .peft_layers import refuse_peft_layers
 from .state import lora_layers, lora_state, refuse_if_merged
 from .surgery import add_adapter
 from .switching import active_adapter
+from .targets import plan_layers
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def load_adapter(
     and the same `autocast_adapter_dtype` and `quantize`. Where the file has the embedding and the head of a resized model, the
     adapter gets frozen copies of them. Returns what was read, for people too.
     Raises FileNotFoundError or ValueError, before anything changes, for files that are missing or damaged, a configuration
-    that has no counterpart here, keys or shapes that are not exactly those of this model, and NaN or infinity.
+    that has no counterpart here, keys or shapes that are not exactly those of this model, and values that are NaN or infinite,
+    or would be in the adapter's dtype.
     """
     check_adapter_name(adapter_name, "adapter_name")
     refuse_peft_layers(model)
@@ -71,18 +73,19 @@ def load_adapter(
     present = adapter_name in lora_state(model).configs
     if present:
         check_scaling(model, config, adapter_name, folder)
-        expected = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, adapter_name).items()}
+        expected = forms(adapter_tensors(model, adapter_name))
     else:
         try:
-            expected = planned_shapes(model, config, adapter_name)
+            plan = plan_layers(model, config, adapter_name)
+            expected = planned_forms(model, config, plan.modules, autocast_adapter_dtype)
         except ValueError as error:
             why = "; ".join([str(error), *not_linear(model, saved).values()])
             raise ValueError(f"{folder / CONFIG_FILE}: {why}") from error
     brought = brought_embeddings(model, saved, expected)
-    expected |= {key: tuple(tensor.shape) for key, tensor in exchanged_tensors(brought).items()}
+    expected |= forms(exchanged_tensors(brought))
     weights = check_tensors(model, saved, expected, folder / WEIGHTS_FILE)
     if not present:
-        add_adapter(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
+        add_adapter(model, config, adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
     add_embeddings(model, adapter_name, brought)
     with torch.no_grad():
         for key, tensor in adapter_tensors(model, adapter_name).items():

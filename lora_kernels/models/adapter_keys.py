@@ -1,13 +1,15 @@
 """PEFT's keys for the tensors of an adapter, of one that is there and of one that add_lora would make."""
 
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .config import LoRAConfig
 from .exchanges import plan_exchanges
 from .state import adapted_layers, lora_exchanges, lora_layers
-from .targets import features, plan_layers, plan_modules_to_save
+from .targets import adapter_dtype, features, plan_modules_to_save
 from .wrappers import named_buffers, named_parameters, plain_state_dict
 
 PREFIX = "base_model.model."
@@ -45,19 +47,33 @@ def exchanged_tensors(
     return tensors
 
 
-def planned_shapes(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the adapter that add_lora would make; changes nothing."""
-    plan, _ = plan_layers(model, config, adapter_name)
-    shapes: dict[str, tuple[int, ...]] = {}
+class Form(NamedTuple):
+    """What is known of a tensor that is not there yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
+    """The form of each tensor."""
+    return {key: Form(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+
+
+def planned_forms(
+    model: nn.Module, config: LoRAConfig, plan: Mapping[str, nn.Module], autocast_adapter_dtype: bool
+) -> dict[str, Form]:
+    """The tensors of the adapter that add_lora would make in the layers of `plan`; changes nothing."""
+    planned: dict[str, Form] = {}
+    ranks = config.ranks(plan)
     for path, module in plan.items():
-        r, (in_features, out_features) = config.rank_and_alpha(path)[0], features(module)
-        shapes[f"{PREFIX}{path}.lora_A.weight"] = (r, in_features)
-        shapes[f"{PREFIX}{path}.lora_B.weight"] = (out_features, r)
+        r, (in_features, out_features), dtype = ranks[path].r, features(module), adapter_dtype(module, autocast_adapter_dtype)
+        planned[f"{PREFIX}{path}.lora_A.weight"] = Form((r, in_features), dtype)
+        planned[f"{PREFIX}{path}.lora_B.weight"] = Form((out_features, r), dtype)
         if config.lora_bias:
-            shapes[f"{PREFIX}{path}.lora_B.bias"] = (out_features,)
+            planned[f"{PREFIX}{path}.lora_B.bias"] = Form((out_features,), dtype)
     saved = plan_modules_to_save(model, config)
     own = exchanged_tensors(plan_exchanges(model, config, saved, set(plan)), plan)
-    return shapes | {key: tuple(tensor.shape) for key, tensor in own.items()}
+    return planned | forms(own)
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,13 +1,13 @@
 """LoRAConfig, with PEFT's field names."""
 
 import re
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..layers.adapters import check_lora_alpha, scaling
 from ..mask import check_p
-from .names import first_match, layer_index, layer_regex, names_match, pattern_regex
+from .names import Patterns, layer_index, layer_regex, names_match, pattern_regex
 
 ALL_LINEAR = "all-linear"
 NAMES = {  # fields with names -> what they take
@@ -15,6 +15,14 @@ NAMES = {  # fields with names -> what they take
     **dict.fromkeys(("layers_pattern", "modules_to_save"), "a list of names"),
 }
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # peft.TaskType
+
+
+class Rank(NamedTuple):
+    """What rank_pattern and alpha_pattern, or the general values, say of one layer."""
+
+    r: int
+    lora_alpha: float
+    scaling: float
 
 
 @dataclass
@@ -112,13 +120,18 @@ class LoRAConfig:
         layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
         return not layers or path in self.target_modules or layer_index(path, self.layers_pattern) in layers
 
-    def rank_and_alpha(self, path: str) -> tuple[int, float]:
-        """r and lora_alpha for the module at `path`: the first pattern that matches, or the general value."""
-        return first_match(self.rank_pattern, path, self.r), first_match(self.alpha_pattern, path, self.lora_alpha)
+    def ranks(self, paths: Iterable[str]) -> dict[str, Rank]:
+        """For the module at each path what the first pattern that matches says, or else the general values.
 
-    def scaling(self, path: str) -> float:
-        """s of the module at `path`."""
-        return scaling(*self.rank_and_alpha(path), self.use_rslora)
+        Of all paths at once: the patterns are prepared for that, which for each path would cost as much as all of them.
+        """
+        of_rank, of_alpha = Patterns(self.rank_pattern), Patterns(self.alpha_pattern)
+        found: dict[str, Rank] = {}
+        for path in paths:
+            r = next((self.rank_pattern[key] for key in of_rank.matching(path)), self.r)
+            alpha = next((self.alpha_pattern[key] for key in of_alpha.matching(path)), self.lora_alpha)
+            found[path] = Rank(r, alpha, scaling(r, alpha, self.use_rslora))
+        return found
 
 
 def _entries(name: str, pattern: dict[str, Any]) -> dict[str, Any]:

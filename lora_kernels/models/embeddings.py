@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..layers.linear import LoRALinear
 from ..layers.offload import with_values
 from .adapter_checks import same_values
-from .adapter_keys import PREFIX
+from .adapter_keys import PREFIX, Form
 from .exchanges import add_exchanges, refuse_offloaded
 from .state import lora_state
 from .switching import active_adapter
@@ -33,7 +33,7 @@ def resized_embeddings(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def brought_embeddings(model: nn.Module, saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> Brought:
+def brought_embeddings(model: nn.Module, saved: dict[str, Tensor], expected: dict[str, Form]) -> Brought:
     """The embedding and the head of `model`, where a file has another for the adapter: some rows differ, but most are the same.
 
     Where most differ the file is of another base model. Raises ValueError for one that accelerate offloads.

@@ -8,6 +8,7 @@ import copy
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..layers.linear import LoRALinear
 from ..layers.offload import offloaded_tensors
@@ -69,7 +70,7 @@ def plan_exchanges(
 ) -> dict[tuple[str, str], nn.Module | nn.Parameter]:
     """What else the adapter trains, by (path of the owner, attribute): modules_to_save and biases.
 
-    Raises ValueError for one that accelerate offloads.
+    Raises ValueError for one that accelerate offloads, or that has no shape yet.
     """
     originals: dict[tuple[str, str], nn.Module | nn.Parameter] = {}
     for path, module in saved.items():
@@ -85,6 +86,13 @@ def plan_exchanges(
             inside = any(parent in saved for parent in parents(owner))
             if attribute.endswith("bias") and not inside and (config.bias == "all" or owner in adapted):
                 originals[owner, attribute] = parameter
+    for (owner, attribute), original in originals.items():
+        if any(map(is_lazy, _tensors(original))):
+            field = "modules_to_save" if isinstance(original, nn.Module) else "bias"
+            raise ValueError(
+                f"{field}: got {f'{owner}.{attribute}'.removeprefix('.')}, a lazy module's, which has no shape yet and cannot "
+                "be copied; call the model once before add_lora"
+            )
     refuse_offloaded(model, originals)
     return originals
 
@@ -102,8 +110,9 @@ def refuse_offloaded(model: nn.Module, originals: dict[tuple[str, str], nn.Modul
 
 def add_exchanges(exchanges: list[Exchange], adapter: str, originals: dict[tuple[str, str], nn.Module | nn.Parameter]) -> None:
     """Give `adapter` a trainable copy of each of plan_exchanges' originals."""
+    present = {(exchange.path, exchange.attribute): exchange for exchange in exchanges}
     for (owner, attribute), original in originals.items():
-        exchange = next((e for e in exchanges if (e.path, e.attribute) == (owner, attribute)), None)
+        exchange = present.get((owner, attribute))
         if exchange is None:
             exchange = Exchange(owner, attribute, {None: original})
             exchanges.append(exchange)

@@ -14,6 +14,7 @@ from ..layers.merging import LowRankTerm, bias_sum
 from ..layers.offload import offloaded_tensors, onloaded
 from ..nf4 import NF4Weight
 from .atomic_files import all_or_nothing
+from .names import parents
 from .shards import remove_shards, write_shards
 from .state import adapted_layers, lora_layers
 from .wrappers import named_modules, plain_names, plain_state_dict, unwrapped
@@ -70,7 +71,7 @@ def _plain_state(model: nn.Module, layers: dict[str, FrozenWeight]) -> Iterator[
     plain = plain_names(model := unwrapped(model))
     offloaded = {plain(name): kept for name, kept in offloaded_tensors(model).items()}
     for name, value in plain_state_dict(model).items():
-        owner = next((path for path in layers if name.startswith(f"{path}.")), None)
+        owner = next((path for path in parents(name)[1:] if path in layers), None)
         if owner is not None and name.removeprefix(f"{owner}.") not in ("weight", "bias"):
             continue
         elsewhere = offloaded.get(name)  # accelerate gives tied ones one parameter

@@ -4,7 +4,11 @@ from collections.abc import Mapping
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
+# whose three-dimensional parameters are kernels, or of a use that another module knows (weight normalisation, lists)
+OTHERS = (_ConvNd, nn.Bilinear, ParametrizationList, nn.ParameterList, nn.ParameterDict)
 OF_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # the last three where sizes differ
 UNCALLED = "nn.MultiheadAttention reads its weight and does not call it"
 
@@ -13,12 +17,13 @@ def fused_weights(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name and shape of each such parameter that the module itself has.
 
     Fused experts, as transformers 5 has them, are told by their three dimensions, [experts, out, in]; a first one of 1 is
-    an embedding's, which is added.
+    an embedding's, which is added. A lazy module's parameters have no shape before its first call, and are left out.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
+    own = module.named_parameters(recurse=False)
+    shapes = {name: tuple(parameter.shape) for name, parameter in own if not is_lazy(parameter)}
     if isinstance(module, nn.MultiheadAttention):
         return {name: shape for name, shape in shapes.items() if name in OF_ATTENTION}
-    if isinstance(module, (_ConvNd, nn.Bilinear)):
+    if isinstance(module, OTHERS):
         return {}
     return {name: shape for name, shape in shapes.items() if len(shape) == 3 and shape[0] > 1}
 

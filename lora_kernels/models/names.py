@@ -1,19 +1,20 @@
 """PEFT's rules for which names and patterns mean which modules, and paths of modules."""
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Iterator
+from heapq import merge
 
-_Number = TypeVar("_Number", int, float)
+# a regex of characters that stand for themselves, escaped ones, and points, which stand for any
+_PLAIN = re.compile(r"(?:[^\\^$*+?{}\[\]|()]|\\[^0-9A-Za-z])*", re.DOTALL)
 
 
-def names_match(path: str, names: Iterable[str] | str | None) -> bool:
+def names_match(path: str, names: Collection[str] | str | None) -> bool:
     """Whether a module's path is meant by a regex (the whole path) or a list of names (the path or its end)."""
     if names is None:
         return False
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)
+    return any(tail in names for tail in tails(path))
 
 
 def layer_regex(pattern: str) -> str:
@@ -29,24 +30,70 @@ def layer_index(path: str, patterns: list[str] | str | None) -> int | None:
     return None if found is None else int(found[1])
 
 
+def numbered(paths: Iterable[str]) -> set[str]:
+    """What is before a number inside one of `paths`, which layers_pattern may mean: "model.layers" of "model.layers.0.norm"."""
+    return {found for path in paths for found in parents(path)[2:] if path.removeprefix(f"{found}.").split(".")[0].isdigit()}
+
+
+def end_of(path: str) -> str:
+    """The last name of a path."""
+    return path.rpartition(".")[2]
+
+
 def trained_whole(path: str, names: Iterable[str] | None) -> bool:
     """Whether modules_to_save means a module: PEFT takes any path with this end, "input_layernorm" for "norm" too."""
     return any(path.endswith(name) for name in names or ())
 
 
-def first_match(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
-    """The value of the first {name or regex: value} that matches the end of a module's path."""
-    return next((value for key, value in patterns.items() if pattern_matches(key, path)), default)
+class Patterns:
+    """Names and regexes, as in rank_pattern, each of which means the modules whose path it matches, or the end of it.
 
+    Most are names or whole paths, and there may be one for each of thousands of layers: these are looked up and not tried.
+    """
 
-def pattern_matches(pattern: str, path: str) -> bool:
-    """Whether a name or regex matches the end of a module's path."""
-    return re.match(pattern_regex(pattern), path) is not None
+    def __init__(self, patterns: Iterable[str]):
+        self._patterns = list(patterns)
+        self._regexes: list[tuple[int, re.Pattern[str]]] = []
+        # length -> where any character fits -> the pattern without these -> its numbers
+        self._plain: dict[int, dict[tuple[int, ...], dict[str, list[int]]]] = {}
+        for number, pattern in enumerate(self._patterns):
+            if _PLAIN.fullmatch(pattern) is None:
+                self._regexes.append((number, re.compile(pattern_regex(pattern))))
+                continue
+            characters = re.findall(r"\\?.", pattern, re.DOTALL)
+            free = tuple(place for place, character in enumerate(characters) if character == ".")
+            text = _without("".join(character[-1] for character in characters), free)
+            self._plain.setdefault(len(characters), {}).setdefault(free, {}).setdefault(text, []).append(number)
+
+    def matching(self, path: str) -> Iterator[str]:
+        """Those that mean the module at `path`, in their order, of which in PEFT the first counts."""
+        plain = [
+            number
+            for tail in tails(path)
+            for free, numbers in self._plain.get(len(tail), {}).items()
+            for number in numbers.get(_without(tail, free), ())
+        ]
+        regexes = (number for number, regex in self._regexes if regex.match(path))
+        return (self._patterns[number] for number in merge(sorted(plain), regexes))
 
 
 def pattern_regex(pattern: str) -> str:
     """The regex for a path with an end that a name or regex matches."""
     return rf"(.*\.)?({pattern})$"
+
+
+def _without(text: str, places: tuple[int, ...]) -> str:
+    """The text with a point at each of `places`."""
+    characters = list(text)
+    for place in places:
+        characters[place] = "."
+    return "".join(characters)
+
+
+def tails(path: str) -> list[str]:
+    """The path itself and what is behind each of its points, longest first."""
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def parents(path: str) -> list[str]:

@@ -19,11 +19,17 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_
     """
     written: list[dict[str, int]] = []  # of each file, the bytes of its tensors
     shard: dict[str, Tensor] = {}
+    size, storages = 0, set[int]()  # of the shard
     for name, tensor in tensors:
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_shard_size:
+        if shard and size + tensor.nbytes > max_shard_size:
             written.append(_write(shard, _unnamed(folder, len(written))))
-            shard = {}
-        shard[name] = _of_its_own(tensor.detach().cpu().contiguous(), shard)
+            shard, size, storages = {}, 0, set()
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()  # it may overlap with one of the shard, which save_file refuses
+        shard[name] = tensor
+        size += tensor.nbytes
+        storages.add(tensor.untyped_storage().data_ptr())
     written.append(_write(shard, _unnamed(folder, len(written))))
     return _name(written, folder)
 
@@ -60,10 +66,3 @@ def _name(written: list[dict[str, int]], folder: Path) -> list[str]:
     index = {"metadata": {"total_size": sum(sum(sizes.values()) for sizes in written)}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return [*names, INDEX_FILE]
-
-
-def _of_its_own(tensor: Tensor, shard: dict[str, Tensor]) -> Tensor:
-    """The tensor, copied if it may overlap with one of the shard, which save_file refuses."""
-    storage = tensor.untyped_storage().data_ptr()
-    shared = any(other.untyped_storage().data_ptr() == storage for other in shard.values())
-    return tensor.clone() if shared else tensor

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..layers.adapters import check_adapter_name
 from ..layers.linear import DEFAULT_ADAPTER, LoRALinear, check_quantize
@@ -19,7 +19,7 @@ from .pretrained import give_back_saving, take_over_saving
 from .state import LoRAState, adapted_layers, lora_exchanges, lora_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
 from .state_dict import check_state
 from .switching import active_adapter, set_adapter
-from .targets import plan_layers, plan_modules_to_save
+from .targets import Plan, adapter_dtype, plan_layers, plan_modules_to_save
 from .tasks import with_head
 from .wrappers import is_fsdp1, named_modules, named_parameters, put, submodule, unwrapped
 
@@ -71,14 +71,17 @@ def add_lora(
     DistributedDataParallel or FSDP1, which would not synchronise the new parameters' gradients.
     """
     own = with_head(model, from_config(config, model))
-    check_parts(model, own, adapter_name)
-    return add_adapter(model, own, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
+    plan = plan_layers(model, own, adapter_name)
+    check_parts(model, own, plan)
+    return add_adapter(model, own, adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
 
 
 def add_adapter(
-    model: nn.Module, config: LoRAConfig, adapter_name: str, *, autocast_adapter_dtype: bool, quantize: str | None
+    model: nn.Module, config: LoRAConfig, adapter_name: str, plan: Plan, *, autocast_adapter_dtype: bool, quantize: str | None
 ) -> LoRAReport:
-    """add_lora for a config that may name what this model does not have, as that of a file does whose tensors are checked."""
+    """add_lora, with plan_layers' plan, for a config that may name what this model does not have, as that of a file does whose
+    tensors are checked.
+    """
     if any(isinstance(module, nn.parallel.DistributedDataParallel) or is_fsdp1(module) for module in model.modules()):
         raise ValueError(
             f"model: got a {type(model).__name__}, whose DistributedDataParallel or FullyShardedDataParallel would not "
@@ -90,14 +93,13 @@ def add_adapter(
     check_quantize(quantize)
     refuse_if_merged(lora_layers(model), "add an adapter")
     lora_exchanges(model)  # checks them
-    plan, skipped = plan_layers(model, config, adapter_name)
-    originals = plan_exchanges(model, config, plan_modules_to_save(model, config), set(plan))
+    originals = plan_exchanges(model, config, plan_modules_to_save(model, config), set(plan.modules))
     if config.bias != "none" and state.configs:
         raise ValueError(
             f"bias: got {config.bias!r} for a second adapter, expected 'none'; adapters here: {list(state.configs)}"
         )
     trainable_before = {name for name, parameter in named_parameters(model) if parameter.requires_grad}
-    layers = _build_layers(plan, config, adapter_name, autocast_adapter_dtype, quantize)
+    layers = _build_layers(plan.modules, config, adapter_name, autocast_adapter_dtype, quantize)
     first = state.state_check is None
     active = active_adapter(model) if state.configs else adapter_name
     _put_in_place(model, layers)
@@ -111,7 +113,7 @@ def add_adapter(
     state.configs[adapter_name] = copy.deepcopy(config)  # the caller may change theirs for the next model
     add_exchanges(state.exchanges, adapter_name, originals)
     set_adapter(model, active)
-    return _report(model, config, adapter_name, list(plan), skipped)
+    return _report(model, config, adapter_name, plan)
 
 
 def remove_lora(model: nn.Module) -> None:
@@ -132,7 +134,7 @@ def remove_lora(model: nn.Module) -> None:
     for path, value in state.fast_paths.items():
         submodule(model, path).activation_relu_or_gelu = value  # type: ignore[assignment]
     for name, parameter in named_parameters(model):
-        parameter.requires_grad_(parameter.requires_grad or name in state.frozen)
+        parameter.requires_grad = parameter.requires_grad or name in state.frozen
     if state.state_check is not None:
         state.state_check.remove()
     give_back_saving(model)
@@ -147,19 +149,18 @@ def _build_layers(
     layers: dict[int, LoRALinear] = {}
     flags = [(p, p.requires_grad) for module in plan.values() for p in module.parameters()]
     try:
+        ranks = config.ranks(plan)
         for path, module in plan.items():
             layer = module if isinstance(module, LoRALinear) else LoRALinear.from_linear(module, r=None, quantize=quantize)
-            wide = autocast_adapter_dtype and layer.base_dtype in (torch.bfloat16, torch.float16)
-            r, lora_alpha = config.rank_and_alpha(path)
             layer.add_adapter(
                 adapter_name,
-                r,
-                lora_alpha,
+                ranks[path].r,
+                ranks[path].lora_alpha,
                 lora_dropout=config.lora_dropout,
                 use_rslora=config.use_rslora,
                 init_lora_weights=config.init_lora_weights,
                 lora_bias=config.lora_bias,
-                dtype=torch.float32 if wide else None,
+                dtype=adapter_dtype(layer, autocast_adapter_dtype),
             )
             layers[id(module)] = layer
     except BaseException:
@@ -183,7 +184,7 @@ def _freeze_base(model: nn.Module) -> None:
     adapters = {id(parameter) for layer in lora_layers(model).values() for parameter in layer.adapter_parameters()}
     for parameter in model.parameters():
         if id(parameter) not in adapters:
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False  # a lazy module's has no requires_grad_()
 
 
 def _disable_fast_paths(model: nn.Module, state: LoRAState) -> None:
@@ -196,8 +197,9 @@ def _disable_fast_paths(model: nn.Module, state: LoRAState) -> None:
             module.activation_relu_or_gelu = 0
 
 
-def _report(model: nn.Module, config: LoRAConfig, adapter: str, adapted: list[str], skipped: dict[str, str]) -> LoRAReport:
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+def _report(model: nn.Module, config: LoRAConfig, adapter: str, plan: Plan) -> LoRAReport:
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters() if not is_lazy(parameter)]
     packed = sum(layer.matrix.numel() - layer.weight.numel() for layer in lora_layers(model).values() if layer.quantized)
     trained, total = sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes) + packed
-    return LoRAReport(adapter, {path: config.rank_and_alpha(path)[0] for path in adapted}, skipped, trained, total)
+    adapted = {path: rank.r for path, rank in config.ranks(plan.modules).items()}
+    return LoRAReport(adapter, adapted, plan.skipped, trained, total)

@@ -2,8 +2,11 @@
 
 import contextlib
 import difflib
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..dtypes import FLOATS
 from ..layers.frozen_weight import is_conv1d, is_linear4bit
@@ -12,7 +15,7 @@ from ..layers.linear import LoRALinear, why_not_hooked
 from ..layers.offload import loaded_with_another
 from .config import ALL_LINEAR, LoRAConfig
 from .fused import UNCALLED, fused_weights, in_attention, why_fused
-from .names import names_match, parents, trained_whole
+from .names import end_of, layer_index, names_match, numbered, parents, trained_whole
 from .peft_layers import refuse_peft_layers
 from .state import lora_layers
 from .wrappers import named_modules, unwrapped
@@ -20,8 +23,15 @@ from .wrappers import named_modules, unwrapped
 HEAD_NAMES = ("lm_head", "score", "classifier")  # output heads of models that do not name theirs
 
 
-def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The modules to adapt by path, and why other candidates are not. Raises ValueError if nothing can be adapted."""
+class Plan(NamedTuple):
+    """The modules to adapt by path, and why other candidates are not."""
+
+    modules: dict[str, nn.Module]
+    skipped: dict[str, str]
+
+
+def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Plan:
+    """Raises ValueError if nothing can be adapted."""
     refuse_peft_layers(model)
     model = unwrapped(model)
     if isinstance(model, (nn.Linear, LoRALinear)):
@@ -56,10 +66,9 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> tupl
             raise ValueError(f"adapter_name: got {adapter_name!r}, which is in use; choose another or remove_lora(model) first")
     if not plan:
         raise ValueError(_nothing_matches(model, config, skipped))
-    for path, module in plan.items():
-        in_features, out_features = features(module)
-        check_init(config.init_lora_weights, config.rank_and_alpha(path)[0], in_features, out_features)
-    return plan, skipped
+    for path, rank in config.ranks(plan).items():
+        check_init(config.init_lora_weights, rank.r, *features(plan[path]))
+    return Plan(plan, skipped)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -67,6 +76,14 @@ def features(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, (nn.Linear, LoRALinear)):
         return module.in_features, module.out_features
     return tuple(module.weight.shape)  # type: ignore[union-attr, return-value, arg-type]  # Conv1D
+
+
+def adapter_dtype(module: nn.Module, autocast_adapter_dtype: bool) -> torch.dtype:
+    """What an adapter over a planned layer is held as: over 16 bits float32, or else the weight's own dtype."""
+    quantized: Any = getattr(module.weight, "quant_state", None) if is_linear4bit(module) else None
+    dtype: Any = module.base_dtype if isinstance(module, LoRALinear) else (quantized or module.weight).dtype
+    wide = autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if wide else dtype
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -87,6 +104,8 @@ def _why_unsuitable(module: nn.Module) -> str | None:
         return None
     if (reason := why_fused(module)) is not None:
         return reason
+    if isinstance(module, nn.Linear) and any(map(is_lazy, module.parameters())):
+        return f"a {type(module).__name__}, which has no shape yet: call the model once before add_lora"
     if type(module) is not nn.Linear and not is_conv1d(module) and not is_linear4bit(module):
         return f"a {type(module).__name__}, not an nn.Linear or Conv1D: its forward may differ"
     if (reason := why_not_hooked(module)) is not None:
@@ -110,13 +129,30 @@ def _output_heads(model: nn.Module) -> set[int]:
 
 
 def _nothing_matches(model: nn.Module, config: LoRAConfig, skipped: dict[str, str]) -> str:
-    leaves = sorted({path.split(".")[-1] for path, module in named_modules(model) if is_linear(module)})
+    linear = [path for path, module in named_modules(model) if is_linear(module)]
+    meant = [path for path in linear if config.target_modules != ALL_LINEAR and names_match(path, config.target_modules)]
+    if meant and not skipped:  # then layers_to_transform leaves them out
+        return _no_such_layers(model, config, meant)
+    leaves = sorted({path.split(".")[-1] for path in linear})
     names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     near = [match for name in names for match in difflib.get_close_matches(name.split(".")[-1], leaves, cutoff=0.5)]
     message = f"target_modules: {config.target_modules!r} matches no linear layer of {type(model).__name__}"
     if skipped:
         message += "; skipped: " + "; ".join(f"{path}: {reason}" for path, reason in list(skipped.items())[:3])
     return message + f"; near names: {near}; linear layers here: {leaves[:20]}"
+
+
+def _no_such_layers(model: nn.Module, config: LoRAConfig, meant: list[str]) -> str:
+    numbers = sorted({number for path in meant if (number := layer_index(path, config.layers_pattern)) is not None})
+    names = f"target_modules {config.target_modules!r} of {type(model).__name__}"
+    if numbers:
+        wanted = f"layers_to_transform: {config.layers_to_transform!r} matches no linear layer that has the names in"
+        return f"{wanted} {names}; layer numbers there: {numbers}"
+    if config.layers_pattern:
+        wanted = f"layers_pattern: {config.layers_pattern!r} stands before no number in the paths of the names in {names}"
+        return f"{wanted}, such as {meant[0]!r}; expected {sorted({end_of(path) for path in numbered(meant)})}"
+    wanted = f"layers_to_transform: got {config.layers_to_transform!r}, but no number stands behind two names in the paths of"
+    return f"{wanted} {names}, such as {meant[0]!r}; set layers_pattern to the name before the number, or leave both out"
 
 
 def plan_modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
