@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..layers.linear import LoRALinear
 from .adapter_config import to_peft
-from .adapter_saving import save_adapter
+from .adapter_saving import save_adapter, subfolder
 from .distributed import is_sharded
 from .export import merged_tensors, untie, unties
 from .quantization_config import quantization_config
@@ -61,6 +61,7 @@ class SavePretrained:
             quantization = quantization_config(model, merged=whole and merged)
             for name in adapters:
                 to_peft(model, lora_state(model).configs[name], name)
+                subfolder(save_directory, name)
         except ValueError as error:
             if whole:
                 raise
