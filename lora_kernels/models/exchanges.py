@@ -24,6 +24,15 @@ class Exchange:
     attribute: str
     choices: dict[str | None, nn.Module | nn.Parameter]
 
+    @property
+    def name(self) -> str:
+        return f"{self.path}.{self.attribute}".removeprefix(".")
+
+    @property
+    def adapters(self) -> list[str]:
+        """Those that train a copy."""
+        return [adapter for adapter in self.choices if adapter is not None]
+
     def activate(self, model: nn.Module, adapter: str | None) -> None:
         """Put the copy of `adapter`, or else the original, in its place."""
         owner = submodule(model, self.path)
