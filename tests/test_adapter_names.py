@@ -1,6 +1,7 @@
 """Any string without a dot names an adapter, and other names are refused before anything changes."""
 
 import copy
+import keyword
 import pickle
 
 import pytest
@@ -72,6 +73,14 @@ def test_compiled(name):
     assert made.lora_A[name].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if not keyword.iskeyword(n) and not hasattr(nn.Module(), n)])
+def test_exported(name):
+    """All but those that README.md excepts."""
+    made = LoRALinear.from_linear(nn.Linear(12, 10), adapter_name=name, r=2, init_lora_weights=False)
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(torch.export.export(made, (x,)).module()(x), made(x))
+
+
 @every_name
 def test_a_model(name, tmp_path):
     model = Model(tie=False)
@@ -125,5 +134,16 @@ def test_a_name_that_leads_out_of_the_directory_is_no_folder(name, tmp_path):
     add_lora(model, LoRAConfig(**QV), name)
     for call in (save_adapter, load_adapter):
         with pytest.raises(ValueError, match=r"adapter_name: got '/.*which is no folder inside"):
+            call(model, tmp_path / "adapters", name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a/", "a//b", "default/", "a/ /", "a\0b", "\0"])
+def test_a_name_without_a_folder_of_its_own_is_not_saved(name, tmp_path):
+    """Path would read it as another name, whose files it would replace."""
+    model = Model()
+    add_lora(model, LoRAConfig(**QV), name)
+    for call in (save_adapter, load_adapter):
+        with pytest.raises(ValueError, match=r"adapter_name: got '.*which is no name of a folder: expected one without null"):
             call(model, tmp_path / "adapters", name)
     assert not list(tmp_path.iterdir())

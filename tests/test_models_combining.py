@@ -1,7 +1,9 @@
 """add_weighted_adapter: PEFT's numbers, what it takes over, what it refuses."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from model_case import QV, TOKENS, Model, flags, snapshot
@@ -151,6 +153,14 @@ def test_dtypes(dtype):
         ((["a", "b"], [1], "mix"), ValueError, r"weights: got \[1\], expected a finite number for each of \['a', 'b'\]"),
         ((["a", "b"], [1, math.nan], "mix"), ValueError, "weights: got"),
         ((["a", "b"], [1, "2"], "mix"), ValueError, "weights: got"),
+        *(
+            ((["a", "b"], weights, "mix"), ValueError, "weights: got .*, expected a finite number for each of")
+            for weights in (None, 1.0, [1, True], [1, 10**400], [1, 1j], [1, torch.ones(1)], torch.tensor(1.0), [1, 1, 1])
+        ),
+        *(
+            ((adapters, [1, 1], "mix"), ValueError, "adapters: got .*, expected a list of different names")
+            for adapters in ([["a"]], [["a"], ["b"]], None, 5, ["a", 5])
+        ),
         ((["a", "b"], [1, 1], "a"), ValueError, "adapter_name: got 'a', which is in use"),
         ((["a", "b"], [1, 1], "a.b"), ValueError, "adapter_name: got 'a.b', expected a string"),
         ((["a", "b"], [1, 1], "mix", "svd"), ValueError, "combination_type: got 'svd', expected one of"),
@@ -165,6 +175,48 @@ def test_refusals_change_nothing(arguments, error, words):
     assert snapshot(model).keys() == before.keys()
     assert flags(model) == trainable
     assert list(model._lora_state.configs) == list(CONFIGS)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int64, torch.tensor, Fraction], ids=lambda kind: kind.__name__)
+def test_numbers_of_other_kinds_are_weights(kind):
+    model = tuned()
+    add_weighted_adapter(model, ["a", "b"], [kind(2), kind(-1)], "mix", "cat")
+    add_weighted_adapter(model, ["a", "b"], [2, -1], "expected", "cat")
+    for layer in layers(model).values():
+        assert torch.equal(delta(layer, "mix"), delta(layer, "expected"))
+
+
+def test_a_layer_s_own_adapter_of_the_new_name_is_refused_and_stays():
+    model = tuned()
+    layer = model.blocks[1].v_proj
+    layer.add_adapter("mix", 2, 2)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"adapter_name: got 'mix', which is in use; adapters here: .*'mix'"):
+        add_weighted_adapter(model, ["a"], [1], "mix")
+    assert snapshot(model).keys() == before.keys()
+    assert "mix" in layer.adapters
+
+
+@pytest.mark.parametrize("combination_type", ["cat", "linear"])
+def test_a_path_that_another_one_ends_in_keeps_its_rank(combination_type, tmp_path):
+    """In the saved file, for PEFT too: "0" alone would also mean "1.0"."""
+    peft = pytest.importorskip("peft")
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8))
+
+    model, x = make(), torch.randn(3, 8)
+    add_lora(model, LoRAConfig(r=2, target_modules=["0"], exclude_modules=["1.0"], init_lora_weights=False))
+    add_lora(model, LoRAConfig(r=3, target_modules=["1.0"], init_lora_weights=False), "b")
+    if combination_type == "cat":
+        add_lora(model, LoRAConfig(r=4, target_modules=["2", "1.0"], init_lora_weights=False), "c")
+    add_weighted_adapter(model, list(model._lora_state.configs), [0.5] * len(model._lora_state.configs), "w", combination_type)
+    set_adapter(model, "w")
+    folder, other = save_adapter(model, tmp_path, "w"), make()
+    load_adapter(other, tmp_path, "w")
+    torch.testing.assert_close(other(x), model(x))
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(make(), folder)(x), model(x))
 
 
 def test_modules_that_several_train_are_refused():

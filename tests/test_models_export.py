@@ -178,6 +178,72 @@ def test_transformers_reads_the_exported_model(max_shard_size, tmp_path):
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def merged_weight(layer):
+    return layer.weight + layer.adapters["default"].scaling * layer.lora_B["default"] @ layer.lora_A["default"]
+
+
+@pytest.mark.parametrize("targets", [["head"], ["head", "twin"]])
+@pytest.mark.parametrize("order", itertools.permutations(["embed", "head", "twin"]), ids="-".join)
+def test_an_adapted_layer_of_a_tied_weight_has_its_own(order, targets):
+    """It is not left out as one that is there already, and what it was tied to does not become the merged one."""
+    parts = {"embed": nn.Embedding(11, 8), "head": nn.Linear(8, 11), "twin": nn.Linear(8, 11)}
+    parts["head"].weight = parts["twin"].weight = parts["embed"].weight
+    model = nn.ModuleDict({name: parts[name] for name in order})
+    add_lora(model, LoRAConfig(r=2, init_lora_weights=False, target_modules=targets))
+    found = dict(merged_tensors(model))
+    others = [name for name in order if name not in targets]
+    assert {name for name in found if "weight" in name} == {f"{name}.weight" for name in [*targets, others[0]]}
+    assert torch.equal(found[f"{others[0]}.weight"], model["embed"].weight)
+    for name in targets:
+        torch.testing.assert_close(found[f"{name}.weight"], merged_weight(model[name]))
+
+
+def test_an_adapted_layer_in_two_places_is_given_once():
+    layer = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": layer, "b": layer})
+    add_lora(model, LoRAConfig(r=2, init_lora_weights=False, lora_bias=True))
+    found = dict(merged_tensors(model))
+    assert found.keys() == {"a.weight", "a.bias"}
+    torch.testing.assert_close(found["a.weight"], merged_weight(model["a"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("llama", False), ("gpt2", False), ("t5", True)], ids=["llama", "gpt2", "t5 ties its embeddings too"]
+)
+@pytest.mark.parametrize("merged", [False, True], ids=["save_merged", "save_pretrained"])
+@pytest.mark.parametrize("config", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_transformers_reads_an_adapted_head_that_was_tied(kind, tied, merged, config, tmp_path):
+    import tiny_models
+
+    model = tiny_models.MODELS[kind].make(**({"tie_word_embeddings": True} if kind == "llama" else {})).eval()
+    targets = {"target_modules": tiny_models.MODELS[kind].target_modules}
+    add_lora(model, LoRAConfig(r=2, init_lora_weights=False, **{**targets, **config}))
+    with torch.no_grad():
+        for parameter in lora_parameters(model):
+            parameter.add_(0.1)
+    if merged:
+        merge_lora(model)
+        model.save_pretrained(tmp_path)
+    else:
+        save_merged(model, tmp_path)
+    assert model.config.tie_word_embeddings, "the model's own stays"
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] == tied
+    read = type(model).from_pretrained(tmp_path).eval()
+    batch = {name: t for name, t in tiny_models.MODELS[kind].batch().items() if name != "attention_mask"}
+    torch.testing.assert_close(read(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_stays_tied_is_written_so(tmp_path):
+    import tiny_models
+
+    model = tiny_models.llama(tie_word_embeddings=True)
+    add_lora(model, LoRAConfig(r=2, target_modules=["lm_head", "q_proj"]))
+    set_adapter(model, None)
+    save_merged(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+
 def test_linear4bit_without_an_adapter_is_dequantised():
     bnb = pytest.importorskip("bitsandbytes")
     model = nn.Sequential(bnb.nn.Linear4bit(64, 96, bias=True), nn.Linear(96, 64)).to("cpu").train()

@@ -10,7 +10,7 @@ import peft
 import pytest
 import tiny_models
 import torch
-from pretrained_case import BASES, IDS, adapted, again, bnb, in_4_bits, linears, llama, same_linears, same_states
+from pretrained_case import BASES, IDS, TARGETS, adapted, again, bnb, in_4_bits, linears, llama, same_linears, same_states
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -60,6 +60,14 @@ def test_saving_changes_nothing_of_the_model(base, tmp_path):
     assert model.config.to_dict() == config
     assert set(vars(model)) == own
     assert same_states(model, state)
+
+
+def test_an_adapter_without_a_folder_of_its_own_is_refused_before_anything_is_written(tmp_path):
+    model = adapted(tmp_path, "dense")
+    add_lora(model, LoRAConfig(**TARGETS), "a/")
+    with pytest.raises(ValueError, match="adapter_name: got 'a/', which is no name of a folder"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4", "bnb"])

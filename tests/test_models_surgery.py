@@ -8,7 +8,18 @@ import torch
 from model_case import QV, TOKENS, Model, flags, snapshot, train
 from torch import nn
 
-from lora_kernels import LoRAConfig, LoRALinear, add_lora, lora_parameters, merge_lora, remove_lora, set_adapter, unmerge_lora
+from lora_kernels import (
+    LoRAConfig,
+    LoRALinear,
+    add_lora,
+    load_adapter,
+    lora_parameters,
+    merge_lora,
+    remove_lora,
+    save_adapter,
+    set_adapter,
+    unmerge_lora,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +39,68 @@ def test_refusals_change_nothing(options, words):
     assert flags(model) == trainable
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not hasattr(model, "_lora_state")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (
+            {"modules_to_save": ["out"]},
+            {"target_modules": ["q_proj", "out"]},
+            "target_modules: got blocks.0.out, but blocks.0.out",
+        ),
+        (
+            {"modules_to_save": ["out"]},
+            {"target_modules": "all-linear"},
+            "target_modules: got blocks.0.out, but blocks.0.out is",
+        ),
+        (
+            {"modules_to_save": ["1"]},
+            {"target_modules": ["out"]},
+            r"got blocks.1.out, but blocks.1 is trained whole by \['default'\]",
+        ),
+        (
+            {},
+            {"target_modules": ["out"], "modules_to_save": ["q_proj"]},
+            r"modules_to_save: got blocks.0.q_proj, but .* \['default'\]",
+        ),
+        (
+            {"target_modules": ["1.v_proj"]},
+            {"target_modules": ["0.out"], "modules_to_save": ["1"]},
+            "modules_to_save: got blocks.1, but blocks.1.v_proj is trained by",
+        ),
+        ({"modules_to_save": ["1"]}, {"modules_to_save": ["1.norm"]}, "modules_to_save: got blocks.1.norm, but blocks.1 is"),
+        ({"modules_to_save": ["1.norm"]}, {"modules_to_save": ["1"]}, "modules_to_save: got blocks.1, but blocks.1.norm is"),
+    ],
+)
+def test_what_another_adapter_trains_in_another_way_is_refused(first, second, words):
+    """One of the two would be in one copy of the other's, and could not be switched, saved or loaded."""
+    model, targets = Model(), {"target_modules": ["0.q_proj", "0.v_proj"]}
+    add_lora(model, LoRAConfig(**{**targets, **first}))
+    before, trainable = snapshot(model), flags(model)
+    with pytest.raises(ValueError, match=words):
+        add_lora(model, LoRAConfig(**{**targets, **second}), "second")
+    assert snapshot(model).keys() == before.keys()
+    assert flags(model) == trainable
+    assert list(model._lora_state.configs) == ["default"]
+
+
+def test_a_trained_bias_of_a_layer_that_a_second_adapter_wraps(tmp_path):
+    """It is trained on, and saved as that of the plain layer that it is without the second one."""
+    model = Model(tie=False)
+    add_lora(model, LoRAConfig(bias="all", **QV))
+    add_lora(model, LoRAConfig(target_modules=["out"]), "second")
+    assert model.blocks[0].out.bias.requires_grad
+    before = model.blocks[0].out.bias.clone()
+    train(model)
+    assert not torch.equal(model.blocks[0].out.bias, before)
+    save_adapter(model, tmp_path)
+    read = Model(tie=False)
+    set_adapter(model, None)
+    read.load_state_dict({name: value for name, value in model.state_dict().items() if "lora" not in name})
+    load_adapter(read, tmp_path)
+    set_adapter(model, "default")
+    torch.testing.assert_close(read(TOKENS), model(TOKENS))
 
 
 def test_a_failure_halfway_changes_nothing(monkeypatch):

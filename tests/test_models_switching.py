@@ -97,8 +97,22 @@ def test_an_adapter_that_is_thawed_inside_ddp_is_warned_of(tmp_path):
             warnings.simplefilter("error")
             set_adapter(wrapped, "default")
             set_adapter(wrapped, None)
-        with pytest.warns(UserWarning, match="adapter 'second' was frozen until now.* not synchronised; wrap the model again"):
+        with pytest.warns(
+            UserWarning, match="'second' was frozen or set aside until now.* not synchronised; wrap the model again"
+        ):
             set_adapter(wrapped, "second")
+
+        model = Model(tie=False)
+        add_lora(model, LoRAConfig(r=2, modules_to_save=["norm"], bias="lora_only", **QV))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+            for name in (None, "default"):  # whose copies were in the model
+                set_adapter(wrapped, name)
+            set_adapter(wrapped, None)
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        with pytest.warns(UserWarning, match="adapter 'default' was frozen or set aside until now"):
+            set_adapter(wrapped, "default")
     finally:
         torch.distributed.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """AdaptedWeight: named adapters over one frozen weight, one of them active: add, switch, delete, reset."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,11 @@ def check_adapter_name(name: object, argument: str) -> None:
 
 def check_lora_alpha(lora_alpha: object, name: str = "lora_alpha") -> None:
     """Raise ValueError unless it is a positive finite number."""
-    number = isinstance(lora_alpha, (int, float)) and not isinstance(lora_alpha, bool)
-    if not number or not 0 < lora_alpha < math.inf:  # type: ignore[operator]  # NaN fails too
+    fits = False
+    if isinstance(lora_alpha, (int, float)) and not isinstance(lora_alpha, bool):
+        with contextlib.suppress(OverflowError):  # an integer that no float can hold
+            fits = 0 < float(lora_alpha) < math.inf  # NaN fails too
+    if not fits:
         raise ValueError(f"{name}: got {lora_alpha!r}, expected a finite number above 0")
 
 
@@ -87,9 +91,9 @@ class AdaptedWeight(MergeableWeight):
     ) -> None:
         """Add and initialise adapter `name`; the first one becomes the active one. dtype: of A, B, b, by default the weight's.
 
-        name: any string without a dot. Raises ValueError for another one or one in use, r < 1, lora_alpha that is not a finite
-        number above 0, lora_dropout outside [0, 1], an unknown initialisation, or a second adapter beside one that rewrote the
-        weight.
+        name: any string without a dot; torch.export takes no keyword of Python and no attribute of nn.Module ("training").
+        Raises ValueError for another one or one in use, r < 1, lora_alpha that is not a finite number above 0, lora_dropout
+        outside [0, 1], an unknown initialisation, or a second adapter beside one that rewrote the weight.
         """
         self._check_new(name, r, lora_alpha, lora_dropout, init_lora_weights)
         s = scaling(r, lora_alpha, use_rslora)

@@ -11,6 +11,7 @@ class NamedParameters(nn.Module):
 
     nn.ParameterDict makes each an attribute, so that names such as "keys" or "training" would hide, or be refused for, one of
     its own. Here a parameter is in `_parameters` alone, and any name goes that a state dict can hold: a string without a dot.
+    torch.export's programs do make attributes and Python code of them, and take neither nn.Module's own nor keywords.
     """
 
     def __getitem__(self, name: str) -> nn.Parameter:

@@ -26,7 +26,8 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             if adapter_name in layer.lora_bias:
                 tensors[f"{PREFIX}{path}.lora_B.bias"] = layer.lora_bias[adapter_name]
     exchanges = [exchange for exchange in lora_exchanges(model) if adapter_name in exchange.choices]
-    return tensors | exchanged_tensors({(e.path, e.attribute): e.choices[adapter_name] for e in exchanges}, layers)
+    own = [path for path, layer in layers.items() if adapter_name in layer.adapters]  # to a reader others' layers are plain
+    return tensors | exchanged_tensors({(e.path, e.attribute): e.choices[adapter_name] for e in exchanges}, own)
 
 
 def exchanged_tensors(
@@ -34,7 +35,7 @@ def exchanged_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of modules and parameters that are trained whole, given by (path of the owner, attribute), under PEFT's keys.
 
-    adapted: paths of the LoRA layers, a bias of which PEFT has one level further down.
+    adapted: paths of the layers with LoRA of that adapter, a bias of which PEFT has one level further down.
     """
     tensors: dict[str, Tensor] = {}
     for (owner, attribute), choice in originals.items():

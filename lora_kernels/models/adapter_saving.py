@@ -79,8 +79,15 @@ def prepare_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name
 
 
 def subfolder(directory: str | os.PathLike, adapter_name: str) -> Path:
-    """Where an adapter that is not "default" lies. Raises ValueError for a name that is a path out of `directory`."""
+    """Where an adapter that is not "default" lies. Raises ValueError for a name that is a path out of `directory`,
+    or that has not a folder of its own: "a/" and "a" are one path, and the second adapter would replace the first.
+    """
     folder = Path(directory) / adapter_name
     if not folder.is_relative_to(directory):
         raise ValueError(f"adapter_name: got {adapter_name!r}, which is no folder inside {os.fspath(directory)!r}")
+    if "\0" in adapter_name or Path(adapter_name).as_posix() != adapter_name:
+        raise ValueError(
+            f"adapter_name: got {adapter_name!r}, which is no name of a folder: expected one without null bytes, and without "
+            "empty parts around a /"
+        )
     return folder

@@ -2,9 +2,11 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +31,21 @@ def add_weighted_adapter(
 ) -> None:
     """Add an adapter with A = Σ ±√|wᵢsᵢ|·Aᵢ and B = Σ √|wᵢsᵢ|·Bᵢ ("linear"), or B·A = Σ wᵢsᵢ·Bᵢ·Aᵢ exactly ("cat").
 
-    The numbers of PEFT's add_weighted_adapter; a negative weight's sign is A's. "linear" keeps the rank, which must be the same
-    in a layer, and mixes Bᵢ with Aⱼ; "cat" puts A and B side by side, so that ranks add up. The sum in a layer is over those of
-    `adapters` that it has. Own biases (lora_bias) become Σ wᵢsᵢ·bᵢ, and a bias or a module that one of them trains is copied.
-    The new adapter's scaling is 1; it waits for `set_adapter`.
+    The numbers of PEFT's add_weighted_adapter, but with rsLoRA, whose scaling PEFT applies to the combination once more, and
+    for own biases (lora_bias), which PEFT drops and which become Σ wᵢsᵢ·bᵢ here. A negative weight's sign is A's. "linear"
+    keeps the rank, which must be the same in a layer, and mixes Bᵢ with Aⱼ; "cat" puts A and B side by side, so that ranks add
+    up. The sum in a layer is over those of `adapters` that it has. A bias or a module that one of them trains is copied. The
+    new adapter's scaling is 1; it waits for `set_adapter`.
+
+    weights: numbers, of numpy too, or 0-d tensors.
 
     Raises KeyError for an unknown adapter, ValueError for a name in use, another combination_type, weights that are not as many
     finite numbers, ranks that differ, or modules that several train, and RuntimeError while merged; then nothing has changed.
     """
     refuse_in_fsdp1(model, "combine adapters")
     layers, state = adapted_layers(model), lora_state(model)
-    _check(state, adapters, weights, adapter_name, combination_type)
+    _check(layers, state, adapters, adapter_name, combination_type)
+    weights = _finite(weights, adapters)
     refuse_if_merged(layers, "add an adapter")
     lora_exchanges(model)  # checks them
     parts = {path: _parts(layer, adapters, weights) for path, layer in layers.items()}
@@ -64,24 +70,42 @@ def add_weighted_adapter(
 
 
 def _check(
-    state: LoRAState, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+    layers: dict[str, LoRALinear], state: LoRAState, adapters: Sequence[str], adapter_name: str, combination_type: str
 ) -> None:
-    if isinstance(adapters, str) or not adapters or len(set(adapters)) != len(adapters):
+    names = isinstance(adapters, Collection) and not isinstance(adapters, str) and all(isinstance(a, str) for a in adapters)
+    if not names or not adapters or len(set(adapters)) != len(adapters):
         raise ValueError(f"adapters: got {adapters!r}, expected a list of different names")
     for adapter in adapters:
         if adapter not in state.configs:
             raise KeyError(f"adapter {adapter!r}: not found; adapters here: {list(state.configs)}, made by add_lora")
-    numbers = [w for w in weights if isinstance(w, (int, float)) and not isinstance(w, bool) and math.isfinite(w)]
-    if len(weights) != len(adapters) or len(numbers) != len(weights):
-        raise ValueError(f"weights: got {weights!r}, expected a finite number for each of {list(adapters)}")
     check_adapter_name(adapter_name, "adapter_name")
-    if adapter_name in state.configs:
-        raise ValueError(f"adapter_name: got {adapter_name!r}, which is in use; adapters here: {list(state.configs)}")
+    here = list(dict.fromkeys([*state.configs, *(name for layer in layers.values() for name in layer.adapters)]))
+    if adapter_name in here:  # a layer's own add_adapter makes some that no config is for
+        raise ValueError(f"adapter_name: got {adapter_name!r}, which is in use; adapters here: {here}")
     if combination_type not in COMBINATIONS:
         raise ValueError(f"combination_type: got {combination_type!r}, expected one of {COMBINATIONS}")
     for exchange in state.exchanges:
         if len(trained := [adapter for adapter in adapters if adapter in exchange.choices]) > 1:
             raise ValueError(f"adapters: {trained} all train {exchange.name}, and there is no weighted combination of that")
+
+
+def _finite(weights: Iterable[Any], adapters: Sequence[str]) -> list[float]:
+    """The weights as floats."""
+    try:
+        numbers = [_as_float(w) for w in weights]
+    except (TypeError, OverflowError):  # no iterable; no number; an integer that no float can hold
+        numbers = []
+    if len(numbers) != len(adapters) or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"weights: got {weights!r}, expected a finite number for each of {list(adapters)}")
+    return numbers
+
+
+def _as_float(number: Any) -> float:
+    """Python's, numpy's and 0-d tensors' real numbers. Raises TypeError for anything else, OverflowError for a huge integer."""
+    tensor = isinstance(number, Tensor) and number.ndim == 0 and number.dtype != torch.bool and not number.is_complex()
+    if isinstance(number, bool) or not (tensor or isinstance(number, Real)):
+        raise TypeError
+    return float(number)
 
 
 def _rank(path: str, layer: LoRALinear, parts: list[Part], combination_type: str) -> int:
@@ -122,10 +146,13 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _config(state: LoRAState, adapters: Sequence[str], ranks: dict[str, int]) -> LoRAConfig:
-    """What add_lora would have been given for layers of these ranks and a scaling of 1, which rsLoRA would not be."""
+    """What add_lora would have been given for layers of these ranks and a scaling of 1, which rsLoRA would not be.
+
+    A pattern's "^" keeps it from other paths with the same end: "0" alone is "1.0" too.
+    """
     configs = [state.configs[adapter] for adapter in adapters]
     r = max(ranks.values())
-    patterns = {re.escape(path): rank for path, rank in ranks.items() if rank != r}
+    patterns = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != r}
     saved = sorted({name for config in configs for name in config.modules_to_save or []})
     return replace(
         configs[0],

@@ -55,6 +55,11 @@ class Exchange:
             "anew, and call resize_token_embeddings, or put another module there, before add_lora"
         )
 
+    @property
+    def adapters(self) -> list[str]:
+        """Those that train a copy."""
+        return [adapter for adapter in self.choices if adapter is not None]
+
     def activate(self, model: nn.Module, adapter: str | None) -> None:
         """Put the copy of `adapter`, or else the original, in its place."""
         owner = submodule(model, self.path)

@@ -1,7 +1,7 @@
 """Write a fine-tuned model without LoRA layers, W + s·B·A in place of W, one shard in memory at a time."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..nf4 import NF4Weight
 from .atomic_files import all_or_nothing
 from .names import parents
 from .shards import remove_shards, write_shards
-from .state import adapted_layers, lora_layers
+from .state import adapted_layers
 from .wrappers import named_modules, plain_names, plain_state_dict, unwrapped
 
 
@@ -47,18 +47,28 @@ def save_merged(
     if not isinstance(max_shard_size, int) or max_shard_size < 1:
         raise ValueError(f"max_shard_size: got {max_shard_size!r}, expected a number of bytes of at least 1")
     adapted_layers(model)
+    written: set[str] = set()
     with all_or_nothing(Path(directory)) as folder:
-        names = write_shards(merged_tensors(model, dtype), folder, max_shard_size)
-        _save_configuration(unwrapped(model), folder, dtype)
+        names = write_shards(_noted(merged_tensors(model, dtype), written), folder, max_shard_size)
+        _save_configuration(unwrapped(model), folder, dtype, written)
     remove_shards(Path(directory), names)
     return Path(directory) / names[-1]
 
 
+def _noted(tensors: Iterable[tuple[str, Tensor]], names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """`tensors`, whose names go into `names`."""
+    for name, tensor in tensors:
+        names.add(name)
+        yield name, tensor
+
+
 def _layers(model: nn.Module) -> dict[str, FrozenWeight]:
     """LoRA layers and, as layers without an adapter, bitsandbytes' quantised ones."""
-    layers: dict[str, FrozenWeight] = dict(lora_layers(model))
-    for path, module in named_modules(model):
-        if is_linear4bit(module) and getattr(module.weight, "quant_state", None) is not None:
+    layers: dict[str, FrozenWeight] = {}
+    for path, module in named_modules(model, remove_duplicate=False):
+        if isinstance(module, LoRALinear):
+            layers[path] = module
+        elif is_linear4bit(module) and getattr(module.weight, "quant_state", None) is not None:
             layers[path] = FrozenWeight(NF4Weight.from_bnb(module.weight), None)  # type: ignore[arg-type]
     return layers
 
@@ -75,16 +85,25 @@ def _plain_state(model: nn.Module, layers: dict[str, FrozenWeight]) -> Iterator[
         if owner is not None and name.removeprefix(f"{owner}.") not in ("weight", "bias"):
             continue
         elsewhere = offloaded.get(name)  # accelerate gives tied ones one parameter
-        place = value.data_ptr() if elsewhere is None else id(elsewhere.tensor), value.shape, value.dtype
-        if value.numel() and not (value.is_meta and elsewhere is None) and place in seen:
+        layer, attribute = layers.get(owner or ""), name.rpartition(".")[2]
+        place: object = (value.data_ptr() if elsewhere is None else id(elsewhere.tensor), value.shape, value.dtype)
+        if changed := _is_changed(layer, attribute):  # no longer what it is tied to; one layer may be in several places
+            place = id(layer), attribute
+        if value.numel() and (changed or not (value.is_meta and elsewhere is None)) and place in seen:
             continue
         seen.add(place)
-        layer, attribute = layers.get(owner or ""), name.rpartition(".")[2]
         if layer is not None and attribute == "bias" and _bias_term(layer) is None:
             layer = None
         yield name, value if elsewhere is None or layer is not None else elsewhere.load(), layer
         if layer is not None and attribute == "weight" and layer.bias is None and _bias_term(layer) is not None:
             yield f"{owner}.bias", value, layer
+
+
+def _is_changed(layer: FrozenWeight | None, attribute: str) -> bool:
+    """Whether the plain model's tensor is another than the layer's own, for the adapter in it."""
+    if not isinstance(layer, LoRALinear) or layer.merged:
+        return False
+    return _bias_term(layer) is not None if attribute == "bias" else (layer.active_term or layer.initial_term) is not None
 
 
 def _bias_term(layer: FrozenWeight) -> LowRankTerm | None:
@@ -114,7 +133,24 @@ def _merged_weight(layer: FrozenWeight, dtype: torch.dtype | None) -> Tensor:
     return W.T.contiguous() if layer.fan_in_fan_out else W
 
 
-def _save_configuration(model: nn.Module, directory: Path, dtype: torch.dtype | None) -> None:
+def unties(model: Any, written: Iterable[str]) -> bool:
+    """Whether a transformers model's state dict with these names has every tensor that its configuration ties to another one:
+    one with tie_word_embeddings would be tied again on loading, and lose an adapted head.
+
+    Some ties stay, as T5's between its embeddings, whose configuration cannot say that the head alone has its own.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return bool(tied) and {*tied, *tied.values()} <= {*written}
+
+
+def untie(config: Any) -> None:
+    """Say in a transformers model's configuration, and in that of its text model, that the head has weights of its own."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+
+
+def _save_configuration(model: nn.Module, directory: Path, dtype: torch.dtype | None, written: set[str]) -> None:
     if not hasattr(getattr(model, "config", None), "save_pretrained"):
         return
     config: Any = copy.deepcopy(model.config)
@@ -122,6 +158,8 @@ def _save_configuration(model: nn.Module, directory: Path, dtype: torch.dtype | 
         del config.quantization_config
     if dtype is not None:
         config.dtype = dtype
+    if unties(model, written):
+        untie(config)
     config.save_pretrained(directory)
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:

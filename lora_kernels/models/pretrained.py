@@ -1,6 +1,7 @@
 """save_pretrained of a transformers model that add_lora changed: the model for transformers, its adapters for PEFT."""
 
 import contextlib
+import copy
 import os
 import warnings
 import weakref
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..layers.linear import LoRALinear
 from .adapter_saving import prepare_adapter
 from .distributed import is_sharded
-from .export import merged_tensors
+from .export import merged_tensors, untie, unties
 from .quantization_config import quantization_config
 from .state import lora_exchanges, lora_layers, lora_state
 from .wrappers import named_modules, plain_state_dict
@@ -68,7 +69,8 @@ class SavePretrained:
         if is_main_process or sharded:
             for adapter in adapters:
                 adapter.write()
-        with _described(model, quantization):
+        untied = whole and merged and unties(model, state_dict)
+        with _described(model, quantization, untied):
             type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)
         if whole and adapters:
             warnings.warn(
@@ -115,9 +117,10 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _described(model: Any, quantization: Any) -> Iterator[None]:
-    """`model` with a configuration that says `quantization`, and without what makes transformers save other tensors than those
-    given: bitsandbytes' quantizer, the flag for PEFT's adapters, and the reading of 4-bit keys, which 5.17 cannot turn round.
+def _described(model: Any, quantization: Any, untied: bool) -> Iterator[None]:
+    """`model` with a configuration that says `quantization` and, if `untied`, no tied head; and without what makes transformers
+    save other tensors than those given: bitsandbytes' quantizer, the flag for PEFT's adapters, and the reading of 4-bit keys,
+    which 5.17 cannot turn round.
     """
     hidden = [HAS_ADAPTERS, "_weight_conversions"]
     if getattr(getattr(model.config, "quantization_config", None), "quant_method", None) == "bitsandbytes":
@@ -125,16 +128,18 @@ def _described(model: Any, quantization: Any) -> Iterator[None]:
     own = {name: vars(model).pop(name) for name in hidden if name in vars(model)}
     if own.get("_weight_conversions") is not None:
         model._weight_conversions = [step for step in own["_weight_conversions"] if not _reads_4_bits(step)]
-    before = vars(model.config).pop("quantization_config", None)
+    config = model.config
+    model.config = copy.deepcopy(config)
+    vars(model.config).pop("quantization_config", None)
     if quantization is not None:
         model.config.quantization_config = quantization
+    if untied:
+        untie(model.config)
     try:
         yield
     finally:
         vars(model).update(own)
-        vars(model.config).pop("quantization_config", None)
-        if before is not None:
-            model.config.quantization_config = before
+        model.config = config
 
 
 def _reads_4_bits(step: Any) -> bool:

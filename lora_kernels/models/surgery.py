@@ -67,8 +67,9 @@ def add_lora(
 
     Warns, with near names, of a name, pattern or layer number of `config` that means nothing in this model.
     Raises TypeError for another kind of config, and ValueError, before anything changes, for a name in use, a field of which
-    nothing matches, ranks an initialisation cannot start from, a merged model, one with PEFT's own layers, or one inside
-    DistributedDataParallel or FSDP1, which would not synchronise the new parameters' gradients.
+    nothing matches, a target in what another adapter trains whole or the reverse, ranks an initialisation cannot start from, a
+    merged model, one with PEFT's own layers, or one inside DistributedDataParallel or FSDP1, which would not synchronise the
+    new parameters' gradients.
     """
     own = with_head(model, from_config(config, model))
     plan = plan_layers(model, own, adapter_name)
@@ -99,7 +100,11 @@ def add_adapter(
             f"bias: got {config.bias!r} for a second adapter, expected 'none'; adapters here: {list(state.configs)}"
         )
     trainable_before = {name for name, parameter in named_parameters(model) if parameter.requires_grad}
+    choices = [choice for exchange in state.exchanges for choice in exchange.choices.values()]
+    trained = [choice for choice in choices if isinstance(choice, nn.Parameter) and choice.requires_grad]
     layers = _build_layers(plan.modules, config, adapter_name, autocast_adapter_dtype, quantize)
+    for bias in trained:  # of another adapter, in a plain layer until now: LoRA layers are made with a frozen one
+        bias.requires_grad_(True)
     first = state.state_check is None
     active = active_adapter(model) if state.configs else adapter_name
     _put_in_place(model, layers)

@@ -24,14 +24,17 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         if name is not None and name not in layer.adapters:
             for parameter in layer.adapter_parameters():
                 parameter.requires_grad_(False)
+    exchanged: list[nn.Parameter] = []
     for exchange in exchanges:
         exchange.activate(model, name)
-    if any(p.requires_grad for p in frozen) and any(
-        isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()
-    ):
+        copy = exchange.choices[name if name in exchange.choices else None]
+        exchanged += copy.parameters() if isinstance(copy, nn.Module) else [copy]
+    parallel = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
+    registered = {id(p) for module in parallel for p in module._module_parameters}  # a copy set aside then is not among them
+    if parallel and any(p.requires_grad for p in [*frozen, *(p for p in exchanged if id(p) not in registered)]):
         warnings.warn(
-            f"adapter {name!r} was frozen until now: if it was so when DistributedDataParallel was made, or was added later, "
-            "its gradients are not synchronised; wrap the model again, after set_adapter",
+            f"adapter {name!r} was frozen or set aside until now: if it was so when DistributedDataParallel was made, "
+            "or was added later, its gradients are not synchronised; wrap the model again, after set_adapter",
             stacklevel=2,
         )
 

@@ -17,7 +17,7 @@ from .config import ALL_LINEAR, LoRAConfig
 from .fused import UNCALLED, fused_weights, in_attention, why_fused
 from .names import end_of, layer_index, names_match, numbered, parents, trained_whole
 from .peft_layers import refuse_peft_layers
-from .state import lora_layers
+from .state import lora_layers, lora_state
 from .wrappers import named_modules, unwrapped
 
 HEAD_NAMES = ("lm_head", "score", "classifier")  # output heads of models that do not name theirs
@@ -66,6 +66,13 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Plan
             raise ValueError(f"adapter_name: got {adapter_name!r}, which is in use; choose another or remove_lora(model) first")
     if not plan:
         raise ValueError(_nothing_matches(model, config, skipped))
+    whole = {e.name: e for e in lora_state(model).exchanges if isinstance(e.choices[None], nn.Module)}
+    for path in plan:
+        if outer := next((whole[parent] for parent in parents(path) if parent in whole), None):
+            raise ValueError(
+                f"target_modules: got {path}, but {outer.name} is trained whole by {outer.adapters}, in copies, and "
+                "a LoRA layer would be in one of them; name it in exclude_modules or modules_to_save, or delete those first"
+            )
     for path, rank in config.ranks(plan).items():
         check_init(config.init_lora_weights, rank.r, *features(plan[path]))
     return Plan(plan, skipped)
@@ -156,6 +163,20 @@ def _no_such_layers(model: nn.Module, config: LoRAConfig, meant: list[str]) -> s
 
 
 def plan_modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The modules to train whole by path, outermost ones only."""
+    """The modules to train whole by path, outermost ones only.
+
+    Raises ValueError for one that holds another adapter's LoRA layer, or a part of what another one trains whole.
+    """
     found = {path: module for path, module in named_modules(model) if path and trained_whole(path, config.modules_to_save)}
-    return {path: module for path, module in found.items() if not any(parent in found for parent in parents(path)[1:])}
+    saved = {path: module for path, module in found.items() if not any(parent in found for parent in parents(path)[1:])}
+    taken = {path: list(layer.adapters) for path, layer in lora_layers(model).items()}
+    for exchange in lora_state(model).exchanges:
+        if exchange.name not in saved:  # the same in all adapters is each one's own copy
+            taken[exchange.name] = exchange.adapters
+    for path in saved:
+        if clash := next((other for other in taken if path in parents(other) or other in parents(path)), None):
+            raise ValueError(
+                f"modules_to_save: got {path}, but {clash} is trained by {taken[clash]}, and one copy cannot hold both; "
+                "leave it out, or delete those adapters first"
+            )
+    return saved
