@@ -33,7 +33,7 @@ class NamedParameters(nn.Module):
         elif not isinstance(value, (Tensor, nn.Module, type(None))):
             self.__dict__[name] = value
         else:
-            super().__setattr__(name, value)
+            super().__setattr__(name, value)  # type: ignore[arg-type]  # None unregisters one
 
     def __delitem__(self, name: str) -> None:
         del self._parameters[name]
