@@ -18,7 +18,7 @@ from .adapter_saving import CONFIG_FILE, WEIGHTS_FILE, subfolder
 from .config import LoRAConfig
 from .distributed import sharded_like
 from .embeddings import add_embeddings, brought_embeddings
-from .state import lora_layers, lora_state, refuse_if_merged
+from .state import lora_layers, lora_state, refuse_if_merged, refuse_offloaded_adapters
 from .surgery import add_adapter
 from .switching import active_adapter
 
@@ -66,6 +66,7 @@ def load_adapter(
     values, saved = _read(folder)
     config = adapter_config.from_peft(values, model, str(folder / CONFIG_FILE))
     refuse_if_merged(lora_layers(model), "load an adapter")
+    refuse_offloaded_adapters(model, "load an adapter")
     present = adapter_name in lora_state(model).configs
     if present:
         check_scaling(model, config, adapter_name, folder)

@@ -13,7 +13,7 @@ from ..layers.adapters import check_adapter_name
 from ..layers.linear import LoRALinear
 from .config import LoRAConfig
 from .exchanges import add_exchanges, plan_exchanges
-from .state import LoRAState, adapted_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
+from .state import LoRAState, adapted_layers, lora_state, refuse_if_merged, refuse_in_fsdp1, refuse_offloaded_adapters
 from .targets import plan_modules_to_save
 
 COMBINATIONS = ("linear", "cat")
@@ -41,6 +41,7 @@ def add_weighted_adapter(
     layers, state = adapted_layers(model), lora_state(model)
     _check(state, adapters, weights, adapter_name, combination_type)
     refuse_if_merged(layers, "add an adapter")
+    refuse_offloaded_adapters(model, "combine adapters")
     parts = {path: _parts(layer, adapters, weights) for path, layer in layers.items()}
     parts = {path: found for path, found in parts.items() if found}
     ranks = {path: _rank(path, layers[path], found, combination_type) for path, found in parts.items()}

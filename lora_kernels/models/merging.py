@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .state import adapted_layers, refuse_if_merged, refuse_in_fsdp1
+from .state import adapted_layers, refuse_if_merged, refuse_in_fsdp1, refuse_offloaded_adapters
 
 
 def merge_lora(model: nn.Module) -> dict[str, float]:
@@ -13,6 +13,7 @@ def merge_lora(model: nn.Module) -> dict[str, float]:
     refuse_in_fsdp1(model, "merge")
     layers = adapted_layers(model)
     refuse_if_merged(layers, "merge again")
+    refuse_offloaded_adapters(model, "merge")
     active = {path: layer for path, layer in layers.items() if layer.active_adapter is not None}
     if not active:
         raise RuntimeError("cannot merge: no adapter is active; call set_adapter(model, name) first")
@@ -31,5 +32,6 @@ def unmerge_lora(model: nn.Module) -> None:
     merged = [layer for layer in adapted_layers(model).values() if layer.merged]
     if not merged:
         raise RuntimeError("cannot unmerge: no layer is merged")
+    refuse_offloaded_adapters(model, "unmerge", on_their_own=False)
     for layer in merged:
         layer.unmerge()

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .state import adapted_layers, lora_layers, lora_state, refuse_if_merged
+from .state import adapted_layers, lora_layers, lora_state, refuse_if_merged, refuse_offloaded_adapters
 from .wrappers import plain_names, plain_state_dict
 
 
@@ -37,6 +37,7 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """
     own = lora_state_dict(model)
     refuse_if_merged(lora_layers(model), "load an adapter")
+    refuse_offloaded_adapters(model, "load an adapter")
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     problems = [f"missing {len(missing)}, such as {missing[:3]}"] * bool(missing)
     problems += [f"unknown {len(unknown)}, such as {unknown[:3]}"] * bool(unknown)

@@ -15,7 +15,15 @@ from .config_checks import check_parts
 from .exchanges import add_exchanges, plan_exchanges
 from .names import grouped
 from .pretrained import give_back_saving, take_over_saving
-from .state import LoRAState, adapted_layers, lora_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
+from .state import (
+    LoRAState,
+    adapted_layers,
+    lora_layers,
+    lora_state,
+    refuse_if_merged,
+    refuse_in_fsdp1,
+    refuse_to_train_offloaded,
+)
 from .state_dict import check_state
 from .switching import active_adapter, set_adapter
 from .targets import plan_layers, plan_modules_to_save
@@ -96,13 +104,16 @@ def add_adapter(
         )
     trainable_before = {name for name, parameter in named_parameters(model) if parameter.requires_grad}
     layers = _build_layers(plan, config, adapter_name, autocast_adapter_dtype, quantize)
-    first = state.state_check is None
+    first = not state.checks
     active = active_adapter(model) if state.configs else adapter_name
     _put_in_place(model, layers)
     if first:
         model._lora_state = state  # type: ignore[assignment]
         state.frozen = trainable_before
-        state.state_check = model.register_load_state_dict_pre_hook(check_state)
+        state.checks = [
+            model.register_load_state_dict_pre_hook(check_state),
+            model.register_forward_pre_hook(refuse_to_train_offloaded),
+        ]
         take_over_saving(model)
         _freeze_base(model)
     _disable_fast_paths(model, state)
@@ -131,8 +142,8 @@ def remove_lora(model: nn.Module) -> None:
         submodule(model, path).activation_relu_or_gelu = value  # type: ignore[assignment]
     for name, parameter in named_parameters(model):
         parameter.requires_grad_(parameter.requires_grad or name in state.frozen)
-    if state.state_check is not None:
-        state.state_check.remove()
+    for check in state.checks:
+        check.remove()
     give_back_saving(model)
     if hasattr(model, "_lora_state"):
         del model._lora_state

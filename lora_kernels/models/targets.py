@@ -14,15 +14,18 @@ from .config import ALL_LINEAR, LoRAConfig
 from .fused import UNCALLED, fused_weights, in_attention, why_fused
 from .names import names_match, parents, trained_whole
 from .peft_layers import refuse_peft_layers
-from .state import lora_layers
+from .state import lora_layers, refuse_offloaded_adapters
 from .wrappers import named_modules, unwrapped
 
 HEAD_NAMES = ("lm_head", "score", "classifier")  # output heads of models that do not name theirs
 
 
 def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The modules to adapt by path, and why other candidates are not. Raises ValueError if nothing can be adapted."""
+    """The modules to adapt by path, and why other candidates are not. Raises ValueError if nothing can be adapted,
+    RuntimeError if accelerate offloads earlier adapters.
+    """
     refuse_peft_layers(model)
+    refuse_offloaded_adapters(model, "add an adapter")
     model = unwrapped(model)
     if isinstance(model, (nn.Linear, LoRALinear)):
         raise ValueError(f"model: got a single {type(model).__name__}, which cannot be exchanged in place; use from_linear")
