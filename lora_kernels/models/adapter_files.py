@@ -57,7 +57,8 @@ def load_adapter(
     and the same `autocast_adapter_dtype` and `quantize`. Where the file has the embedding and the head of a resized model, the
     adapter gets frozen copies of them. Returns what was read, for people too.
     Raises FileNotFoundError or ValueError, before anything changes, for files that are missing or damaged, a configuration
-    that has no counterpart here, keys or shapes that are not exactly those of this model, and NaN or infinity.
+    that has no counterpart here, keys or shapes that are not exactly those of this model, and NaN or infinity; RuntimeError for
+    a model that is merged, or whose adapters accelerate offloads.
     """
     check_adapter_name(adapter_name, "adapter_name")
     folder = Path(directory)

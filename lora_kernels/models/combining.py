@@ -35,7 +35,8 @@ def add_weighted_adapter(
     The new adapter's scaling is 1; it waits for `set_adapter`.
 
     Raises KeyError for an unknown adapter, ValueError for a name in use, another combination_type, weights that are not as many
-    finite numbers, ranks that differ, or modules that several train, and RuntimeError while merged; then nothing has changed.
+    finite numbers, ranks that differ, or modules that several train, and RuntimeError while merged or where accelerate offloads
+    the adapters; then nothing has changed.
     """
     refuse_in_fsdp1(model, "combine adapters")
     layers, state = adapted_layers(model), lora_state(model)

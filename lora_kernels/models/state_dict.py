@@ -33,7 +33,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy `state`, as from `lora_state_dict`, into the adapters of `model`.
 
-    Raises ValueError, before anything changes, if a key is missing or unknown or a shape differs.
+    Raises, before anything changes, ValueError if a key is missing or unknown or a shape differs, and RuntimeError while merged
+    or where accelerate offloads the adapters.
     """
     own = lora_state_dict(model)
     refuse_if_merged(lora_layers(model), "load an adapter")

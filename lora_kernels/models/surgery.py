@@ -75,7 +75,8 @@ def add_lora(
     Warns, with near names, of a name, pattern or layer number of `config` that means nothing in this model.
     Raises TypeError for another kind of config, and ValueError, before anything changes, for a name in use, a field of which
     nothing matches, ranks an initialisation cannot start from, a merged model, one with PEFT's own layers, or one inside
-    DistributedDataParallel or FSDP1, which would not synchronise the new parameters' gradients.
+    DistributedDataParallel or FSDP1, which would not synchronise the new parameters' gradients. RuntimeError where accelerate
+    offloads adapters that are there.
     """
     own = with_head(model, from_config(config, model))
     check_parts(model, own, adapter_name)
