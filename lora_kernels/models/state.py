@@ -82,8 +82,14 @@ def refuse_to_train_offloaded(model: nn.Module, _: object) -> None:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    if any(parameter.requires_grad and parameter.is_meta for parameter in model.parameters()):
-        refuse_offloaded_adapters(model, "train adapters, which would get no gradients", on_their_own=False)
+    modules = [model]  # model.modules() and parameters() would cost some percent of a call
+    for module in modules:
+        hooks = offloading_hooks(module) if "_hf_hook" in module.__dict__ else []
+        brings = any(hook.place_submodules for hook in hooks)
+        if brings and any(parameter.requires_grad and parameter.is_meta for parameter in module.parameters()):
+            refuse_offloaded_adapters(model, "train adapters, which would get no gradients", on_their_own=False)
+        if not isinstance(module, LoRALinear):
+            modules += filter(None, module._modules.values())
 
 
 def refuse_in_fsdp1(model: nn.Module, action: str) -> None:
