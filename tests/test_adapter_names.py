@@ -63,6 +63,24 @@ def test_a_layer(name):
     assert made.training is used
 
 
+@every_name
+def test_a_module_s_own_methods(name):
+    made = LoRALinear.from_linear(nn.Linear(12, 10), adapter_name=name, r=2, init_lora_weights=False, lora_bias=True)
+    model = nn.Sequential(made, nn.ReLU())
+    for mode in (False, True):
+        assert model.train(mode) is model
+        assert {module.training for module in model.modules()} == {mode}
+    assert not any(module.training for module in model.eval().modules())
+    values = [made.lora_A[name].detach(), made.lora_B[name].detach(), made.lora_bias[name].detach()]
+    for convert in (lambda: model.to(torch.float64), model.half, lambda: model.to("cpu", torch.bfloat16), model.zero_grad):
+        convert()
+        assert list(made.lora_A) == list(made.lora_B) == list(made.lora_bias) == [name]
+        assert not made.lora_A.training
+    for value, kept in zip(values, made.adapter_parameters(), strict=True):
+        assert kept.dtype == torch.bfloat16
+        torch.testing.assert_close(kept.float(), value, atol=1e-2, rtol=1e-2)
+
+
 @pytest.mark.parametrize("name", ["keys", "training", "_parameters", "two words", "ключ"])
 def test_compiled(name):
     torch.compiler.reset()

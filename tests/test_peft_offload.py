@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from offload_case import HOW, offload
 from peft_model import FAST, IDS, Model, adapted, close, layer
@@ -34,6 +35,33 @@ def test_a_dispatched_peft_model_is_fast(how, accelerated_first, tmp_path):
     with ours.disable_adapter():
         close(ours(IDS), plain.unload()(IDS))
     assert report.calls() == {FAST: 2, "adapters are disabled": 2}
+
+
+@every_way
+def test_the_report_names_what_a_hook_does_not_change(how, tmp_path):
+    plain = adapted()
+    offload(plain, how, tmp_path)
+    for name in ("up", "down"):
+        layer(plain, name).base_layer.weight.requires_grad_(True)
+    report = accelerate(plain)
+    with torch.no_grad():
+        plain(IDS)
+    assert set(report.falling_back.values()) == {"the base weight is trained"}
+    assert report.calls() == {FAST: 0, "the base weight is trained": 2}
+    assert str(report).startswith("0 of 2 LoRA layers fast now: 2 × the base weight is trained")
+
+
+def test_adapters_that_peft_made_on_the_meta_device(tmp_path):
+    """PEFT puts an adapter where the weight is, which is nowhere between calls if the base was offloaded before."""
+    model = Model()
+    dispatch_model(model, {"embed": "cpu", "up": "disk", "down": "cpu", "head": "cpu"}, main_device="cpu", offload_dir=tmp_path)
+    model = adapted(model=model)
+    assert layer(model).lora_A["default"].weight.is_meta
+    report = accelerate(model)
+    assert report.falling_back == {"base_model.model.up": "tensors on different devices"}
+    with torch.no_grad():
+        layer(model)(torch.randn(3, 24))
+    assert report.calls() == {FAST: 0, "tensors on different devices": 1}
 
 
 @pytest.mark.parametrize("hook", [{"offload": True}, {"offload": True, "io_same_device": True}, {}], ids=str)

@@ -17,7 +17,7 @@ from ..functional.nf4 import quantize
 from ..nf4 import NF4Weight
 from ..nf4.state_dict import from_state, to_state
 from ..nf4.storage import as_bytes, as_storage
-from .offload import give_hook
+from .offload import give_hook, offloading_hooks
 
 BUFFERS = ("absmax", "nested_absmax", "nested_map", "nested_offset")  # of NF4Weight, here with the prefix "_weight_"
 
@@ -185,7 +185,12 @@ class FrozenWeight(nn.Module):
         return weight.is_floating_point() and weight.shape == (shape[::-1] if self.fan_in_fan_out else shape)
 
     def _check_loadable(self) -> None:
-        """Raise if a 4-bit weight cannot be put here."""
+        """Raise RuntimeError if a 4-bit weight cannot be put here."""
+        if offloading_hooks(self):
+            raise RuntimeError(
+                "cannot load a 4-bit weight: accelerate offloads this layer's, and its hook would go on loading that; "
+                "load the state before the model is dispatched"
+            )
 
 
 def apply_to_bytes(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

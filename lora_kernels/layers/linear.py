@@ -14,7 +14,15 @@ from ..nf4.state_dict import to_params4bit
 from .adapters import DEFAULT_ADAPTER, AdaptedWeight
 from .frozen_weight import is_conv1d, is_linear4bit, without_weight
 from .merging import bias_sum
-from .offload import call_onloaded, device_hook, forward_is_replaced, give_hook, offloading_hooks
+from .offload import (
+    call_onloaded,
+    device_hook,
+    forward_is_replaced,
+    give_hook,
+    keep_present_values,
+    offloading_hooks,
+    onloaded,
+)
 
 
 class LoRALinear(AdaptedWeight):
@@ -124,29 +132,45 @@ class LoRALinear(AdaptedWeight):
         """
         source = self._source or (nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"),)
         linear = source[0].train(self.training)
-        W = self.matrix
-        if not isinstance(W, NF4Weight):
-            weight = self.weight if self.merged else self._original_weight()
-        elif is_linear4bit(linear):
-            weight = to_params4bit(W, self._format.storage, linear)  # type: ignore[union-attr]
-        else:
-            dense = W.dequantize()
-            weight = nn.Parameter(dense.T.contiguous() if self.fan_in_fan_out else dense, requires_grad=False)
-        linear.weight, linear.bias = weight, self.bias  # type: ignore[assignment]
+        W, made = self.matrix, None
+        if isinstance(W, NF4Weight) and is_linear4bit(linear):
+            made = to_params4bit(W, self._format.storage, linear)  # type: ignore[union-attr]
+        elif isinstance(W, NF4Weight) or not (self.merged or self.initial_term is None):
+            with onloaded(self):
+                made = self._dense_weight()
+        linear.weight, linear.bias = self.weight if made is None else made, self.bias  # type: ignore[assignment]
         give_hook(self, linear)
+        if made is not None:
+            keep_present_values(linear)
         return linear
 
+    def _dense_weight(self) -> nn.Parameter:
+        """The weight that was quantised, or from which an initialisation took s·B·A, to rounding."""
+        W = self.matrix
+        if not isinstance(W, NF4Weight):
+            return self._original_weight()
+        dense = W.dequantize()
+        return nn.Parameter(dense.T.contiguous() if self.fan_in_fan_out else dense, requires_grad=False)
+
     def forward(self, x: Tensor) -> Tensor:
+        if "_hf_hook" in self.__dict__:
+            self._refuse_to_train(any(hook.place_submodules for hook in offloading_hooks(self)))
         if self.lora_A.__dict__.get("_hf_hook") is not None:  # accelerate dispatched the model with its adapters
             return self._with_dispatched_adapters(x)
         return self._in_compute_dtype(x)
 
-    def _with_dispatched_adapters(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and any(p.requires_grad and p.is_meta for p in self.adapter_parameters()):
+    def _refuse_to_train(self, brought: bool = False) -> None:
+        """Raise RuntimeError where a gradient is wanted for adapters that accelerate's hooks keep, or have brought for a call,
+        after which those parameters are gone.
+        """
+        if torch.is_grad_enabled() and any(p.requires_grad and (p.is_meta or brought) for p in self.adapter_parameters()):
             raise RuntimeError(
                 "LoRALinear: accelerate offloads its adapters, which would get no gradients: "
                 "dispatch the model before add_lora, or call it under torch.no_grad()"
             )
+
+    def _with_dispatched_adapters(self, x: Tensor) -> Tensor:
+        self._refuse_to_train()
         hooked = [named for named in (self.lora_A, self.lora_B, self.lora_bias) if device_hook(named) is not None]
         return call_onloaded(hooked, self._in_compute_dtype, x)
 

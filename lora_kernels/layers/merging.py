@@ -80,9 +80,17 @@ class MergeableWeight(FrozenWeight):
         return nn.Parameter(merged, requires_grad=False)
 
     def unmerge(self) -> None:
-        """The weight as it was before merge(), the same Parameter, or the same codes. Raises RuntimeError if not merged."""
+        """The weight as it was before merge(), the same Parameter, or the same codes.
+
+        Raises RuntimeError if not merged, or if accelerate's hook keeps the merged weight together with the adapters.
+        """
         if not self.merged:
             raise RuntimeError("cannot unmerge: LoRALinear is not merged")
+        if any(hook.place_submodules for hook in offloading_hooks(self)):
+            raise RuntimeError(
+                "cannot unmerge: accelerate's hook offloads the weight together with the adapters (place_submodules); "
+                "remove the hook first"
+            )
         (weight,), self._unmerged = self._unmerged, ()
         if isinstance(weight, NF4Weight):
             self._hold(weight)

@@ -23,13 +23,18 @@ class NamedParameters(nn.Module):
         self._parameters[name] = parameter
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """load_state_dict(assign=True) sets parameters as attributes, and FSDP1 does, in the place of the views in `get`."""
+        """load_state_dict(assign=True) sets parameters as attributes, and FSDP1 does, in the place of the views in `get`.
+
+        What is no tensor is the module's own attribute, such as `training`, beside a parameter of that name.
+        """
         if isinstance(value, nn.Parameter):
             if isinstance(self.__dict__.get(name), Tensor):
                 del self.__dict__[name]
             self[name] = value
+        elif not isinstance(value, (Tensor, nn.Module, type(None))):
+            self.__dict__[name] = value
         else:
-            super().__setattr__(name, value)
+            super().__setattr__(name, value)  # type: ignore[arg-type]  # None unregisters one
 
     def __delitem__(self, name: str) -> None:
         del self._parameters[name]

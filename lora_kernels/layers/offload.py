@@ -156,6 +156,7 @@ def keep_present_values(module: nn.Module) -> list[Mapping[str, Tensor]]:
         values = {name: before[-1][name] if tensor.is_meta else tensor.detach().cpu() for name, tensor in own.items()}
         for hook in hooks:
             hook.weights_map = values
+        _fit_devices(module, hooks)
         for name, parameter in own.items():
             if not parameter.is_meta:
                 setattr(module, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad))
@@ -165,12 +166,24 @@ def keep_present_values(module: nn.Module) -> list[Mapping[str, Tensor]]:
 def restore_values(module: nn.Module, before: list[Mapping[str, Tensor]]) -> None:
     """Let the module's hooks load again what they loaded before keep_present_values.
 
-    Where the hooks were removed meanwhile, which gave the module the values of then, those of before are put into it.
+    Where hooks were removed or put on meanwhile, the module itself gets the values of before, and its hooks load those.
     """
     hooks = offloading_hooks(module)
-    for hook, values in zip(hooks, before, strict=bool(hooks)):
-        hook.weights_map = values
-    if before and not hooks:
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                setattr(module, name, nn.Parameter(before[-1][name], requires_grad=parameter.requires_grad))
+    if len(hooks) == len(before):
+        for hook, values in zip(hooks, before, strict=True):
+            hook.weights_map = values
+        _fit_devices(module, hooks)
+        return
+    for name, parameter in list(module.named_parameters(recurse=False)) if before else ():
+        if parameter.is_meta:
+            setattr(module, name, nn.Parameter(before[-1][name], requires_grad=parameter.requires_grad))
+    keep_present_values(module)
+
+
+def _fit_devices(module: nn.Module, hooks: list[Any]) -> None:
+    """Let hooks put, when they are removed, the tensors that `module` has now where they found its weight, and no others."""
+    for hook in hooks:
+        found = hook.original_devices
+        named = (module.named_parameters, module.named_buffers)
+        names = [name for each in named for name, _ in each(recurse=hook.place_submodules)]
+        hook.original_devices = {name: found.get(name, found["weight"]) for name in names}

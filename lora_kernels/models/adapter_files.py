@@ -19,7 +19,7 @@ from .config import LoRAConfig
 from .distributed import sharded_like
 from .embeddings import add_embeddings, brought_embeddings
 from .peft_layers import refuse_peft_layers
-from .state import lora_layers, lora_state, refuse_if_merged
+from .state import lora_layers, lora_state, refuse_if_merged, refuse_offloaded_adapters
 from .surgery import add_adapter
 from .switching import active_adapter
 from .targets import plan_layers
@@ -60,7 +60,7 @@ def load_adapter(
     adapter gets frozen copies of them. Returns what was read, for people too.
     Raises FileNotFoundError or ValueError, before anything changes, for files that are missing or damaged, a configuration
     that has no counterpart here, keys or shapes that are not exactly those of this model, and values that are NaN or infinite,
-    or would be in the adapter's dtype.
+    or would be in the adapter's dtype; RuntimeError for a model that is merged, or whose adapters accelerate offloads.
     """
     check_adapter_name(adapter_name, "adapter_name")
     refuse_peft_layers(model)
@@ -70,6 +70,7 @@ def load_adapter(
     values, saved = _read(folder)
     config = adapter_config.from_peft(values, model, str(folder / CONFIG_FILE))
     refuse_if_merged(lora_layers(model), "load an adapter")
+    refuse_offloaded_adapters(model, "load an adapter")
     present = adapter_name in lora_state(model).configs
     if present:
         check_scaling(model, config, adapter_name, folder)

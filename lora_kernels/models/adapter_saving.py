@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.linear import DEFAULT_ADAPTER
+from ..layers.offload import with_values
 from . import adapter_config
 from .adapter_checks import why_not_finite
 from .adapter_keys import adapter_tensors
@@ -66,9 +67,11 @@ def prepare_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name
     target = Path(directory) if adapter_name == DEFAULT_ADAPTER else subfolder(directory, adapter_name)
     config = adapter_config.to_peft(model, state.configs[adapter_name], adapter_name)
     own = {**resized_embeddings(model), **adapter_tensors(model, adapter_name)}
-    if any(tensor.is_meta for tensor in own.values()):
+    value = with_values(model)  # of adapters that accelerate offloads
+    values = {key: value(tensor) for key, tensor in own.items()}
+    if any(tensor.is_meta for tensor in values.values()):
         raise ValueError(f"adapter {adapter_name!r}: it is on the meta device and has no values; fill it first")
-    whole = {key: full(tensor).detach().to("cpu", copy=True).contiguous() for key, tensor in own.items()}
+    whole = {key: full(tensor).detach().to("cpu", copy=True).contiguous() for key, tensor in values.items()}
     diverged = [why for key, t in own.items() if isinstance(t, nn.Parameter) for why in why_not_finite(key, whole[key])]
     if diverged:
         raise ValueError(

@@ -15,7 +15,15 @@ from ..layers.adapters import check_adapter_name
 from ..layers.linear import LoRALinear
 from .config import LoRAConfig
 from .exchanges import add_exchanges, plan_exchanges
-from .state import LoRAState, adapted_layers, lora_exchanges, lora_state, refuse_if_merged, refuse_in_fsdp1
+from .state import (
+    LoRAState,
+    adapted_layers,
+    lora_exchanges,
+    lora_state,
+    refuse_if_merged,
+    refuse_in_fsdp1,
+    refuse_offloaded_adapters,
+)
 from .targets import plan_modules_to_save
 
 COMBINATIONS = ("linear", "cat")
@@ -40,7 +48,8 @@ def add_weighted_adapter(
     weights: numbers, of numpy too, or 0-d tensors.
 
     Raises KeyError for an unknown adapter, ValueError for a name in use, another combination_type, weights that are not as many
-    finite numbers, ranks that differ, or modules that several train, and RuntimeError while merged; then nothing has changed.
+    finite numbers, ranks that differ, or modules that several train, and RuntimeError while merged or where accelerate offloads
+    the adapters; then nothing has changed.
     """
     refuse_in_fsdp1(model, "combine adapters")
     layers, state = adapted_layers(model), lora_state(model)
@@ -48,6 +57,7 @@ def add_weighted_adapter(
     weights = _finite(weights, adapters)
     refuse_if_merged(layers, "add an adapter")
     lora_exchanges(model)  # checks them
+    refuse_offloaded_adapters(model, "combine adapters")
     parts = {path: _parts(layer, adapters, weights) for path, layer in layers.items()}
     parts = {path: found for path, found in parts.items() if found}
     ranks = {path: _rank(path, layers[path], found, combination_type) for path, found in parts.items()}

@@ -66,6 +66,8 @@ class SavePretrained:
             quantization, adapters = getattr(model.config, "quantization_config", None), []
         if whole:
             state_dict = dict(merged_tensors(model)) if merged else plain_state(model)
+        if state_dict is None or whole:
+            self._refuse_without_values(model, state_dict)
         if is_main_process or sharded:
             for adapter in adapters:
                 adapter.write()
@@ -78,6 +80,18 @@ class SavePretrained:
                 f"{Path(save_directory) / ADAPTERS}, for load_adapter or PEFT; save_merged writes one model",
                 stacklevel=2,
             )
+
+    @staticmethod
+    def _refuse_without_values(model: Any, state: dict[str, Tensor] | None) -> None:
+        """Raise ValueError for a tensor on the meta device, unless transformers has loaded the model so and reads it itself."""
+        if {"cpu", "disk"} & set(getattr(model, "hf_device_map", {}).values()):
+            return
+        for name, tensor in (model.state_dict() if state is None else state).items():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"save_pretrained: {name} is on the meta device and has no values, so nothing was written; if accelerate "
+                    "offloads it, call accelerate.hooks.remove_hook_from_submodules(model) first, or use save_merged"
+                )
 
 
 def take_over_saving(model: Any) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..layers.linear import LoRALinear
+from ..layers.offload import loaded_with_another, offloading_hooks
 from .config import LoRAConfig
 from .exchanges import Exchange
 from .peft_layers import peft_layers
@@ -64,6 +65,22 @@ def refuse_if_merged(layers: dict[str, LoRALinear], action: str) -> None:
     """Raise RuntimeError if one of the layers is merged."""
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError(f"cannot {action}: the model is merged; call unmerge_lora(model) first")
+
+
+def refuse_offloaded_adapters(model: nn.Module, action: str, *, on_their_own: bool = True) -> None:
+    """Raise RuntimeError if accelerate offloads adapters, as it does for a model that is dispatched with them: what is put into
+    them is lost at the next call, and a tensor that its hooks do not know of makes the call fail.
+
+    on_their_own=False: only where the hook of a module around an adapter keeps it, and the layer's weight with it.
+    """
+    together = loaded_with_another(model)
+    for path, layer in lora_layers(model).items():
+        for named in (layer.lora_A, layer.lora_B, layer.lora_bias):
+            if named in together or (on_their_own and offloading_hooks(named)):
+                raise RuntimeError(
+                    f"cannot {action}: accelerate offloads the adapters of {path or 'the layer'}; remove its hooks first, with "
+                    "accelerate.hooks.remove_hook_from_submodules(model), and dispatch a model before add_lora"
+                )
 
 
 def refuse_in_fsdp1(model: nn.Module, action: str) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from .adapter_checks import why_not_finite
 from .distributed import full
 from .names import parents
-from .state import adapted_layers, lora_exchanges, lora_layers, refuse_if_merged
+from .state import adapted_layers, lora_exchanges, lora_layers, refuse_if_merged, refuse_offloaded_adapters
 from .wrappers import plain_names, plain_state_dict
 
 
@@ -40,11 +40,12 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy `state`, as from `lora_state_dict`, into the adapters of `model`.
 
-    Raises ValueError, before anything changes, if a key is missing or unknown, a shape differs, or a trained value is NaN or
-    infinite, or would be in the adapter's dtype.
+    Raises, before anything changes, ValueError if a key is missing or unknown, a shape differs, or a trained value is NaN or
+    infinite, or would be in the adapter's dtype, and RuntimeError while merged or where accelerate offloads the adapters.
     """
     own = _own_tensors(model)
     refuse_if_merged(lora_layers(model), "load an adapter")
+    refuse_offloaded_adapters(model, "load an adapter")
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     problems = [f"missing {len(missing)}, such as {missing[:3]}"] * bool(missing)
     problems += [f"unknown {len(unknown)}, such as {unknown[:3]}"] * bool(unknown)

@@ -69,7 +69,7 @@ def add_lora(
     Raises TypeError for another kind of config, and ValueError, before anything changes, for a name in use, a field of which
     nothing matches, a target in what another adapter trains whole or the reverse, ranks an initialisation cannot start from, a
     merged model, one with PEFT's own layers, or one inside DistributedDataParallel or FSDP1, which would not synchronise the
-    new parameters' gradients.
+    new parameters' gradients. RuntimeError where accelerate offloads adapters that are there.
     """
     own = with_head(model, from_config(config, model))
     plan = plan_layers(model, own, adapter_name)

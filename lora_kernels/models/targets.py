@@ -17,7 +17,7 @@ from .config import ALL_LINEAR, LoRAConfig
 from .fused import UNCALLED, fused_weights, in_attention, why_fused
 from .names import end_of, layer_index, names_match, numbered, parents, trained_whole
 from .peft_layers import refuse_peft_layers
-from .state import lora_layers, lora_state
+from .state import lora_layers, lora_state, refuse_offloaded_adapters
 from .wrappers import named_modules, unwrapped
 
 HEAD_NAMES = ("lm_head", "score", "classifier")  # output heads of models that do not name theirs
@@ -31,8 +31,9 @@ class Plan(NamedTuple):
 
 
 def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Plan:
-    """Raises ValueError if nothing can be adapted."""
+    """Raises ValueError if nothing can be adapted, RuntimeError if accelerate offloads earlier adapters."""
     refuse_peft_layers(model)
+    refuse_offloaded_adapters(model, "add an adapter")
     model = unwrapped(model)
     if isinstance(model, (nn.Linear, LoRALinear)):
         raise ValueError(f"model: got a single {type(model).__name__}, which cannot be exchanged in place; use from_linear")

@@ -1,5 +1,6 @@
 """The reasons in the tensors of a call why PEFT's own forward has to compute; `AccelerationReport.calls` counts them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ...dtypes import FLOATS, autocast_dtype
 from ...layers.frozen_weight import is_linear4bit
-from ...layers.offload import forward_is_replaced
+from ...layers.offload import execution_device, offloading_hooks
 from .parts import Parts, fast_parts, quant_state
 
 PLAIN = (Tensor, nn.Parameter)
+EMPTY: dict[int, torch.device] = {}
 
 
 def why_not_at_present(layer: LoraLayer) -> str | None:
@@ -20,21 +22,34 @@ def why_not_at_present(layer: LoraLayer) -> str | None:
     parts = fast_parts(layer)
     if isinstance(parts, str):
         return parts
-    # of what a hook brings at the call, a parameter on the meta device says nothing yet
-    return None if any(forward_is_replaced(module) for module in parts[:4]) else why_not_parameters(layer, parts)
+    return why_not_parameters(layer, parts, _brought_to(parts))
+
+
+def _brought_to(parts: Parts) -> dict[int, torch.device]:
+    """Where offloading hooks put, at a call, the tensors that they keep on the meta device; by id."""
+    brought: dict[int, torch.device] = {}
+    for module in (parts.base, parts.lora_A, parts.lora_B):
+        if offloading_hooks(module):
+            device = torch.empty(0, device=execution_device(module)).device  # with its index
+            brought |= {id(t): device for t in module.parameters() if t.is_meta}
+    return brought
 
 
 def why_not_tensors(layer: LoraLayer, parts: Parts, x: Tensor) -> str | None:
     return why_not_parameters(layer, parts) or why_not_input(layer, parts, x)
 
 
-def why_not_parameters(layer: LoraLayer, parts: Parts) -> str | None:
-    """A reason that holds for every x, so that a report can name it before a call."""
+def why_not_parameters(layer: LoraLayer, parts: Parts, brought: Mapping[int, torch.device] = EMPTY) -> str | None:
+    """A reason that holds for every x, so that a report can name it before a call.
+
+    brought: by id, where tensors will be then that are elsewhere now.
+    """
     base, lora_A, lora_B, _, scaling = parts
     W, c, A, B, b = base.weight, base.bias, lora_A.weight, lora_B.weight, lora_B.bias
     four_bit = is_linear4bit(base)
+    device = brought.get(id(W), W.device)
     for t in (A, B, c, b) if four_bit else (W, A, B, c, b):
-        if t is not None and (reason := _why_not_tensor(t, W.device)):
+        if t is not None and (reason := _why_not_tensor(t, device, brought)):
             return reason
     if W.requires_grad:
         return "the base weight is trained"
@@ -46,7 +61,7 @@ def why_not_parameters(layer: LoraLayer, parts: Parts) -> str | None:
         return "parameters are sharded, or have other shapes than the layer's"
     if A.dtype != B.dtype:
         return "lora_A and lora_B differ in dtype"
-    return (_why_not_4bit_weight(base) if four_bit else None) or _why_not_scaling(scaling, W.device)
+    return (_why_not_4bit_weight(base) if four_bit else None) or _why_not_scaling(scaling, device)
 
 
 def why_not_input(layer: LoraLayer, parts: Parts, x: Tensor) -> str | None:
@@ -63,12 +78,12 @@ def why_not_input(layer: LoraLayer, parts: Parts, x: Tensor) -> str | None:
     return _why_not_4bit_input(base, x) if is_linear4bit(base) else _why_not_dtypes(x, base.weight, base.bias)
 
 
-def _why_not_tensor(t: Tensor, device: torch.device) -> str | None:
+def _why_not_tensor(t: Tensor, device: torch.device, brought: Mapping[int, torch.device] = EMPTY) -> str | None:
     if type(t) not in PLAIN:
         return f"a {type(t).__name__} among the tensors"
     if t.dtype not in FLOATS:
         return f"a tensor of {t.dtype}"
-    return "tensors on different devices" if t.device != device else None
+    return "tensors on different devices" if brought.get(id(t), t.device) != device else None
 
 
 def _why_not_4bit_weight(base: Any) -> str | None:
