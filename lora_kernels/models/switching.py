@@ -12,8 +12,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     """Make adapter `name` active in every layer that has it, and none in the others; None gives the base model.
 
     Raises KeyError for a name that no layer has, RuntimeError while merged, ValueError for a module in modules_to_save that was
-    replaced or resized after add_lora. Warns where parameters become trainable inside
-    DistributedDataParallel.
+    replaced or resized after add_lora. Warns where parameters become trainable inside DistributedDataParallel.
     """
     layers = adapted_layers(model) if name is None else _layers_with(model, name)
     refuse_if_merged(layers, "change the active adapter")
