@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import re
 
 import pytest
+import tiny_models
 import torch
 from layer_4bit_case import K, N, bnb, linear4bit
 from torch import nn
@@ -134,3 +136,18 @@ def test_a_transformers_model_loaded_in_4_bit(tmp_path, storage):
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **options).train()
     assert torch.equal(again(ids).logits, base)
+
+
+@pytest.mark.parametrize("where", ["whole", "inside", "part"])
+def test_what_transformers_keeps_in_high_precision_is_adapted_and_stays_dense(where):
+    """T5 reads the dtype of `wo`, and fails over codes."""
+    model = tiny_models.t5()
+    given = {"whole": model, "inside": nn.ModuleDict({"llm": model}), "part": model.encoder}[where]
+    report = add_lora(given, LoRAConfig(r=4, target_modules=["q", "wi", "wo"]), quantize="nf4")
+    assert report.left_dense.keys() == {path for path in report.adapted if path.endswith(".wo")}
+    assert re.search(r"not quantised: .*wo and \d more: T5\w+ lists \['wo'\] in _keep_in_fp32_modules", str(report))
+    for path in report.adapted:
+        assert given.get_submodule(path).quantized == (path not in report.left_dense), path
+    second = add_lora(given, LoRAConfig(r=2, target_modules=["wo"]), "second", quantize="nf4")
+    assert not second.left_dense, "a layer stays what it was"
+    model(**tiny_models.MODELS["t5"].batch()).loss.backward()

@@ -1,5 +1,6 @@
 """transformers' Trainer, and those derived from it, with checkpoints that hold adapters in place of the whole model."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,16 @@ from torch import nn
 from ..layers.linear import DEFAULT_ADAPTER
 from ..models.adapter_config import to_peft
 from ..models.adapter_files import load_adapter
-from ..models.adapter_saving import CONFIG_FILE, save_adapter
+from ..models.adapter_saving import CONFIG_FILE, remove_adapter, save_adapter
+from ..models.export import merged_tensors
 from ..models.parameters import lora_parameters
-from ..models.state import adapted_layers, lora_state
+from ..models.state import adapted_layers, lora_layers, lora_state
+from ..models.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+CURE = "name their modules in modules_to_save, or freeze them"
 
 
 def adapter_checkpoints(trainer: "Trainer") -> None:
@@ -40,25 +45,33 @@ def adapter_checkpoints(trainer: "Trainer") -> None:
         )
     for name, config in lora_state(model).configs.items():
         to_peft(model, config, name)  # raises now, not hours later
-    own = {id(parameter) for parameter in lora_parameters(model)}
-    lost = [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in own]
-    if lost:
-        raise ValueError(
-            f"trainer: its model trains {len(lost)} parameters that are no adapter's, such as {lost[0]!r}, and would not be in "
-            "its checkpoints; name their modules in modules_to_save, or freeze them"
-        )
+    if lost := _no_adapter_s(model):
+        raise ValueError(f"trainer: its model {lost}, and would not be in its checkpoints; {CURE}")
     if not isinstance(trainer, AdapterCheckpoints):
         kind = type(trainer)
         trainer.__class__ = type(kind.__name__, (AdapterCheckpoints, kind), {"__module__": kind.__module__})
 
 
 class AdapterCheckpoints:
-    """What Trainer does with the model of a checkpoint, done with its adapters."""
+    """What Trainer does with the model of a checkpoint, done with its adapters; with the whole model where that is more: it is
+    merged, its adapters were removed, or something else was thawed meanwhile, for which an error would cost the training.
+    """
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         from transformers.trainer import TRAINING_ARGS_NAME
 
         directory = Path(self.args.output_dir if output_dir is None else output_dir)
+        layers = lora_layers(self.model).values()
+        merged, lost = any(layer.merged for layer in layers), _no_adapter_s(self.model) if layers else None
+        if not layers or merged or lost:
+            if lost and not merged:
+                warnings.warn(f"{directory} holds the whole model, not its adapters alone: it {lost}; {CURE}", stacklevel=2)
+            if merged and not hasattr(unwrapped(self.model), "save_pretrained"):
+                state_dict = dict(merged_tensors(self.model))
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            remove_adapter(directory)  # of an earlier call, which from_pretrained would put on top
+            return
+        directory.mkdir(parents=True, exist_ok=True)
         for name in lora_state(self.model).configs:
             save_adapter(self.model, directory, name)
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
@@ -75,15 +88,25 @@ class AdapterCheckpoints:
             super()._load_best_model()  # type: ignore[misc]
 
 
+def _no_adapter_s(model: nn.Module) -> str | None:
+    """What `model` trains beside its adapters, in words."""
+    own = {id(parameter) for parameter in lora_parameters(model)}
+    lost = [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in own]
+    return f"trains {len(lost)} parameters that are no adapter's, such as {lost[0]!r}" if lost else None
+
+
 def _load_adapters(model: nn.Module, directory: Path) -> bool:
     """Read all adapters of `model` from a checkpoint; False if it holds a whole model, or nothing. Raises ValueError if the
     adapters in it are others.
     """
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    expected = lora_state(model).configs.keys()
     saved = {file.parent.name for file in directory.glob(f"*/{CONFIG_FILE}")}
+    saved = {name for name in saved if name in expected or not name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")}  # in output_dir
     saved |= {DEFAULT_ADAPTER} if (directory / CONFIG_FILE).is_file() else set()
     if not saved or any(directory.glob("model*.safetensors*")):  # SavePretrained puts adapters beside a whole model
         return False
-    expected = lora_state(model).configs.keys()
     if saved != expected:
         raise ValueError(f"{directory}: has the adapters {sorted(saved)}, expected those of this model, {sorted(expected)}")
     for name in saved:

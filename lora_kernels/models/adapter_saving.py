@@ -81,6 +81,12 @@ def prepare_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name
     return PreparedAdapter(target, config, whole, sharded)
 
 
+def remove_adapter(directory: Path) -> None:
+    """Remove the files of an adapter that was saved into `directory` before, and no others."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):  # first the one that makes readers look for the other
+        (directory / name).unlink(missing_ok=True)
+
+
 def subfolder(directory: str | os.PathLike, adapter_name: str) -> Path:
     """Where an adapter that is not "default" lies. Raises ValueError for a name that is a path out of `directory`,
     or that has not a folder of its own: "a/" and "a" are one path, and the second adapter would replace the first.

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def quantization_config(model: Any, merged: bool = False) -> Any:
             f"4-bit layers: got codes stored as {', '.join(sorted(map(str, storages)))}, expected one dtype, as which "
             "transformers reads them all; load the model with bnb_4bit_quant_storage=torch.uint8, or call save_merged"
         )
-    skipped = _skipped(model, packed, [path for path, module in modules.items() if _is_linear(module) and path not in packed])
+    skipped = _skipped(packed, [path for path, module in modules.items() if _is_linear(module) and path not in packed])
     if present is not None:
         config = copy.deepcopy(present)
         config.llm_int8_skip_modules = skipped
@@ -56,18 +56,31 @@ def quantization_config(model: Any, merged: bool = False) -> Any:
     )
 
 
-def _skipped(model: Any, packed: Iterable[str], dense: list[str]) -> list[str]:
+def kept_dense(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Which plain layers of `modules`, by path, a transformers model in `model` keeps out of quantisation, with the reason: T5
+    reads the dtype of such a weight, and transformers would read no codes there.
+    """
+    reasons: dict[str, str] = {}
+    for outer, owner in named_modules(model):
+        kept = getattr(owner, "_keep_in_fp32_modules", None)
+        if not kept:
+            continue
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        for path, module in modules.items():
+            inner = path.removeprefix(f"{outer}." if outer else "")
+            plain = not isinstance(module, LoRALinear) and not is_linear4bit(module)
+            if plain and (not outer or inner != path) and not should_convert_module(inner, sorted(kept)):
+                reasons.setdefault(path, f"{type(owner).__name__} lists {sorted(kept)} in _keep_in_fp32_modules")
+    return reasons
+
+
+def _skipped(packed: Iterable[str], dense: list[str]) -> list[str]:
     """llm_int8_skip_modules that mean the layers `dense` and none that is packed."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     if not all(should_convert_module(path, dense) for path in packed):  # a name also means what begins or ends with it
         dense = [f"{re.escape(path)}$" for path in dense]
-    kept = sorted(getattr(model, "_keep_in_fp32_modules", None) or [])
-    if unread := [path for path in packed if not should_convert_module(path, dense + kept)]:
-        raise ValueError(
-            f"{', '.join(unread[:3])}: in 4 bits, but transformers keeps {kept} of a {type(model).__name__} dense and would "
-            f"not read that; exclude_modules={kept} leaves them dense, and save_merged writes a dense model"
-        )
     return dense
 
 

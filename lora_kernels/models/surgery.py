@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -16,6 +16,7 @@ from .config_checks import check_parts
 from .exchanges import add_exchanges, plan_exchanges
 from .names import grouped
 from .pretrained import give_back_saving, take_over_saving
+from .quantization_config import kept_dense
 from .state import LoRAState, adapted_layers, lora_exchanges, lora_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
 from .state_dict import check_state
 from .switching import active_adapter, set_adapter
@@ -36,6 +37,7 @@ class LoRAReport:
     skipped: dict[str, str]  # path -> reason
     trainable: int
     total: int
+    left_dense: dict[str, str] = field(default_factory=dict)  # adapted all the same; path -> reason why not quantised
 
     def __str__(self) -> str:
         ranks = sorted(set(self.adapted.values()))
@@ -43,7 +45,8 @@ class LoRAReport:
             f"adapter {self.adapter!r}: {len(self.adapted)} LoRA layers, r = {', '.join(map(str, ranks))}; "
             f"{self.trainable:,} of {self.total:,} parameters are trainable ({self.trainable / max(self.total, 1):.2%})"
         ]
-        return "\n".join(lines + [f"  not adapted: {line}" for line in grouped(self.skipped)])
+        lines += [f"  not adapted: {line}" for line in grouped(self.skipped)]
+        return "\n".join(lines + [f"  not quantised: {line}" for line in grouped(self.left_dense)])
 
 
 def add_lora(
@@ -62,6 +65,7 @@ def add_lora(
     module stays tied. Layers on the meta device get adapters there (fill them with `reset_lora_parameters` after loading).
     autocast_adapter_dtype: adapters over 16-bit weights are float32, as in PEFT; False gives them the weight's dtype.
     quantize: "nf4" puts the layers' dense weights into 4 bits (QLoRA); `remove_lora` then gives dequantised ones.
+    What a transformers model lists in _keep_in_fp32_modules, as T5 its "wo", stays dense, and the report says so.
 
     config: a LoRAConfig, or a peft.LoraConfig, whose fields mean the same (`adapter_config.from_config`).
 
@@ -102,7 +106,9 @@ def add_adapter(
     trainable_before = {name for name, parameter in named_parameters(model) if parameter.requires_grad}
     choices = [choice for exchange in state.exchanges for choice in exchange.choices.values()]
     trained = [choice for choice in choices if isinstance(choice, nn.Parameter) and choice.requires_grad]
-    layers = _build_layers(plan.modules, config, adapter_name, autocast_adapter_dtype, quantize)
+    left_dense = {} if quantize is None else kept_dense(model, plan.modules)
+    quantized = {} if quantize is None else {path: quantize for path in plan.modules if path not in left_dense}
+    layers = _build_layers(plan.modules, config, adapter_name, autocast_adapter_dtype, quantized)
     for bias in trained:  # of another adapter, in a plain layer until now: LoRA layers are made with a frozen one
         bias.requires_grad_(True)
     first = state.state_check is None
@@ -118,7 +124,7 @@ def add_adapter(
     state.configs[adapter_name] = copy.deepcopy(config)  # the caller may change theirs for the next model
     add_exchanges(state.exchanges, adapter_name, originals)
     set_adapter(model, active)
-    return _report(model, config, adapter_name, plan)
+    return _report(model, config, adapter_name, plan, left_dense)
 
 
 def remove_lora(model: nn.Module) -> None:
@@ -148,15 +154,21 @@ def remove_lora(model: nn.Module) -> None:
 
 
 def _build_layers(
-    plan: dict[str, nn.Module], config: LoRAConfig, adapter_name: str, autocast_adapter_dtype: bool, quantize: str | None
+    plan: dict[str, nn.Module], config: LoRAConfig, adapter_name: str, autocast_adapter_dtype: bool, quantize: dict[str, str]
 ) -> dict[int, LoRALinear]:
-    """LoRALinear for each planned module, by the id of what it replaces; on an error nothing is left behind."""
+    """LoRALinear for each planned module, by the id of what it replaces; on an error nothing is left behind.
+
+    quantize: for the paths that it has.
+    """
     layers: dict[int, LoRALinear] = {}
     flags = [(p, p.requires_grad) for module in plan.values() for p in module.parameters()]
     try:
         ranks = config.ranks(plan)
         for path, module in plan.items():
-            layer = module if isinstance(module, LoRALinear) else LoRALinear.from_linear(module, r=None, quantize=quantize)
+            if isinstance(module, LoRALinear):
+                layer = module
+            else:
+                layer = LoRALinear.from_linear(module, r=None, quantize=quantize.get(path))
             layer.add_adapter(
                 adapter_name,
                 ranks[path].r,
@@ -202,9 +214,9 @@ def _disable_fast_paths(model: nn.Module, state: LoRAState) -> None:
             module.activation_relu_or_gelu = 0
 
 
-def _report(model: nn.Module, config: LoRAConfig, adapter: str, plan: Plan) -> LoRAReport:
+def _report(model: nn.Module, config: LoRAConfig, adapter: str, plan: Plan, left_dense: dict[str, str]) -> LoRAReport:
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters() if not is_lazy(parameter)]
     packed = sum(layer.matrix.numel() - layer.weight.numel() for layer in lora_layers(model).values() if layer.quantized)
     trained, total = sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes) + packed
     adapted = {path: rank.r for path, rank in config.ranks(plan.modules).items()}
-    return LoRAReport(adapter, adapted, plan.skipped, trained, total)
+    return LoRAReport(adapter, adapted, plan.skipped, trained, total, left_dense)
