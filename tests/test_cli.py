@@ -232,6 +232,8 @@ def test_a_full_disk_is_one_line(arguments, line):
 def test_json_is_replaced_whole_or_not_at_all(run, monkeypatch, tmp_path):
     target, link = tmp_path / "report.json", tmp_path / "link.json"
     target.write_text("{}")
+    beside = tmp_path / "report.json.new"  # a user's: a name that the command could have chosen
+    beside.write_text("mine")
     link.symlink_to(target)
     assert run("report", "--json", link)[0] == 0
     assert link.is_symlink()
@@ -246,7 +248,8 @@ def test_json_is_replaced_whole_or_not_at_all(run, monkeypatch, tmp_path):
     code, _, err = run("report", "--json", target)
     assert (code, err) == (1, f"lora-kernels: --json: cannot write {target}: No space left on device\n")
     assert target.read_text() == before
-    assert {file.name for file in tmp_path.iterdir()} == {"report.json", "link.json"}
+    assert {file.name for file in tmp_path.iterdir()} == {"report.json", "link.json", "report.json.new"}
+    assert beside.read_bytes() == b"mine"
 
 
 def test_a_missing_package_names_the_extra_and_the_program_once(run, monkeypatch, tmp_path):
