@@ -229,6 +229,21 @@ def test_a_full_disk_is_one_line(arguments, line):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "lines"),
+    [
+        (["memory", "--size", "8b"], 0, []),
+        (["memory", "--size", "9b"], 2, ["lora-kernels: --size: got '9b', expected 7b, 8b, 70b"]),
+        (["memory", "--size", "8b", "--json", "-"], 2, ["lora-kernels: --json: got -, but stdout is closed; pass a file, or "
+                                                        "leave stdout open"]),
+    ],
+)  # fmt: skip
+def test_a_closed_stdout_is_no_bug(arguments, code, lines):
+    command = ["bash", "-c", f"{sys.executable} -m lora_kernels {' '.join(arguments)} >&-"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr.splitlines()) == (code, lines)
+
+
 def test_json_is_replaced_whole_or_not_at_all(run, monkeypatch, tmp_path):
     target, link = tmp_path / "report.json", tmp_path / "link.json"
     target.write_text("{}")

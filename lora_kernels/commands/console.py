@@ -87,6 +87,8 @@ class Output:
         self.json_target = json_target
         self.console = _console(stderr=json_target == STDOUT)
         self.progress = _console(stderr=True)
+        if json_target == STDOUT and sys.stdout is None:
+            raise CommandError("--json: got -, but stdout is closed; pass a file, or leave stdout open")
         if json_target not in (None, STDOUT):
             path = Path(json_target)
             if path.is_dir() or not path.absolute().parent.is_dir():
