@@ -81,7 +81,7 @@ def _model_directory(settings: Settings, output: Output) -> Path:
 
 
 def _check_adapters_fit(directory: Path, settings: Settings) -> int:
-    """The model's vocabulary size. Adapters are tried on the meta device: a rank too large costs no loading time."""
+    """The model's vocabulary size. Adapters are tried on the meta device: a model without layers for them is not loaded."""
     model = pretrained.meta_model(directory)
     adapt(model, settings.lora_config, "--model")
     return model.get_input_embeddings().weight.shape[0]
