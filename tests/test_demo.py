@@ -173,6 +173,7 @@ def bad_inputs(tmp_path, model):
         "alpha": (["--alpha", -1], ["--alpha: got -1.0"]),
         "seed": (["--seed", -1], ["--seed: got -1"]),
         "quantize": (["--quantize", "int3"], ["--quantize: got int3, expected nf4"]),
+        "empty output": (["--output", ""], ["--output: got an empty path, expected a directory"]),
         "output is a file": (["--output", tmp_path / "short.txt"], ["--output: got", "which is a file"]),
     }
 
@@ -181,6 +182,7 @@ NAMES = [
     "no text file", "short text", "few tokens", "not UTF-8", "no model", "a file as model", "no config", "unknown kind",
     "rank zero", "dropout", "NaN dropout", "steps", "tokens", "learning rate", "alpha", "seed",
     "quantize",
+    "empty output",
     "output is a file",
 ]  # fmt: skip
 
