@@ -1,10 +1,12 @@
 """The demo on a tiny random Llama: the whole command, its files, its determinism, and a line for each bad input."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import tiny_llama
+import tiny_models
 import torch
 
 from lora_kernels import cli
@@ -200,6 +202,23 @@ def test_bad_input_is_one_line_before_any_training(run, model, text, tmp_path, m
     assert err.count("\n") == 1, err
     for part in parts:
         assert part in err
+
+
+def test_a_learning_rate_that_diverges_is_one_line(run, model, text, tmp_path):
+    code, _, err = run("--model", model, "--text", text, *QUICK, "--lr", "1e20")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("lora-kernels: --lr: got 1e+20, with which training diverged: step 2 of 12")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_a_model_that_peft_does_not_adapt_is_one_line(run, model, text, tmp_path):
+    mixed = shutil.copytree(model, tmp_path / "mixtral")
+    tiny_models.mixtral(300).save_pretrained(mixed)
+    code, out, err = run("--model", mixed, "--text", text, *QUICK)
+    assert (code, out) == (2, "")
+    assert err.startswith("lora-kernels: --model: PEFT, which the demo trains beside, does not adapt it: ")
+    assert err.endswith("lora_dropout != 0; pass --dropout 0, or another model\n")
+    assert err.count("\n") == 1
 
 
 def test_a_missing_optional_package_names_the_extra(run, model, text, monkeypatch):
