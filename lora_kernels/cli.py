@@ -82,7 +82,8 @@ def main() -> None:
         try:
             app(prog_name="lora-kernels")
         finally:
-            sys.stdout.flush()  # what it raises has a line too
+            if sys.stdout is not None:  # it is None where the shell closed it: `>&-`
+                sys.stdout.flush()  # what it raises has a line too
     except BrokenPipeError:  # `| head` has seen enough
         give_up_output()
         sys.exit(FAILED)

@@ -229,9 +229,21 @@ def test_a_full_disk_is_one_line(arguments, line):
     assert "Traceback" not in result.stderr
 
 
+CLOSED = [("8b", 0, ""), ("9b", 2, "--size: got '9b', expected"), ("8b --json -", 2, "--json: got -, but stdout is closed")]
+
+
+@pytest.mark.parametrize(("arguments", "code", "said"), CLOSED)
+def test_a_closed_stdout_is_no_bug(arguments, code, said):
+    command = ["bash", "-c", f"{sys.executable} -m lora_kernels memory --size {arguments} >&-"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr.count("\n")) == (code, bool(said))
+    assert result.stderr.startswith(f"lora-kernels: {said}" if said else "")
+
+
 def test_json_is_replaced_whole_or_not_at_all(run, monkeypatch, tmp_path):
     target, link = tmp_path / "report.json", tmp_path / "link.json"
     target.write_text("{}")
+    (tmp_path / "report.json.new").write_text("a user's")
     link.symlink_to(target)
     assert run("report", "--json", link)[0] == 0
     assert link.is_symlink()
@@ -246,7 +258,8 @@ def test_json_is_replaced_whole_or_not_at_all(run, monkeypatch, tmp_path):
     code, _, err = run("report", "--json", target)
     assert (code, err) == (1, f"lora-kernels: --json: cannot write {target}: No space left on device\n")
     assert target.read_text() == before
-    assert {file.name for file in tmp_path.iterdir()} == {"report.json", "link.json"}
+    assert {file.name for file in tmp_path.iterdir()} == {"report.json", "link.json", "report.json.new"}
+    assert (tmp_path / "report.json.new").read_bytes() == b"a user's"
 
 
 def test_a_missing_package_names_the_extra_and_the_program_once(run, monkeypatch, tmp_path):

@@ -119,9 +119,16 @@ def test_an_option_of_another_mode_is_an_error(run, command, mode, option):
     assert err.endswith(f"and `{mode}` does not use it\n")
 
 
+def test_a_target_that_is_in_no_layer_is_a_line_of_its_own(run):
+    code, err, calls = run("memory", ["--model", "DIR", "--target", "q_proj", "--target", "nope"])
+    assert (code, len(calls), err.count("\n")) == (0, 1, 1)
+    assert err.startswith("lora-kernels: --target: target_modules: 'nope' matches no linear layer of LlamaForCausalLM; ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [
+        (["--suite", "decoder-small", "--shape", "64x64"], "suite"),  # one layer in the place of its blocks
         (["--lorafusion", "DIR"], "lorafusion"),  # which is no peer of the run
         (["--forward", "--dropout", "0.1"], "dropout"),  # evaluation mode has none
         (

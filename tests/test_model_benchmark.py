@@ -2,12 +2,14 @@
 
 import pytest
 import tiny_llama
+import tiny_models
 import torch
 
 from lora_kernels.commands import model_step, pretrained
 from lora_kernels.commands.bench import model as model_benchmark
 from lora_kernels.commands.bench.peers import BARE, BNB, OURS, OURS_NF4, PEFT
 from lora_kernels.commands.console import CommandError, Output
+from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.models.config import LoRAConfig
 
 pytest.importorskip("transformers")
@@ -63,6 +65,34 @@ def test_a_model_in_4_bits_beside_bitsandbytes_under_peft(directory):
     assert list(rows) == [BARE, OURS_NF4, BNB]
     assert rows[OURS_NF4]["saved_bytes"] < rows[BNB]["saved_bytes"]
     assert set(rows[OURS_NF4]["faster_than"]) == {BNB}
+
+
+def test_over_4_bits_the_peer_is_in_4_bits_where_ours_is():
+    """GPT-2's linear layers are Conv1D, which store their weight the other way round."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = tiny_models.gpt2().eval()
+    mine, peer = (make(model, CONFIG, "nf4").eval() for make in (model_step.ours, model_step.peft_twin))
+    packed = [module for module in peer.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    shapes = [tuple(layer.matrix.shape) for layer in mine.modules() if isinstance(layer, LoRALinear)]
+    assert [(module.out_features, module.in_features) for module in packed] == shapes
+    assert len(shapes) == 2 * 4
+    ids = model_step.random_ids(model, 32, 16, seed=0)
+    dense, *found = (twin(input_ids=ids).logits for twin in (model, mine, peer))
+    assert (found[0] - dense).norm() > 1e-2 * dense.norm()
+    assert (found[0] - found[1]).norm() < 0.1 * (found[0] - dense).norm()
+
+
+def test_a_model_that_peft_does_not_adapt_is_measured_without_it(tmp_path, capsys):
+    """Experts in one parameter, which PEFT adapts only without dropout."""
+    tiny_models.mixtral().save_pretrained(tmp_path)
+    result = model_benchmark.run(settings(tmp_path, dropouts=(0.1, 0.0)), CPU, 1, Output())
+    assert [(row["p"], row["variant"]) for row in result["rows"]] == [
+        (0.1, BARE), (0.1, OURS), (0.0, BARE), (0.0, OURS), (0.0, PEFT)
+    ]  # fmt: skip
+    (refusal,) = result["peers_not_measured"]
+    assert (refusal["peer"], "p=0.1" in refusal["case"]) == ("peft", True)
+    assert "does not work with lora_dropout != 0" in refusal["reason"]
+    assert "peer not measured: peft (" in capsys.readouterr().out
 
 
 def test_a_wrong_layer_gets_no_times(directory, monkeypatch):

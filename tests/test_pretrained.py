@@ -77,20 +77,21 @@ def test_damaged_weights_are_an_error_of_one_line(model, damage, message):
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "reason"),
     [
-        cut("config.json"),
-        other_config(model_type="no such kind"),
-        other_config(model_type="t5"),
-        other_config(hidden_size="many"),
-        lambda directory: (directory / "config.json").write_text("[]"),
+        (cut("config.json"), "JSON"),
+        (other_config(model_type="no such kind"), "no such kind"),
+        (other_config(model_type="t5"), "T5Config"),
+        (other_config(hidden_size="many"), "Validation error for field 'hidden_size': .*expected int, got str"),
+        (lambda directory: (directory / "config.json").write_text("[]"), "."),
     ],
 )
-def test_what_is_no_causal_model_is_an_error_of_one_line(model, damage):
+def test_what_is_no_causal_model_is_an_error_of_one_line(model, damage, reason):
     pretrained.meta_model(model)
     damage(model)
-    with pytest.raises(CommandError, match=r"^--model: .* is no causal language model: "):
+    with pytest.raises(CommandError, match=f"^--model: .* is no causal language model: .*{reason}") as found:
         pretrained.meta_model(model)
+    assert len(str(found.value).partition("language model: ")[2]) <= pretrained.REASON
 
 
 @pytest.mark.parametrize("damage", [cut("tokenizer.json"), lambda directory: (directory / "tokenizer.json").write_text("{}")])

@@ -44,6 +44,14 @@ def gpt2() -> nn.Module:
     )
 
 
+def mixtral(vocabulary: int = 60) -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    return MixtralForCausalLM(MixtralConfig(**size, **tokens, num_hidden_layers=2, num_local_experts=4))
+
+
 def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 

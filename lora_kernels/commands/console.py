@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -57,13 +58,11 @@ def write_whole(path: Path, text: str, option: str) -> None:
         if _is_device(path) or not os.access(target.parent, os.W_OK):
             path.write_text(text, encoding="utf-8")
             return
-        staging = target.with_name(target.name + ".new")
-        try:
+        # A folder of its own: no file of the user's has its name, and the text gets the mode of any new file.
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            staging = Path(folder) / target.name
             staging.write_text(text, encoding="utf-8")
             staging.replace(target)
-        except OSError:
-            staging.unlink(missing_ok=True)
-            raise
     except OSError as error:
         raise CommandError(f"{option}: cannot write {path}: {error.strerror}", FAILED) from error
 
@@ -88,6 +87,8 @@ class Output:
         self.json_target = json_target
         self.console = _console(stderr=json_target == STDOUT)
         self.progress = _console(stderr=True)
+        if json_target == STDOUT and sys.stdout is None:
+            raise CommandError("--json: got -, but stdout is closed; pass a file, or leave stdout open")
         if json_target not in (None, STDOUT):
             path = Path(json_target)
             if path.is_dir() or not path.absolute().parent.is_dir():

@@ -27,6 +27,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def give_up_output() -> None:
     """Write nothing more to an stdout that does not take it: Python would try again at exit, and complain."""
+    if sys.stdout is None:  # closed by the shell
+        return
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,6 +1,8 @@
 """The shapes of linear layers with adapters: from KxN:COUNT on the command line, or from the layers of a model."""
 
 import re
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -74,9 +76,16 @@ def group_layers(model: nn.Module) -> list[Layers]:
 
 
 def adapt(model: nn.Module, config: LoRAConfig, what: str) -> list[Layers]:
-    """add_lora on a model without weights: its adapted layers. Raises CommandError: what add_lora says, after `what`."""
-    try:
-        add_lora(model, config)
-    except (ValueError, TypeError) as error:
-        raise CommandError(f"{what}: {error}") from error
+    """add_lora on a model without weights: its adapted layers. What add_lora says is told after `what`.
+
+    Raises CommandError for its errors; its warnings are lines on stderr: a place in the source is no help to who typed a name.
+    """
+    with warnings.catch_warnings(record=True) as doubts:
+        warnings.simplefilter("always")
+        try:
+            add_lora(model, config)
+        except (ValueError, TypeError) as error:
+            raise CommandError(f"{what}: {error}") from error
+    for doubt in doubts:
+        print("lora-kernels:", f"{what}:", *str(doubt.message).split(), file=sys.stderr)
     return group_layers(model)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.nf4 import quantize_nf4
+from ..layers.frozen_weight import is_conv1d
 from ..models.config import LoRAConfig
 from ..models.surgery import add_lora
 from ..nf4.state_dict import to_params4bit
@@ -60,11 +61,11 @@ def peft_base(model: Any, quantize: str | None) -> Any:
 
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not head:
-            weight, bias = module.weight, module.bias
+        if (type(module) is nn.Linear or is_conv1d(module)) and module is not head:
+            weight = module.weight.detach().T if is_conv1d(module) else module.weight.detach()
             layer = Linear4bit(1, 1, compute_dtype=weight.dtype, quant_type="nf4")
-            layer.in_features, layer.out_features, layer.bias = module.in_features, module.out_features, bias
-            layer.weight = to_params4bit(quantize_nf4(weight.detach()), torch.uint8, layer)
+            (layer.out_features, layer.in_features), layer.bias = weight.shape, module.bias
+            layer.weight = to_params4bit(quantize_nf4(weight), torch.uint8, layer)
             owner, _, attribute = path.rpartition(".")
             setattr(model.get_submodule(owner), attribute, layer)
     return model

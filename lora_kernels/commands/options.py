@@ -1,6 +1,7 @@
 """What the options of several commands share: their declarations, their checks, and names as torch's objects."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,13 @@ Json = Annotated[
 Rank = Annotated[int, typer.Option(help="Rank r of the adapters.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
 MAX_COUNT = 1 << 28  # of tokens, features, ranks: more is a slip of the hand, and bytes of their products would not fit 64 bits
+
+
+def parse_output(text: str | Path) -> Path:
+    """--output as a path. Raises CommandError for "": a Path of it is the working directory, which nobody asked for."""
+    if text == "":
+        raise CommandError("--output: got an empty path, expected a directory; the working directory is `.`")
+    return Path(text)
 
 
 def is_given(ctx: typer.Context, option: str) -> bool:

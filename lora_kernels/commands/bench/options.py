@@ -74,6 +74,8 @@ def bench(
             raise CommandError("--dropout: is not applied with --forward, which times evaluation mode")
         if is_given(ctx, "suite") and shapes and tokens and rank and dtype and (dropout or forward):
             raise CommandError("--suite: nothing of it is left: shape, tokens, rank, dropout and dtype are given")
+        if shapes and suite.startswith("decoder"):
+            raise CommandError(f"--suite: {suite} times blocks, of which --shape leaves one layer; pass one of the two")
         chosen = choose_suite(suite, on, FORWARD if forward else BOTH, shapes=shapes, **axes)
         result = layers.run(chosen, on, repeats, out, compared, lorafusion, quantize)
     out.write_json(result)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..console import Output
-from ..options import Json, Rank
+from ..options import Json, Rank, parse_output
 
 
 def demo(
@@ -14,9 +14,12 @@ def demo(
         Path | None, typer.Option(help="Local Hugging Face causal LM directory; default: SmolLM2-135M-Instruct.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to train on; default: Python's help topics.")] = None,
-    output: Annotated[Path, typer.Option(help="Where the adapter (in PEFT's format) and the plot are written.")] = Path(
-        "lora-demo"
-    ),
+    output: Annotated[
+        Path,
+        typer.Option(
+            parser=parse_output, metavar="<path>", help="Where the adapter (in PEFT's format) and the plot are written."
+        ),
+    ] = Path("lora-demo"),
     rank: Rank = 8,
     alpha: Annotated[float, typer.Option(help="lora_alpha; the adapter is scaled by alpha / rank.")] = 16.0,
     dropout: Annotated[float, typer.Option(help="Dropout probability of the adapters' input.")] = 0.1,

@@ -49,7 +49,8 @@ def print_summary(result: dict[str, Any], output: Output) -> None:
     output.print("          load_adapter into a fresh base: logits bit-equal", markup=False)
     difference, base = trip["peft_relative_difference"], trip["base_relative_difference"]
     output.print(f"          PeftModel.from_pretrained: logits equal to {difference:.1e} of their norm", markup=False)
-    output.print(f"          (the base model's without an adapter: {base:.1e})", markup=False)
+    told = "" if base > trip["peft_allowed_difference"] else "; too near to tell whether PEFT applies it: train longer"
+    output.print(f"          (the base model's without an adapter: {base:.1e}{told})", markup=False)
     output.print(f"plot      {result['plot']}\ntotal     {result['seconds']:.0f} s on {result['device']}", markup=False)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from ...models.surgery import add_lora
 from .. import pretrained
 from ..bench.peers import OURS, PEFT
-from ..console import Output, make_writable, require
+from ..console import CommandError, Output, make_writable, require
 from ..layer_shapes import adapt
 from ..measure import saved_bytes
 from ..model_step import loss as model_loss
@@ -53,7 +53,7 @@ def run(settings: Settings, output: Output) -> dict[str, Any]:
     make_writable(settings.output, "--output")
 
     model = pretrained.load_model(directory, dtype, device)
-    peft_model = peft_twin(model, settings.lora_config, settings.quantize)
+    peft_model = _peft_model(model, settings)
     torch.manual_seed(settings.seed)
     report = add_lora(model, settings.lora_config, quantize=settings.quantize)
     output.print(f"{settings.model or pretrained.DEFAULT_MODEL}: {report}", markup=False)
@@ -81,10 +81,20 @@ def _model_directory(settings: Settings, output: Output) -> Path:
 
 
 def _check_adapters_fit(directory: Path, settings: Settings) -> int:
-    """The model's vocabulary size. Adapters are tried on the meta device: a rank too large costs no loading time."""
+    """The model's vocabulary size. Adapters are tried on the meta device: a model without layers for them is not loaded."""
     model = pretrained.meta_model(directory)
     adapt(model, settings.lora_config, "--model")
     return model.get_input_embeddings().weight.shape[0]
+
+
+def _peft_model(model: nn.Module, settings: Settings) -> nn.Module:
+    try:
+        return peft_twin(model, settings.lora_config, settings.quantize)
+    except ValueError as error:  # as for experts in one parameter with dropout
+        cure = "pass --dropout 0, or another model" if settings.dropout else "pass another model"
+        raise CommandError(
+            f"--model: PEFT, which the demo trains beside, does not adapt it: {str(error).rstrip('.')}; {cure}"
+        ) from error
 
 
 def _compare_steps(

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ...models.parameters import lora_parameters
-from ..console import Output
+from ..console import CommandError, Output
 from ..model_step import loss as model_loss
 from .corpus import Corpus
 from .settings import Settings
@@ -22,7 +22,7 @@ LINES = 10  # of progress, at least, where there is no terminal to draw a bar on
 def train(model: nn.Module, corpus: Corpus, settings: Settings, output: Output) -> tuple[list[float], dict[int, float]]:
     """AdamW on the adapters: (training loss of each step, held-out loss after some numbers of steps, 0 and the last too).
 
-    The seed decides data order and dropout.
+    The seed decides data order and dropout. Raises CommandError where a loss is not finite: nothing is learnt from then on.
     """
     parameters = lora_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
@@ -35,6 +35,8 @@ def train(model: nn.Module, corpus: Corpus, settings: Settings, output: Output) 
     with Progress(*bar, console=output.progress, disable=lines) as progress:
         task = progress.add_task("", total=settings.steps, loss="", held_out="")
         held_out = {0: held_out_loss(model, corpus)}
+        if not math.isfinite(held_out[0]):
+            raise CommandError(f"--model: its loss is {held_out[0]} before any training; pass one with sound weights")
         for step in range(1, settings.steps + 1):
             model.train()
             loss = model_loss(model, corpus.batch(settings.windows, order).to(parameters[0].device))
@@ -45,6 +47,11 @@ def train(model: nn.Module, corpus: Corpus, settings: Settings, output: Output) 
             if step in evaluate_after:
                 held_out[step] = held_out_loss(model, corpus)
             latest = next(reversed(held_out.values()))
+            if not math.isfinite(losses[-1] + latest):
+                raise CommandError(
+                    f"--lr: got {settings.lr:g}, with which training diverged: step {step} of {settings.steps} has a loss of "
+                    f"{losses[-1]}, held out {latest}; pass a smaller one"
+                )
             progress.update(task, advance=1, loss=f"{losses[-1]:.3f}", held_out=f"{latest:.3f}")
             if lines and (step in evaluate_after or step % math.ceil(settings.steps / LINES) == 0):
                 output.progress.print(f"step {step}/{settings.steps}  loss {losses[-1]:.3f}, held out {latest:.3f}")
