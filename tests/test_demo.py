@@ -188,7 +188,7 @@ def test_an_adapter_that_peft_ignores_is_an_error(run, model, text, monkeypatch,
 def test_too_little_training_to_tell_is_said(run, model, text, lr, told):
     code, out, err = run("--model", model, "--text", text, *QUICK, "--lr", lr)
     assert code == 0, err
-    assert ("too near to tell whether PEFT applies it" in out) is not told
+    assert ("too near to tell whether PEFT applies it" in " ".join(out.split())) is not told  # lines wrap where paths are long
 
 
 def bad_inputs(tmp_path, model):

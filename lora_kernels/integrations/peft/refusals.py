@@ -47,7 +47,7 @@ def why_not_parameters(layer: LoraLayer, parts: Parts, brought: Mapping[int, tor
     base, lora_A, lora_B, _, scaling = parts
     W, c, A, B, b = base.weight, base.bias, lora_A.weight, lora_B.weight, lora_B.bias
     four_bit = is_linear4bit(base)
-    device = brought.get(id(W), W.device)
+    device = _place(W, brought)
     for t in (A, B, c, b) if four_bit else (W, A, B, c, b):
         if t is not None and (reason := _why_not_tensor(t, device, brought)):
             return reason
@@ -83,7 +83,11 @@ def _why_not_tensor(t: Tensor, device: torch.device, brought: Mapping[int, torch
         return f"a {type(t).__name__} among the tensors"
     if t.dtype not in FLOATS:
         return f"a tensor of {t.dtype}"
-    return "tensors on different devices" if brought.get(id(t), t.device) != device else None
+    return "tensors on different devices" if _place(t, brought) != device else None
+
+
+def _place(t: Tensor, brought: Mapping[int, torch.device]) -> torch.device:
+    return brought.get(id(t), t.device) if brought else t.device  # an id in a compiled graph is a graph for each tensor
 
 
 def _why_not_4bit_weight(base: Any) -> str | None:
