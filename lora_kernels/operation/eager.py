@@ -12,7 +12,7 @@ from ..dtypes import without_autocast
 from ..values import Dropout, flatten
 from . import library
 from .definition import Members, Operation, compute_dtype, no_second_derivative, rows_of, seeded
-from .gradients import like_leaves, used
+from .gradients import in_order, leaves, like_leaves, used
 from .prepared import Prepared, prepare
 
 
@@ -31,7 +31,7 @@ def call(
     prepared = prepare(operation, x, members, dropout, options)
     dropout = seeded(dropout, x.device)
     if prepared.order:
-        return OperationFunction.apply(prepared, (x, members, dropout, options), *prepared.leaves(x, members))
+        return OperationFunction.apply(prepared, (x, members, dropout, options), *leaves(x, members, prepared.order))
     return _forward(prepared, x, members, dropout, options)[0]
 
 
@@ -72,7 +72,7 @@ class OperationFunction(torch.autograd.Function):
             needs = used(prepared.needs, grads)
             with without_autocast(next(dy for dy in dys if dy is not None).device):
                 found = prepared.plan.backward(dys, x, prepared.read(members), saved, dropout, needs, *ctx.options)
-            return tuple([found.x if i < 0 else found.members[i].get(name) for i, name in prepared.order])
+            return tuple(in_order(found, prepared.order))
 
         tensors = (*grads, *ctx.saved_tensors)
         once = torch.is_grad_enabled()  # create_graph=True

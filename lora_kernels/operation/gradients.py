@@ -25,9 +25,9 @@ def keys(needs: Needs) -> list[tuple[int, str]]:
     return [(-1, "x"), *fields] if needs.x else fields
 
 
-def leaves(x: Tensor, members: Members, needs: Needs) -> list[Tensor]:
-    """The tensors of the wanted gradients."""
-    return [x if i < 0 else getattr(members[i], name) for i, name in keys(needs)]
+def leaves(x: Tensor, members: Members, order: list[tuple[int, str]]) -> list[Tensor]:
+    """The tensors of the wanted gradients, which `keys` gives."""
+    return [x if i < 0 else getattr(members[i], name) for i, name in order]
 
 
 def places(members: Members, needs: Needs) -> list[int]:
@@ -40,9 +40,9 @@ def places(members: Members, needs: Needs) -> list[int]:
     return [where[key] for key in keys(needs)]
 
 
-def in_order(grads: Grads, needs: Needs) -> list[Tensor | None]:
+def in_order(grads: Grads, order: list[tuple[int, str]]) -> list[Tensor | None]:
     """The wanted gradients as `keys` orders them; None for those of members whose result was not used."""
-    return [grads.x if i < 0 else grads.members[i].get(name) for i, name in keys(needs)]
+    return [grads.x if i < 0 else grads.members[i].get(name) for i, name in order]
 
 
 def like_leaves(grads: Sequence[Tensor | None], like: list[tuple[torch.Size, torch.dtype]]) -> list[Tensor | None]:

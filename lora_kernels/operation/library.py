@@ -72,7 +72,7 @@ def register(operation: Operation) -> Operation:
         first = next(grad for grad in grads if grad is not None)
         plan = choose(describe(name, setting, dtype, first if x is None else x, members, dropout, options))
         with without_autocast(first.device):
-            found = in_order(plan.backward(grads, x, members, saved, dropout, needs, *options), needs)
+            found = in_order(plan.backward(grads, x, members, saved, dropout, needs, *options), keys(needs))
         return [grad for grad in found if grad is not None]
 
     def backward_fake(*pieces: Any) -> list[Tensor]:
@@ -87,7 +87,7 @@ def register(operation: Operation) -> Operation:
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.needs, ctx.options, ctx.count = (setting, dtype), needs, options, count
-        own = leaves(x, members, needs)
+        own = leaves(x, members, keys(needs))
         ctx.like = [(t.shape, t.dtype) for t in own]
         ctx.places, ctx.inputs = places(members, needs), len(inputs[0])
         ctx.no_numbers = None if inputs[1] else []  # an empty list counts as one of tensors

@@ -45,10 +45,6 @@ class Prepared:
         """The members as the plan reads them."""
         return members if self.as_is else in_dtype(members, self.dtype)
 
-    def leaves(self, x: Tensor, members: Members) -> list[Tensor]:
-        """The tensors whose gradients are wanted."""
-        return [x if i < 0 else getattr(members[i], name) for i, name in self.order]
-
     def saved(self, x: Tensor, members: Members, saved: tuple, dropout: Dropout | None) -> tuple[list[Tensor], list[float]]:
         """The tensors and numbers that the wanted gradients read, of which `form` makes the four again."""
         if self.form is None:
