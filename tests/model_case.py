@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from lora_kernels import LoRALinear
+
 
 class Block(nn.Module):
     def __init__(self):
@@ -48,3 +50,16 @@ def snapshot(model):
 
 def flags(model):
     return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def fail_at(monkeypatch, number):
+    """The `number`th adapter that a layer gets from now on finds no memory."""
+    original, calls = LoRALinear.add_adapter, []
+
+    def failing(self, *args, **options):
+        calls.append(self)
+        if len(calls) == number:
+            raise MemoryError
+        original(self, *args, **options)
+
+    monkeypatch.setattr(LoRALinear, "add_adapter", failing)

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from model_case import QV, TOKENS, Model, flags, snapshot
+from model_case import QV, TOKENS, Model, fail_at, flags, snapshot
 from torch import nn
 
 from lora_kernels import (
@@ -226,16 +226,9 @@ def test_modules_that_several_train_are_refused():
 
 
 def test_a_failure_halfway_changes_nothing(monkeypatch):
-    model, calls = tuned(), []
-    keys, original = snapshot(model).keys(), LoRALinear.add_adapter
-
-    def failing(self, *args, **options):
-        calls.append(self)
-        if len(calls) == 3:
-            raise MemoryError
-        original(self, *args, **options)
-
-    monkeypatch.setattr(LoRALinear, "add_adapter", failing)
+    model = tuned()
+    keys = snapshot(model).keys()
+    fail_at(monkeypatch, 3)
     with pytest.raises(MemoryError):
         add_weighted_adapter(model, ["a", "b"], [1, 1], "mix")
     assert snapshot(model).keys() == keys

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from model_case import QV, TOKENS, Model, flags, snapshot, train
+from model_case import QV, TOKENS, Model, fail_at, flags, snapshot, train
 from torch import nn
 
 from lora_kernels import (
@@ -105,16 +105,8 @@ def test_a_trained_bias_of_a_layer_that_a_second_adapter_wraps(tmp_path):
 
 def test_a_failure_halfway_changes_nothing(monkeypatch):
     model = Model()
-    trainable, calls = flags(model), []
-    original = LoRALinear.add_adapter
-
-    def failing(self, *args, **options):
-        calls.append(self)
-        if len(calls) == 4:
-            raise MemoryError
-        original(self, *args, **options)
-
-    monkeypatch.setattr(LoRALinear, "add_adapter", failing)
+    trainable = flags(model)
+    fail_at(monkeypatch, 4)
     with pytest.raises(MemoryError):
         add_lora(model, LoRAConfig())
     assert flags(model) == trainable
