@@ -158,6 +158,24 @@ def dropout_mask(
     return keep
 
 
+def drop(v: Tensor, p: float, seed: Tensor, offset: int = 0, *, out: Tensor | None = None) -> Tensor:
+    """v[M, K]·keep / (1 - p̂) of a chunk of rows, written to `out`, which may be v, or to fresh memory; float32 or float64."""
+    out = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
+    if cpu_extension.takes(v) and v.stride(1) == 1:
+        cpu_extension.extension.drop_rows(
+            out.data_ptr(), v.data_ptr(), v.stride(0), v.dtype.itemsize, *v.shape,
+            threshold(p), keep_scale(p), seed.item(), offset, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+    keep = KeepRows(v.shape[1], p, seed, offset=offset, dtype=v.dtype)(slice(0, v.shape[0]))
+    return torch.mul(v, keep.mul_(keep_scale(p)), out=out)
+
+
+def chunk_elements(device: torch.device) -> int:
+    """About how many elements the work on a chunk of rows reads: on a CPU so few that they stay in its cache."""
+    return 1 << (20 if device.type == "cpu" else 26)
+
+
 def row_chunks(M: int, width: int, device: torch.device) -> list[slice]:
-    """Slices of M rows, each of about 2^20 elements on a CPU, so that the work on one stays in its cache (2^26 elsewhere)."""
-    return slices(M, max(1, (1 << (20 if device.type == "cpu" else 26)) // max(1, width)))
+    """Slices of M rows, each of about `chunk_elements`."""
+    return slices(M, max(1, chunk_elements(device) // max(1, width)))

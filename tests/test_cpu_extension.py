@@ -1,12 +1,8 @@
 """csrc/cpu, compiled here from its source: the bits of the operations in dropout.py and nf4_codec.py."""
 
-import importlib.util
 import itertools
 import re
-import shutil
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,38 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_extension_build import compiled
 from torch import Tensor
 
 from lora_kernels import backend_report, cpu_extension, dequantize_nf4, dropout_mask, lora_linear, quantize_nf4
 from lora_kernels.backends.torch.nf4 import column_tiles, tiles
-from lora_kernels.mask import KeepRows
+from lora_kernels.mask import KeepRows, drop
 from lora_kernels.nf4 import NF4Weight
 
-SOURCES = Path(__file__).parents[1] / "csrc/cpu"
 CPUINFO = Path("/proc/cpuinfo")
 SEED = -0x0123456789ABCDEF
-
-
-def compiled(folder: Path, file: str = "", old: str = "", new: str = "") -> ModuleType:
-    """The extension, with `old` in `file` replaced once. OpenMP is not linked: torch has brought it."""
-    pybind11 = pytest.importorskip("pybind11")
-    if shutil.which("g++") is None:
-        pytest.skip("there is no g++")
-    include = ["-I", str(SOURCES), "-I", sysconfig.get_path("include"), "-I", pybind11.get_include()]
-    options = ["-O1", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror"]
-    for source in sorted(SOURCES.glob("*.cpp")):
-        text = source.read_text()
-        if source.name == file:
-            assert text.count(old) == 1, f"{file} holds {text.count(old)} of {old!r}"
-            text = text.replace(old, new)
-        (folder / source.name).write_text(text)
-        subprocess.run(["g++", *options, *include, "-c", source.name], cwd=folder, check=True)
-    objects = sorted(path.name for path in folder.glob("*.o"))
-    subprocess.run(["g++", "-shared", *objects, "-o", "_cpu.so"], cwd=folder, check=True)
-    spec = importlib.util.spec_from_file_location(f"{folder.name}._cpu", folder / "_cpu.so")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 AVX512 = "avx512bw" in CPUINFO.read_text() if CPUINFO.exists() else False
@@ -94,6 +68,22 @@ def test_masks(extension, threads, both, dtype, K, first, M):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("K", [1, 63, 513, 600])
+def test_dropped_values(extension, threads, both, dtype, K):
+    """Of rows that lie apart, in place, and not a number where it is kept or not."""
+    v = torch.randn(33, K + 5, dtype=dtype)[:, 2 : K + 2]
+    v[7] = float("nan")
+    for p, offset, in_place in ((0.1, 0, False), (1.0, 3, True), (0.5, 2**64 - 1, True)):
+
+        def dropped(p=p, offset=offset, in_place=in_place) -> Tensor:
+            w = v.clone() if in_place else v
+            return drop(w, p, torch.tensor(SEED), offset, out=w if in_place else None)
+
+        got, want = both(extension, dropped)
+        assert torch.equal(got.nan_to_num(7), want.nan_to_num(7))
+
+
 def test_bad_dtype(extension):
     out = torch.empty(2, 8)
     with pytest.raises(ValueError, match="got dtype int8, expected bool"):
@@ -101,6 +91,13 @@ def test_bad_dtype(extension):
     weight = extension.Weight(*[out.data_ptr()] * 6, 64)
     with pytest.raises(ValueError, match="got dtype int8, expected bfloat16"):
         extension.nf4_decode(weight, out.data_ptr(), "int8", 8, 2, 8, 0, 8, 1)
+    with pytest.raises(ValueError, match="got elements of 2 bytes, expected 4 or 8"):
+        extension.drop_rows(out.data_ptr(), out.data_ptr(), 8, 2, 2, 8, 100, 1.0, 0, 0, 1)
+    layer = extension.SmallLayer(*[0] * 8, 1.0, 1.0, 0, 0, 0)
+    with pytest.raises(ValueError, match="small_forward: got elements of 2 bytes"):
+        extension.small_forward(layer, 0, 0, 0, 2)
+    with pytest.raises(ValueError, match="small_backward: got elements of 2 bytes"):
+        extension.small_backward(layer, *[0] * 6, 2)
 
 
 # ---- 4-bit weights ----
@@ -139,7 +136,7 @@ def test_dequantised_weights(extension, threads, both, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_tiles_of_rows_and_columns(extension, threads, both, monkeypatch, dtype):
-    monkeypatch.setattr("lora_kernels.backends.torch.nf4.tile_size", lambda w: 4096)
+    monkeypatch.setattr("lora_kernels.backends.torch.nf4.tile_size", lambda device: 4096)
     w = weights()[2]
     for make in (
         lambda: [bits(tile) for _, tile in tiles(w, dtype, dtype)],
@@ -186,7 +183,8 @@ MASK_MISTAKES = {
     "the threshold itself is dropped": ("(words[i] >> 16) >= mask", "(words[i] >> 16) > mask"),
     "an odd lane over its even one": ("kept[2 * i + 1] =", "kept[2 * i] ="),
     "offset's halves swapped": ("c2 = mask.offset[0], c3 = mask.offset[1]", "c2 = mask.offset[1], c3 = mask.offset[0]"),
-    "each tile is the first": ("static_cast<std::uint32_t>(k / LANES), row", "static_cast<std::uint32_t>(0 * k), row"),
+    "each tile is the first": ("static_cast<std::uint32_t>(column / LANES), row", "static_cast<std::uint32_t>(0), row"),
+    "the last tiles begin again": ("keep_tile<T, NARROW>(kept, one, k, row", "keep_tile<T, NARROW>(kept, one, 0, row"),
 }
 DECODE_MISTAKES = {
     "nibbles swapped": ("out[0] = value[byte >> 4];", "out[0] = value[byte & 15];"),
@@ -205,7 +203,7 @@ DECODE_MISTAKES = {
 @pytest.mark.parametrize("mistake", MASK_MISTAKES)
 def test_a_mistake_in_masks_is_seen(mistake, tmp_path, both):
     keep_rows = KeepRows(1100, 0.1, torch.tensor(SEED), offset=7)
-    wrong = compiled(tmp_path, "dropout.cpp", *MASK_MISTAKES[mistake])
+    wrong = compiled(tmp_path, "mask.h", *MASK_MISTAKES[mistake])
     assert not torch.equal(*both(wrong, lambda: keep_rows(slice(0, 300)).clone()))
 
 
@@ -238,11 +236,11 @@ def test_a_layer_computes_with_it(extension, monkeypatch):
     monkeypatch.setattr(cpu_extension, "extension", None)
     want = results()
     monkeypatch.setattr(cpu_extension, "extension", extension)
-    for name in ("keep_rows", "nf4_decode"):
+    for name in ("drop_rows", "nf4_decode"):
         function = getattr(extension, name)
         monkeypatch.setattr(extension, name, lambda *args, f=function, n=name: (calls.append(n), f(*args)))
     assert all(map(torch.equal, results(), want))
-    assert sorted(calls) == ["keep_rows"] * 2 + ["nf4_decode"] * 2
+    assert sorted(calls) == ["drop_rows"] * 3 + ["nf4_decode"] * 2
 
 
 def test_one_of_other_sources_is_not_used(extension, monkeypatch):

@@ -5,13 +5,34 @@
 
 namespace lora_kernels::cpu {
 
-constexpr int INTERFACE = 1;  // of lora_kernels/cpu_extension.py: one more when a signature or a meaning here changes
+constexpr int INTERFACE = 2;  // of lora_kernels/cpu_extension.py: one more when a signature or a meaning here changes
 
 using Address = std::uintptr_t;
 
 // out[M, K] = keep(seed, first + i, k) of lora_kernels/dropout.py as ones and zeros of `dtype`.
 void keep_rows(Address out, const std::string& dtype, std::int64_t first, std::int64_t M, std::int64_t K, std::int32_t threshold,
                std::int64_t seed, std::uint64_t offset, int threads);
+
+// out[M, K] = in[M, K] * keep(seed, i, k) * scale for elements of `itemsize` 4 (float) or 8 (double); out's rows are adjacent, in's
+// `in_stride` elements apart; both may be the same memory.
+void drop_rows(Address out, Address in, std::int64_t in_stride, int itemsize, std::int64_t M, std::int64_t K,
+               std::int32_t threshold, double scale, std::int64_t seed, std::uint64_t offset, int threads);
+
+// A linear layer with a low-rank adapter, of matrices with adjacent rows, and the mask of its dropout, with threshold 0 none.
+struct SmallLayer {
+  Address x, W, A, B;  // [M, K], [N, K], [R, K], [N, R]
+  std::int64_t M, K, N, R;
+  double s, scale;  // scale: of the values that dropout keeps
+  std::int32_t threshold;
+  std::int64_t seed;
+  std::uint64_t offset;
+};
+
+// y[M, N] = x * W^T + s * h * B^T + c, h[M, R] = drop(x) * A^T, for elements of `itemsize` 4 (float) or 8 (double); c may be 0.
+void small_forward(const SmallLayer& layer, Address c, Address y, Address h, int itemsize);
+
+// dx[M, K], dA[R, K], dB[N, R] and dc[N], each unless it is 0.
+void small_backward(const SmallLayer& layer, Address dy, Address h, Address dx, Address dA, Address dB, Address dc, int itemsize);
 
 // W of lora_kernels/nf4.py, flattened, in blocks of `blocksize`.
 struct Weight {

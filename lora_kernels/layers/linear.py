@@ -155,9 +155,9 @@ class LoRALinear(AdaptedWeight):
     def forward(self, x: Tensor) -> Tensor:
         if "_hf_hook" in self.__dict__:
             self._refuse_to_train(any(hook.place_submodules for hook in offloading_hooks(self)))
-        if self.lora_A.__dict__.get("_hf_hook") is not None:  # accelerate dispatched the model with its adapters
+        if self._modules["lora_A"].__dict__.get("_hf_hook") is not None:  # accelerate dispatched the model with its adapters
             return self._with_dispatched_adapters(x)
-        return self._in_compute_dtype(x)
+        return self._forward(x) if self.compute_dtype is None else self._in_compute_dtype(x)
 
     def _refuse_to_train(self, brought: bool = False) -> None:
         """Raise RuntimeError where a gradient is wanted for adapters that accelerate's hooks keep, or have brought for a call,
@@ -183,13 +183,14 @@ class LoRALinear(AdaptedWeight):
         name = self.active_adapter
         if name is None or self.merged:
             return self._base_forward(x)
-        adapter = self.adapters[name]
+        adapter, named, c = self.adapters[name], self._modules, self.bias  # nn.Module's own look-up takes a µs for each
+        b = named["lora_bias"].get(name)  # type: ignore[union-attr, operator]
         return lora_linear(
             x,
             self.matrix,
-            self.lora_A[name],
-            self.lora_B[name],
-            bias_sum(self.bias, self.lora_bias.get(name, None), adapter.scaling, self.base_dtype),
+            named["lora_A"].get(name),  # type: ignore[union-attr, operator, arg-type]
+            named["lora_B"].get(name),  # type: ignore[union-attr, operator, arg-type]
+            c if b is None else bias_sum(c, b, adapter.scaling, self.base_dtype),
             scaling=adapter.scaling,
             dropout_p=adapter.lora_dropout if self.training else 0.0,
         )

@@ -1,5 +1,6 @@
 """A call in eager mode: it chooses its plan once and autograd keeps it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -39,8 +40,11 @@ def _forward(
     prepared: Prepared, x: Tensor, members: Members, dropout: Dropout | None, options: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """(the results, what they save for the backward pass)."""
+    x, members = rows_of(x, prepared.dtype), prepared.read(members)
+    if not torch._C._is_any_autocast_enabled():
+        return prepared.plan.forward(x, members, dropout, *options)
     with without_autocast(x.device):
-        return prepared.plan.forward(rows_of(x, prepared.dtype), prepared.read(members), dropout, *options)
+        return prepared.plan.forward(x, members, dropout, *options)
 
 
 class OperationFunction(torch.autograd.Function):
@@ -53,32 +57,38 @@ class OperationFunction(torch.autograd.Function):
         tensors, ctx.numbers = prepared.saved(x, members, saved, dropout)
         ctx.save_for_backward(*tensors)  # a setup_context of its own would cost 50 µs per call (torch 2.13)
         ctx.set_materialize_grads(False)
-        ctx.prepared, ctx.form, ctx.options = prepared, prepared.form, options
-        ctx.like = [(t.shape, t.dtype) for t in own]
+        ctx.prepared, ctx.options, ctx.shape = prepared, options, x.shape
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if all(grad is None for grad in grads):
-            return (None,) * (2 + len(ctx.like))
-        if any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):  # is_grads_batched
-            refuse(ctx.prepared.operation.public, "a backward pass of several gradients at once does")
         prepared: Prepared = ctx.prepared
+        present = [grad for grad in grads if grad is not None]
+        if not present:
+            return (None,) * (2 + len(prepared.order))
+        if torch._C._functorch.is_legacy_batchedtensor(present[0]):  # is_grads_batched
+            refuse(prepared.operation.public, "a backward pass of several gradients at once does")
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = functools.partial(_backward, prepared, ctx.numbers, ctx.options, ctx.shape)
+            return None, None, *DifferentiableOnce.apply(prepared.operation.public, gradients, *grads, *ctx.saved_tensors)
+        return None, None, *_backward(prepared, ctx.numbers, ctx.options, ctx.shape, *grads, *ctx.saved_tensors)
 
-        def gradients(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-            dys, kept = tensors[: len(grads)], tensors[len(grads) :]
-            x, members, saved, dropout = ctx.form.build(kept, ctx.numbers)
-            x = None if x is None else rows_of(x, prepared.dtype)
-            needs = used(prepared.needs, grads)
-            with without_autocast(next(dy for dy in dys if dy is not None).device):
-                found = prepared.plan.backward(dys, x, prepared.read(members), saved, dropout, needs, *ctx.options)
-            return tuple(in_order(found, prepared.order))
 
-        tensors = (*grads, *ctx.saved_tensors)
-        once = torch.is_grad_enabled()  # create_graph=True
-        public = prepared.operation.public
-        found = DifferentiableOnce.apply(public, gradients, *tensors) if once else gradients(*tensors)
-        return None, None, *like_leaves(found, ctx.like)
+def _backward(
+    prepared: Prepared, numbers: list[float], options: tuple[Any, ...], shape: torch.Size, *tensors: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The wanted gradients in order, from those of the results and what was saved; x had this shape."""
+    count = len(prepared.needs.members)
+    dys, form = tensors[:count], prepared.form
+    x, members, saved, dropout = form.build(tensors[count:], numbers)  # type: ignore[union-attr]
+    x, members = None if x is None else rows_of(x, prepared.dtype), prepared.read(members)
+    needs = used(prepared.needs, dys)
+    if not torch._C._is_any_autocast_enabled():
+        found = prepared.plan.backward(dys, x, members, saved, dropout, needs, *options)
+    else:
+        with without_autocast(next(dy for dy in dys if dy is not None).device):
+            found = prepared.plan.backward(dys, x, members, saved, dropout, needs, *options)
+    return tuple(like_leaves(in_order(found, prepared.order), prepared.like, shape))
 
 
 class DifferentiableOnce(torch.autograd.Function):

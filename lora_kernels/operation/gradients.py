@@ -45,15 +45,30 @@ def in_order(grads: Grads, order: list[tuple[int, str]]) -> list[Tensor | None]:
     return [grads.x if i < 0 else grads.members[i].get(name) for i, name in order]
 
 
-def like_leaves(grads: Sequence[Tensor | None], like: list[tuple[torch.Size, torch.dtype]]) -> list[Tensor | None]:
-    """Gradients in the shape and dtype of their tensors."""
+Like = list[tuple[torch.Size | None, torch.dtype]]
+"""Of each tensor with a wanted gradient its shape, None for x's, and dtype."""
+
+
+def like_of(x: Tensor, members: Members, order: list[tuple[int, str]]) -> Like:
+    """What `like_leaves` makes the gradients like; x's shape is not kept, for it may differ from call to call."""
+    return [(None if t is x else t.shape, t.dtype) for t in leaves(x, members, order)]
+
+
+def like_leaves(grads: Sequence[Tensor | None], like: Like, shape: torch.Size) -> list[Tensor | None]:
+    """Gradients in the shape and dtype of their tensors; x's is `shape`."""
     return [
-        grad if grad is None or (grad.dtype == dtype and grad.shape == shape) else grad.view(shape).to(dtype)
-        for grad, (shape, dtype) in zip(grads, like, strict=True)
+        grad if grad is None or (grad.dtype == dtype and grad.shape == (own or shape)) else _like(grad, own or shape, dtype)
+        for grad, (own, dtype) in zip(grads, like, strict=True)
     ]
+
+
+def _like(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return grad.view(shape).to(dtype)
 
 
 def used(needs: Needs, grads: Sequence[Tensor | None]) -> Needs:
     """The gradients that are left to compute where only some results were used: one for each member."""
+    if all(grad is not None for grad in grads):
+        return needs
     members = [() if grad is None else names for grad, names in zip(grads, needs.members, strict=True)]
     return Needs(needs.x, tuple(members))

@@ -14,7 +14,7 @@ from ..dtypes import without_autocast
 from ..plan import choose, describe
 from ..values import Dropout, LoRAWeights, flatten, unflatten
 from .definition import OPERATIONS, Members, Operation, in_dtype, no_second_derivative, rows_of, seeded
-from .gradients import in_order, keys, leaves, like_leaves, places, used, wanted
+from .gradients import in_order, keys, like_leaves, like_of, places, used, wanted
 
 
 def call(
@@ -87,8 +87,7 @@ def register(operation: Operation) -> Operation:
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.needs, ctx.options, ctx.count = (setting, dtype), needs, options, count
-        own = leaves(x, members, keys(needs))
-        ctx.like = [(t.shape, t.dtype) for t in own]
+        ctx.like, ctx.shape = like_of(x, members, keys(needs)), x.shape
         ctx.places, ctx.inputs = places(members, needs), len(inputs[0])
         ctx.no_numbers = None if inputs[1] else []  # an empty list counts as one of tensors
 
@@ -100,7 +99,7 @@ def register(operation: Operation) -> Operation:
             kept = unflatten(ctx.saved_tensors, *ctx.pieces)
             pieces = flatten((*ctx.call, dys, *kept, needs, ctx.options))
             grads_of = dict(zip(keys(needs), getattr(torch.ops.lora_kernels, f"{name}_backward")(*pieces), strict=True))
-            found = like_leaves([grads_of.get(key) for key in keys(ctx.needs)], ctx.like)
+            found = like_leaves([grads_of.get(key) for key in keys(ctx.needs)], ctx.like, ctx.shape)
             for place, grad in zip(ctx.places, found, strict=True):
                 into[place] = grad
         return into, ctx.no_numbers, None

@@ -16,7 +16,7 @@ from ..nf4 import NF4Weight
 from ..plan import choose, describe
 from ..values import Dropout, Form, LoRAWeights, Needs, flatten, form_of
 from .definition import Members, Operation, compute_dtype, in_dtype, rows_of
-from .gradients import keys, wanted
+from .gradients import keys, like_of, wanted
 
 LIMIT = 4096  # kinds that are kept, of about 1 KB each; a model has one for each shape of layer and range of rows
 DEFAULTS = tuple(LoRAWeights._field_defaults.get(name) for name in LoRAWeights._fields)
@@ -27,7 +27,7 @@ _kinds: dict[tuple, "Prepared"] = {}
 class Prepared:
     """What the calls of one kind have in common. Raises what the operation's check raises."""
 
-    __slots__ = ("as_is", "dtype", "form", "needs", "operation", "order", "plan")
+    __slots__ = ("as_is", "dtype", "form", "like", "needs", "operation", "order", "plan")
 
     def __init__(self, operation: Operation, x: Tensor, members: Members, dropout: Dropout | None, options: tuple[Any, ...]):
         operation.check(x, members, dropout, *options)
@@ -35,6 +35,7 @@ class Prepared:
         self.dtype = compute_dtype(x, members)
         self.needs = wanted(x, members) if torch.is_grad_enabled() else Needs(False, ((),) * len(members))
         self.order = keys(self.needs)
+        self.like = like_of(x, members, self.order)
         read = in_dtype(members, self.dtype)
         self.as_is = all(after is before for after, before in zip(read, members, strict=True))
         rows = rows_of(x, self.dtype)
@@ -75,17 +76,22 @@ def _kind(operation: Operation, x: Tensor, members: Members, dropout: Dropout | 
     else:
         rows = x.shape, x.stride()
     own = K, rows, x.dtype, x.device, x.requires_grad, not x.data_ptr() & 15, x.__class__
-    fields = [_field(value, default) for member in members for value, default in zip(member, DEFAULTS, strict=True)]
+    fields = [
+        value if value is None else _layout(value) if isinstance(value, Tensor) else _field(value, default)
+        for member in members
+        for value, default in zip(member, DEFAULTS)  # noqa: B905  # strict takes as long as a field
+    ]
     drop = None if dropout is None else (dropout.p, dropout.offset)
     narrow = autocast_dtype(x.device) if torch._C._is_any_autocast_enabled() else None
     return operation.name, registry.setting, registry.state, torch.is_grad_enabled(), narrow, own, tuple(fields), drop, options
 
 
+def _layout(t: Tensor) -> tuple:
+    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad, not t.data_ptr() & 15, t.__class__
+
+
 def _field(value: Any, default: Any) -> Any:
-    """What a plan may depend on of a member's field: of a number only whether it is the default."""
-    if isinstance(value, Tensor):
-        aligned = not value.data_ptr() & 15
-        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad, aligned, value.__class__
+    """What a plan may depend on of a member's field that is no tensor: of a number only whether it is the default."""
     if isinstance(value, NF4Weight):
-        return tuple([_field(field, None) for field in value.fields()])
+        return tuple([_layout(field) if isinstance(field, Tensor) else field for field in value.fields()])
     return (float, value == default) if value.__class__ is float else value

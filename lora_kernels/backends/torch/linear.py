@@ -13,6 +13,7 @@ from ...mask import keep_scale, row_chunks
 from ...plan import Call, Plan
 from ...values import Dropout, Grads, LoRAWeights, Needs
 from ..products import columns_together, transposed_product, weight_gradient
+from . import small, whole
 from .engine import ChunkMask, add_backward_product, add_forward_product, part, sum_dtype, to, total, work_dtype
 
 FIELDS = frozenset({"weight", "lora_A", "lora_B", "bias", "scaling"})
@@ -20,7 +21,11 @@ FIELDS = frozenset({"weight", "lora_A", "lora_B", "bias", "scaling"})
 
 def plan(call: Call) -> Plan:
     """PyTorch computes with any tensors that pass the checks."""
-    return Plan("torch", "the first that can compute this call", forward, backward)
+    why = "the first that can compute this call"
+    if not whole.fits(call):
+        return Plan("torch", why, forward, backward)
+    way = small if small.fits(call) else whole
+    return Plan("torch", why, way.forward, way.backward)
 
 
 def notes(device: torch.device) -> list[str]:

@@ -54,8 +54,8 @@ def quantize(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool
 # ---- pieces of a weight ----
 
 
-def tile_size(w: NF4Weight) -> int:
-    return TILE if w.device.type == "cpu" else GPU_CHUNK
+def tile_size(device: torch.device) -> int:
+    return TILE if device.type == "cpu" else GPU_CHUNK
 
 
 def chunk_size(w: NF4Weight) -> int:
@@ -74,7 +74,7 @@ def chunks(w: NF4Weight, start: int = 0, stop: int | None = None) -> Iterator[tu
 def tiles(w: NF4Weight, dtype: torch.dtype, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """(rows, W[rows] rounded to `dtype`, held in `work`), a few hundred rows at a time; a tile lives until the next one."""
     N, K = _matrix(w)
-    for rows in slices(N, max(1, tile_size(w) // max(K, 1))):
+    for rows in slices(N, max(1, tile_size(w.device) // max(K, 1))):
         tile = scratch("nf4 tile", (rows.stop - rows.start) * K, work, w.codes)
         for start, stop in chunks(w, rows.start * K, rows.stop * K):
             part = tile[start - rows.start * K : stop - rows.start * K]
@@ -87,13 +87,20 @@ def tiles(w: NF4Weight, dtype: torch.dtype, work: torch.dtype) -> Iterator[tuple
         yield rows, tile.view(-1, K)
 
 
+def one_tile(w: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """The whole of a small W in `dtype`, until the next tile."""
+    tile = scratch("nf4 tile", w.numel(), dtype, w.codes)
+    decode_into(tile, w, 0, w.numel())
+    return tile.view(w.shape)
+
+
 def column_tiles(w: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """(columns, W[:, columns] in `dtype`), some 64 columns at a time, for a matrix whose blocks do not cross rows.
 
     A product dy·W is complete in such a tile: it is rounded once, where a sum over tiles of rows would be rounded with each.
     """
     N, K = _matrix(w)
-    width = max(32, 1 << (max(1, tile_size(w) // max(N, 1)).bit_length() - 1))
+    width = max(32, 1 << (max(1, tile_size(w.device) // max(N, 1)).bit_length() - 1))
     per_block = min(width, w.blocksize)
     packed, row_step = w.codes.view(N, K // 2), max(1, chunk_size(w) // width)
     for columns in slices(K, width):

@@ -18,8 +18,8 @@ from ...layers.frozen_weight import is_linear4bit
 from ...layers.linear import bias_sum
 from ...layers.offload import call_onloaded, forward_is_replaced
 from ...nf4 import NF4Weight
-from .parts import Parts, fast_parts, quant_state
-from .refusals import why_not_tensors
+from .parts import Parts, fast_parts, quant_state, tensors_of
+from .refusals import is_plain, why_not_tensors
 
 FAST = "fast"
 CALLS = "_lora_kernels_calls"  # the layer's counter: how many calls went fast, and why others did not
@@ -55,23 +55,31 @@ class AcceleratedLinear(Accelerated, lora.Linear, metaclass=ShownAsPeft):
 def _computed(layer: Any, parts: Parts, x: Tensor) -> Tensor | str:
     """y, or the reason in the tensors why PEFT's own forward has to compute; accelerate's hooks bring offloaded ones first."""
     base, lora_A, lora_B, dropout, _ = parts  # torch 2.8 traces no slice of a NamedTuple
-    hooked = [module for module in (base, lora_A, lora_B, dropout) if forward_is_replaced(module)]
+    hooked = [m for m in (base, lora_A, lora_B, dropout) if "forward" in m.__dict__ and forward_is_replaced(m)]
     if hooked:
-        return call_onloaded(hooked, lambda x: why_not_tensors(layer, parts, x) or compute(x, parts), x)
-    return why_not_tensors(layer, parts, x) or compute(x, parts)
+        return call_onloaded(hooked, lambda x: why_not_tensors(layer, parts, x) or compute(x, parts, tensors_of(parts)), x)
+    tensors = tensors_of(parts)
+    if torch.compiler.is_compiling() or not is_plain(layer, parts, tensors, x):
+        return why_not_tensors(layer, parts, x) or compute(x, parts, tensors)
+    try:
+        return compute(x, parts, tensors)
+    except (TypeError, ValueError):  # arguments that do not fit: only now is it worth its time to look at each
+        if (reason := why_not_tensors(layer, parts, x)) is None:
+            raise
+        return reason
 
 
-def compute(x: Tensor, parts: Parts) -> Tensor:
-    """y = x·Wᵀ + s·(drop(x)·Aᵀ·Bᵀ + b) + c as a fresh tensor; b is PEFT's lora_bias."""
-    base, lora_A, lora_B, dropout, scaling = parts
+def compute(x: Tensor, parts: Parts, tensors: tuple[Any, ...]) -> Tensor:
+    """y = x·Wᵀ + s·(drop(x)·Aᵀ·Bᵀ + b) + c as a fresh tensor."""
+    (base, _, _, dropout, scaling), (W, c, A, B, b) = parts, tensors
     four_bit = is_linear4bit(base)
-    weight = nf4_weight(base) if four_bit else base.weight.T if isinstance(base, Conv1D) else base.weight
+    weight = nf4_weight(base) if four_bit else W.T if isinstance(base, Conv1D) else W
     y = lora_linear(
         x,
         weight,
-        lora_A.weight,
-        lora_B.weight,
-        bias_sum(base.bias, lora_B.bias, scaling, weight.dtype),
+        A,
+        B,
+        c if b is None else bias_sum(c, b, scaling, weight.dtype),
         scaling=scaling,
         dropout_p=dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
     )
@@ -85,5 +93,8 @@ def nf4_weight(base: Any) -> NF4Weight:
 
 def _count(layer: LoraLayer, y: Tensor | str) -> None:
     """Not while a compiler traces: it would make the number a part of the graph."""
-    if not torch.compiler.is_compiling():
-        vars(layer).setdefault(CALLS, Counter())[y if isinstance(y, str) else FAST] += 1
+    if torch.compiler.is_compiling():
+        return
+    if (calls := layer.__dict__.get(CALLS)) is None:
+        calls = layer.__dict__[CALLS] = Counter()
+    calls[y if isinstance(y, str) else FAST] += 1

@@ -46,12 +46,19 @@ def _why_not_modules(parts: Parts) -> str | None:
         return f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}"
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"lora_dropout is a {type(dropout).__name__}"
-    for part, module in zip(Parts._fields[:4], (base, lora_A, lora_B, dropout), strict=True):
-        if forward_is_replaced(module) and device_hook(module) is None:
-            return f"{part}'s forward was replaced on the instance"
-        if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
-            return f"{part} has hooks"
+    for i, module in enumerate((base, lora_A, lora_B, dropout)):
+        own = module.__dict__
+        if "forward" in own and forward_is_replaced(module) and device_hook(module) is None:
+            return f"{Parts._fields[i]}'s forward was replaced on the instance"
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return f"{Parts._fields[i]} has hooks"
     return "global module hooks" if torch_module._has_any_global_hook() else None
+
+
+def tensors_of(parts: Parts) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    """(W, c, A, B, b) as the modules hold them: a 4-bit W packed, Conv1D's transposed; b is PEFT's lora_bias."""
+    base, lora_A, lora_B, _, _ = parts
+    return base.weight, base.bias, lora_A.weight, lora_B.weight, lora_B.bias
 
 
 def quant_state(base: Any) -> Any:

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ...dtypes import FLOATS, autocast_dtype
 from ...layers.frozen_weight import is_linear4bit
 from ...layers.offload import execution_device, offloading_hooks
-from .parts import Parts, fast_parts, quant_state
+from .parts import Parts, fast_parts, quant_state, tensors_of
 
 PLAIN = (Tensor, nn.Parameter)
 EMPTY: dict[int, torch.device] = {}
@@ -35,6 +35,24 @@ def _brought_to(parts: Parts) -> dict[int, torch.device]:
     return brought
 
 
+def is_plain(layer: Any, parts: Parts, tensors: tuple[Any, ...], x: Tensor) -> bool:
+    """Whether lora_linear refuses whatever may be wrong with the tensors: then nobody has to look at each of them before."""
+    W, c, A, B, b = tensors
+    return (
+        type(x) in PLAIN
+        and type(W) in PLAIN
+        and type(A) in PLAIN
+        and type(B) in PLAIN
+        and (c is None or (type(c) in PLAIN and c.dtype == W.dtype))
+        and not W.requires_grad
+        and b is None
+        and parts.lora_A.bias is None
+        and (x.dtype == A.dtype or layer.cast_input_dtype_enabled)
+        and not torch._C._are_functorch_transforms_active()
+        and not is_linear4bit(parts.base)
+    )
+
+
 def why_not_tensors(layer: LoraLayer, parts: Parts, x: Tensor) -> str | None:
     return why_not_parameters(layer, parts) or why_not_input(layer, parts, x)
 
@@ -44,8 +62,8 @@ def why_not_parameters(layer: LoraLayer, parts: Parts, brought: Mapping[int, tor
 
     brought: by id, where tensors will be then that are elsewhere now.
     """
-    base, lora_A, lora_B, _, scaling = parts
-    W, c, A, B, b = base.weight, base.bias, lora_A.weight, lora_B.weight, lora_B.bias
+    base, lora_A, _, _, scaling = parts
+    W, c, A, B, b = tensors_of(parts)
     four_bit = is_linear4bit(base)
     device = _place(W, brought)
     for t in (A, B, c, b) if four_bit else (W, A, B, c, b):

@@ -1,0 +1,58 @@
+"""csrc/cpu compiled for the tests, as it is or with a mistake in it."""
+
+import atexit
+import functools
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SOURCES = Path(__file__).parents[1] / "csrc/cpu"
+
+
+def compiled(folder: Path, file: str = "", old: str = "", new: str = "") -> ModuleType:
+    """The extension, with `old` in `file` replaced once. OpenMP is not linked: torch has brought it."""
+    right, objects = right_objects(), []
+    for source in sorted(SOURCES.iterdir()):
+        text = source.read_text()
+        if source.name == file:
+            assert text.count(old) == 1, f"{file} holds {text.count(old)} of {old!r}"
+            text = text.replace(old, new)
+        (folder / source.name).write_text(text)
+        if source.suffix == ".cpp":
+            same = file not in (source.name, "") and f'#include "{file}"' not in text
+            objects.append(right / f"{source.stem}.o" if same or not file else compile_object(folder / source.name))
+    subprocess.run(["g++", "-shared", *objects, "-o", "_cpu.so"], cwd=folder, check=True)
+    spec = importlib.util.spec_from_file_location(f"{folder.name}._cpu", folder / "_cpu.so")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def right_objects() -> Path:
+    """A folder with the sources as they are, compiled once."""
+    pytest.importorskip("pybind11")
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for source in SOURCES.iterdir():
+        shutil.copy(source, folder)
+    for source in sorted(folder.glob("*.cpp")):
+        compile_object(source)
+    return folder
+
+
+def compile_object(source: Path) -> Path:
+    import pybind11
+
+    include = ["-I", sysconfig.get_path("include"), "-I", pybind11.get_include()]
+    options = ["-O1", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror"]
+    subprocess.run(["g++", *options, *include, "-c", source.name], cwd=source.parent, check=True)
+    return source.with_suffix(".o")
