@@ -29,7 +29,7 @@ from lora_kernels.backends.triton.kernels.prefill import prefill, prefill_kernel
 from lora_kernels.backends.triton.kernels.project import project
 from lora_kernels.values import Dropout
 
-M, K, N, R = 8, 64, 64, 8
+M, K, N, R = 8, 16, 16, 8
 BF16, FP32 = torch.bfloat16, torch.float32
 WINDOW = 20  # calls, about a millisecond
 launches = 0

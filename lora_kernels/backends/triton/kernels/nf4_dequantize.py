@@ -56,8 +56,10 @@ def nf4_dequantize_kernel(
 def dequantize(w: NF4Weight, out: Tensor) -> None:
     """Equations 7 and 8: W's elements, in order, into the rows of out[rows, columns]."""
     (rows, columns), elements, stride_out = out.shape, w.numel(), out.stride(0)
-    nested = w.nested_absmax is not None
-    launch = dequantization(elements, columns, stride_out, w.blocksize, rows == 1, out.dtype, w.absmax.dtype, nested)
+    flat, nested = rows == 1 or stride_out == columns, w.nested_absmax is not None
+    if flat:
+        columns = stride_out = elements
+    launch = dequantization(elements, columns, stride_out, w.blocksize, flat, out.dtype, w.absmax.dtype, nested)
     programs = -(-w.codes.shape[0] // DEQUANTIZE.columns)
     launch((programs, 1), w.codes, *tables(w), out, elements, columns, stride_out)
 
