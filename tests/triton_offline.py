@@ -93,7 +93,7 @@ def capture(capability: int, pairs: tuple[str, ...], ranks: tuple[int, ...]) -> 
     launched: dict[str, dict[str, Any]] = {}
     run, pair, rank = triton.JITFunction.run, "", 0
 
-    def compile_only(self, *args, grid, warmup, **options):
+    def compile_only(self, *args, grid, warmup, **options) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         tile = "x".join(str(options[k]) for k in ("BM", "BK", "BN", "BD", "BC", "BLOCK") if k in options)
         form = [f"w{options['num_warps']}s{options.get('num_stages', '-')}"]
@@ -102,7 +102,7 @@ def capture(capability: int, pairs: tuple[str, ...], ranks: tuple[int, ...]) -> 
         key = f"{name} | {pair} | r{rank} | sm_{capability} | {tile} {' '.join(form)}"
         if key not in launched:
             launched[key] = statistics(kernel, options)
-        return kernel
+        # and returns none, which would be kept and launched
 
     driver.set_active(PretendedDriver(capability))
     triton.JITFunction.run = compile_only
@@ -117,6 +117,7 @@ def tuning_calls(pair: str, R: int) -> None:
     """Every kernel with its tile for this pair of dtypes, with dropout; at rank 16 without it, at rank 64 with safe tiles."""
     import torch
 
+    from lora_kernels import plan
     from lora_kernels.backends.triton import tuning
     from lora_kernels.backends.triton.kernels import lowrank_product, mask, nf4_dequantize, nf4_product
     from lora_kernels.backends.triton.kernels.grad_dy import grad_dy
@@ -137,6 +138,7 @@ def tuning_calls(pair: str, R: int) -> None:
     W4 = NF4Weight(codes, absmax, *nested, W.shape, dtype)
     tiles = tuning.tiles
     for best in (True, False) if R == 64 else (True,):
+        plan.changed()  # so that tiles are chosen anew
         tuning.tiles = lambda *call, best=best: tiles(*call)[:1] if best else tiles(*call)[1:]
         for dropout in (Dropout(0.1, seed), None) if R == 16 and best else (Dropout(0.1, seed),):
             project(x, A, dropout)

@@ -62,7 +62,7 @@ def _or_pytorch(kernels: Callable[..., Any], otherwise: Callable[..., Any], sett
     def run(first: Any, *rest: Any) -> Any:
         tensor = first[0] if isinstance(first, tuple) else first  # backward's are the gradients of the results
         try:
-            with torch.cuda.device_of(tensor):
+            with gpu.device_of(tensor):
                 return kernels(first, *rest)
         except Exception as error:
             give_up(tensor.device, error, setting)
@@ -76,11 +76,12 @@ def forward(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Equations 1 and 2: y[M,N] in x's dtype, h[M,R] in A's."""
     (W, A, B, c, s), x = members[0], row_major(x)
-    if 0 in (*x.shape, len(B)):
+    if 0 in (*x.shape, *B.shape):
         return pytorch.forward(x, members, dropout)
-    if (isinstance(W, NF4Weight) and nf4_path(x, W, A)[0] == "scratch") or len(A) > tuning.MAX_RANK:
+    wide = A.shape[0] > tuning.MAX_RANK
+    if isinstance(W, NF4Weight) and (wide or nf4_path(x, W, A)[0] == "scratch"):
         W = dense(W, x.dtype)
-    if len(A) > tuning.MAX_RANK:
+    if wide:
         return pytorch.forward(x, (members[0]._replace(weight=W),), dropout, WideMask)
     dropout, s = dropping(dropout), _scaling(s, x.device)
     A, B, c = A.contiguous(), B.contiguous(), None if c is None else c.contiguous()
@@ -105,7 +106,7 @@ def backward(
     """Equations 3 to 6 for what is wanted, as backends/torch/linear.py; dc is in float32."""
     (W, A, B, _, s), (h,), (wanted,) = members[0], hs, needs.members
     dy, x = row_major(dys[0]), None if x is None else row_major(x)
-    need_A, need_B, need_c = (field in wanted for field in ("lora_A", "lora_B", "bias"))
+    need_A, need_B, need_c = "lora_A" in wanted, "lora_B" in wanted, "bias" in wanted
     R = B.shape[1] if needs.x or need_A else h.shape[1] if need_B else 1
     W = dense(W, dy.dtype)
     if 0 in (*dy.shape, *(() if W is None else W.shape), *(() if x is None else x.shape)):
@@ -113,7 +114,7 @@ def backward(
     if R > tuning.MAX_RANK:
         return pytorch.backward((dy,), x, (members[0]._replace(weight=W),), hs, dropout, needs, WideMask)
     dropout, s = dropping(dropout), _scaling(s, dy.device)
-    A, B, h = (None if t is None else t.contiguous() for t in (A, B, h))
+    A, B, h = [None if t is None else t.contiguous() for t in (A, B, h)]
     g, dB, dc = grad_dy(dy, h, B, s, needs.x or need_A, need_B, need_c)
     if needs.x and tuning.dataflow(dy, W, "backward") == "lowrank_product":
         _, dA = grad_x(x, g, A, dropout, dy.dtype, False, need_A)
@@ -168,7 +169,7 @@ def dense(
         return W
     out = torch.empty(W.shape, dtype=dtype, device=W.device)
     if out.numel():
-        dequantize(W, out.view(1, -1))
+        dequantize(W, out)
     return out
 
 

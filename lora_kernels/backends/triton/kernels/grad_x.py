@@ -1,5 +1,7 @@
 """Equation 5, and dx's low-rank term of 4, in one pass over x with one mask."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -8,7 +10,7 @@ from torch import Tensor
 from ....mask import keep_scale
 from ....values import Dropout
 from .. import tuning
-from ..compilation import first_that_compiles
+from ..launch import Launch, call, options
 from ..tuning import Tile
 from .mask import edge, keep_tile
 from .sums import new_parts, sum_parts
@@ -62,20 +64,40 @@ def grad_x(
     """undrop(g·A) in `dtype` and dA in g's dtype, each if needed."""
     if not (need_x or need_A):
         return None, None
-    (M, R), K = g.shape, x.shape[1] if need_A else A.shape[1]
-    stride_x = x.stride(0) if need_A else K
-    p, seed = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
+    A, x = A if need_x else None, x if need_A else None
+    K, stride_x = (A.shape[1], 0) if x is None else (x.shape[1], x.stride(0))
+    p, seed = (None, None) if dropout is None else (dropout.p, dropout.seed)
+    key = g.device, dtype, g.dtype, g.shape[1], K, stride_x, p, need_x, need_A, tuning.precision(dtype)
+    return call("grad_x", gradients, key, x, g, A, seed)
 
-    def run(tile: Tile) -> tuple[Tensor | None, Tensor | None]:
-        strips = triton.cdiv(K, tile.columns)
-        count, part_rows = tuning.splits(M, tile.rows, strips, 2 * tuning.gpu(g.device).processors)
-        dx = torch.empty(M, K, dtype=dtype, device=g.device) if need_x else None
-        parts_dA = new_parts(count, (R, K), g.dtype, g.device) if need_A else None
-        grad_x_kernel[(strips, count)](
-            x, g, A, dx, parts_dA, seed, edge(p), keep_scale(p), M, K, R, stride_x, part_rows,
-            DROP=seed is not None, PRECISION=tuning.precision(dtype), BM=tile.rows, BK=tile.columns, BR=tuning.padded_rank(R),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        return dx, sum_parts((parts_dA, g.dtype))[0]
 
-    return first_that_compiles("grad_x", tuning.arithmetic(dtype, g.dtype), R, g.device, run)
+def gradients(
+    tile: Tile,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    R: int,
+    K: int,
+    stride_x: int,
+    p: float | None,
+    need_x: bool,
+    need_A: bool,
+    precision: str,
+) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
+    """run(x, g, A, seed): dx's low-rank term and dA with this tile."""
+    launch = Launch(
+        grad_x_kernel, options(tile), DROP=p is not None, PRECISION=precision, BM=tile.rows, BK=tile.columns,
+        BR=tuning.padded_rank(R),
+    )  # fmt: skip
+    strips, programs = -(-K // tile.columns), 2 * tuning.gpu(device).processors
+    bits, scale = edge(p or 0.0), keep_scale(p or 0.0)
+
+    def run(x: Tensor | None, g: Tensor, A: Tensor | None, seed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        M = g.shape[0]
+        count, part_rows = tuning.splits(M, tile.rows, strips, programs)
+        dx = torch.empty(M, K, dtype=dtype, device=device) if need_x else None
+        parts_dA = new_parts(count, R, K, dtype=adapter, device=device) if need_A else None
+        launch((strips, count), x, g, A, dx, parts_dA, seed, bits, scale, M, K, R, stride_x, part_rows)
+        return dx, parts_dA if count == 1 else sum_parts((parts_dA, count, adapter))[0]
+
+    return run
