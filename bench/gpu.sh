@@ -71,7 +71,13 @@ measure() {
 }
 
 stage nvidia-smi 10 nvidia-smi
-stage csrc "${limits[0]}" env "LORA_KERNELS_BUILD_CUDA=$family" "$python" setup.py build_ext --inplace
+if ! command -v nvcc >/dev/null && [ -z "${CUDA_HOME:-}" ]; then
+    leave_out csrc "there is no nvcc, neither in CUDA_HOME nor on the PATH"
+elif ! "$python" -c 'import pybind11, ninja' 2>/dev/null; then
+    leave_out csrc "the Python packages pybind11 and ninja are not installed"
+else
+    stage csrc "${limits[0]}" env "LORA_KERNELS_BUILD_CUDA=$family" "$python" setup.py build_ext --inplace
+fi
 measure smoke "${limits[1]}" smoke
 stage tests "${limits[2]}" env OMP_NUM_THREADS=1 "LORA_KERNELS_TEST_DEVICE=$device" \
     "$python" bench/suite.py --workers "$workers" --rows "$run/tests.jsonl" "${tests[@]}"

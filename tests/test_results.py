@@ -141,5 +141,7 @@ def test_tables_of_loss_curves_and_of_parts(bench):
 
 
 def test_collect_names_a_cpu_by_its_cores(bench):
-    path = bench("collect").target({"gpus": [], "cpu": {"name": "AMD EPYC", "threads": 2}, "commit": "abc"}, "2026-01-01")
+    environment = {"gpus": [], "cpu": {"name": "AMD EPYC", "threads": 2}, "commit": "abc"}
+    run = {"machine": "cpu", "date": "2026-01-01", "environment": environment}
+    path = bench("collect").target(run)
     assert path == ROOT / "bench/results/amd-epyc-2-cores/2026-01-01-abc.json"
