@@ -91,6 +91,14 @@ def peer() -> Any:
     return importlib.import_module("bitsandbytes") if importlib.util.find_spec("bitsandbytes") else None
 
 
+failed: list[str] = []  # what was not timed, and why
+
+
+def refuse(what: str) -> None:
+    failed.append(what)
+    sys.stdout.write(f"FAILED, not timed: {what}\n")
+
+
 def wrong(call: Callable[[], Results], expected: Results, exact: Results) -> list[str]:
     """What is wrong with call()'s results; whatever one variant does, the others are measured."""
     try:
@@ -148,7 +156,7 @@ def dequantise_rows(K: int, N: int, modules: dict[str, Any], device: torch.devic
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         if reason:
-            sys.stdout.write(f"FAILED, not timed: {name} {K}→{N} {reason}\n")
+            refuse(f"{name} {K}→{N} {reason}")
             del calls[name]
     timings = interleaved({name: call for name, (call, _) in calls.items()}, repeats=repeats, device=device)
     copied = calls["copy"][1] / timings["copy"].median
@@ -199,7 +207,7 @@ def product_rows(
         expected = plain(problem)["y"]
         for name in [name for name in calls if name in ("scratch", "loop, h given", "skinny", "skinny, h given")]:
             if reasons := wrong(lambda call=calls[name][0]: {"y": call()}, {"y": expected}, {"y": exact}):
-                sys.stdout.write(f"FAILED, not timed: {name} M={M} {K}→{N}: {reasons}\n")
+                refuse(f"{name} M={M} {K}→{N}: {reasons}")
                 del calls[name]
         timings = interleaved({name: call for name, (call, _) in calls.items()}, repeats=repeats, device=device)
         copy = interleaved({"copy": lambda: dense.clone()}, repeats=5, device=device)["copy"].median
@@ -225,7 +233,7 @@ def training_rows(K: int, N: int, tokens: tuple[int, ...], device: torch.device,
     for p in (0.0, 0.1):
         small = problem_of(CHECKED, K, N, p, dense, device)
         if reasons := wrong(lambda small=small: step(small, W), plain(small), truth(small)):
-            sys.stdout.write(f"FAILED, not timed: training {K}→{N} p={p}: {reasons}\n")
+            refuse(f"training {K}→{N} p={p}: {reasons}")
             continue
         for M in tokens:
             problem = problem_of(M, K, N, p, dense, device)
@@ -275,9 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
                 sys.stdout.write(f"{row}\n")
                 sys.stdout.flush()
                 if options.json:
-                    found = {"environment": header, "rows": [asdict(row) for row in rows]}
+                    found = {"environment": header, "failed": failed, "rows": [asdict(row) for row in rows]}
                     write_whole(options.json, json.dumps(found, indent=1), "--json")
-    return 0 if rows else 1
+    return 0 if rows and not failed else 1
 
 
 if __name__ == "__main__":

@@ -76,7 +76,13 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rows", type=Path, required=True, metavar="FILE")
     options, arguments = parser.parse_known_args()
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    import optional_packages
+
     options.rows.touch()
+    left_out = optional_packages.left_out()
+    names = {name for files in left_out.values() for name in files}
+    arguments = [argument for argument in arguments if Path(argument).name not in names]
     # The options of pyproject.toml are those of a plugin that may not be there; an error in one file costs that file.
     arguments = ["-o", "addopts=--strict-markers", "--continue-on-collection-errors", "-p", "no:cacheprovider", *arguments]
     unfinished: list[str] = []
@@ -89,17 +95,15 @@ def main() -> int:
     for thread in threads:
         thread.join()
     found = summary(read(options.rows))
-    print_summary(found, unfinished)
+    print_summary(found, left_out, unfinished)
     return 1 if found["failures"] or unfinished or not found["counts"].get("passed") else 0
 
 
-def print_summary(found: dict[str, Any], unfinished: list[str]) -> None:
+def print_summary(found: dict[str, Any], left_out: dict[str, list[str]], unfinished: list[str]) -> None:
+    """Of a whole run, in lines."""
     sys.stdout.write("\nslowest: " + ", ".join(found["slowest"]) + "\n")
     sys.stdout.write("".join(f"skipped {count}: {reason}\n" for reason, count in found["skipped"].items()))
-    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-    import optional_packages
-
-    for package, files in optional_packages.left_out().items():
+    for package, files in left_out.items():
         sys.stdout.write(f"left out, {package} is not installed: {len(files)} files: {', '.join(files)}\n")
     sys.stdout.write("".join(f"failed: {row['test']}\n" for row in found["failures"]))
     sys.stdout.write("".join(f"{line}\n" for line in unfinished))

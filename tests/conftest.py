@@ -24,6 +24,21 @@ def pytest_report_header() -> list[str]:
     return [f"left out, {package} is not installed: {', '.join(files)}" for package, files in LEFT_OUT.items()]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """A test that comes to import a package which is not installed is skipped."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in optional_packages.missing():
+            pytest.skip(f"{package} is not installed")
+        raise
+
+
+pytest_runtest_setup = pytest_runtest_call  # its fixtures too
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the tests compute, truth included: LORA_KERNELS_TEST_DEVICE, by default a GPU where there is one."""

@@ -14,12 +14,17 @@ OPTIONAL = (
 )
 
 
+@cache
+def missing() -> frozenset[str]:
+    """Those of OPTIONAL that are not installed."""
+    return frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
+
+
 def left_out() -> dict[str, list[str]]:
     """Missing package -> the names of the files that need it to be imported, directly or through files of this repository."""
-    missing = frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
     found: dict[str, list[str]] = {}
-    for file in sorted(TESTS.glob("test_*.py")) if missing else ():
-        for package in sorted(missing & packages(file))[:1]:
+    for file in sorted(TESTS.glob("test_*.py")) if missing() else ():
+        for package in sorted(missing() & packages(file))[:1]:
             found.setdefault(package, []).append(file.name)
     return found
 
