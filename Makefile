@@ -17,10 +17,11 @@ test: $(READY)  ## the whole test suite; ARGS="-k dropout"
 test-oldest test-newest: test-%:  ## the suite on the oldest and the newest torch supported, in virtual environments of 6 to 8 GB
 	$(MAKE) test VENV=.venv-$* PINS=$*
 
-lint: $(READY)  ## format, lint and types, as CI checks them
+lint: $(READY)  ## format, lint and types, as CI checks them, and shell scripts
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck -x bench/*.sh .ci/run
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

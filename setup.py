@@ -3,7 +3,7 @@
 lora_kernels._cpu, loops on a CPU (csrc/cpu), is built where a C++ compiler is, and left out where that fails.
 lora_kernels._C, the CUDA kernels, is built where nvcc is (in CUDA_HOME, or on the PATH), and the decision is printed.
 LORA_KERNELS_BUILD_CUDA changes it: "0" skips them, "1" makes a missing nvcc an error, and GPU families, as in "80;90a", force
-them for those alone.
+them for those alone: any that nvcc knows, such as the one of the GPU at hand, which builds in a few seconds.
 """
 
 import os
@@ -20,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_BUILD_CUDA"
 FAMILIES = ("80", "86", "89", "90a", "100", "120")  # the first also as PTX, for all GPUs between and after them
+FAMILY = re.compile(r"[89]\d[af]?|1\d\d[af]?")  # compute capability 8.0 and newer
 CSRC = Path("csrc")
 CUDA, CPU = "lora_kernels._C", "lora_kernels._cpu"
 FLAGS = ["-O3", "-std=c++17", "--compiler-options", "-fPIC,-fvisibility=hidden"]
@@ -58,8 +59,9 @@ def decide() -> tuple[str, ...]:
     """The GPU families to build for, none to skip the extension; says why, and raises where it is forced but impossible."""
     wish = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
     families = tuple(wish.split(";")) if wish not in ("", "0", "1") else FAMILIES
-    if unknown := [family for family in families if family not in FAMILIES]:
-        raise SystemExit(f"{ENVIRONMENT_VARIABLE}: got {unknown[0]!r}, expected 0, 1, or some of {';'.join(FAMILIES)}")
+    if unknown := [family for family in families if not FAMILY.fullmatch(family)]:
+        expected = f"0, 1, or GPU families from 80 on, as in {';'.join(FAMILIES)}"
+        raise SystemExit(f"{ENVIRONMENT_VARIABLE}: got {unknown[0]!r}, expected {expected}")
     if wish == "0":
         families, why = (), f"{ENVIRONMENT_VARIABLE}=0"
     elif reason := missing():

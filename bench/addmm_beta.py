@@ -2,7 +2,8 @@
 
 A LoRA layer can write its low-rank term first and let the base product accumulate on it (beta=1: the output is read
 once more by the epilogue) or compute the base product alone (beta=0). Both directions of each shape: forward x·Wᵀ
-[M,N] and backward dy·W [M,K]. Variants are interleaved, the L2 cache is cold; medians with p20 and p80.
+[M,N] and backward dy·W [M,K]. Variants are interleaved, the L2 cache is cold; medians with p20 and p80. The JSON file is
+complete after each row.
 
     PYTHONPATH=. python bench/addmm_beta.py [--quick] [--json FILE] [--device cpu|cuda] [--repeats N]
 
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_kernels.commands.console import write_whole
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.timing import Timing, interleaved
 
@@ -127,8 +129,9 @@ def main() -> int:
     for row in measure(device, shapes, tokens, options.repeats):
         print(row, flush=True)
         rows.append(row.as_dict())
-    if options.json:
-        options.json.write_text(json.dumps({"header": header, "device": str(device), "rows": rows}, indent=2) + "\n")
+        if options.json:
+            found = {"header": header, "device": str(device), "rows": rows}
+            write_whole(options.json, json.dumps(found, indent=2) + "\n", "--json")
     return 0
 
 

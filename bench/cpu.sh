@@ -7,8 +7,7 @@
 # blocks), bf16, avx2 (bf16 without bf16 instructions, as on older CPUs), nf4 (against bitsandbytes + PEFT), model (a step of
 # SmolLM2-135M beside PEFT) and memory (over the sequence length). Together at most 8 minutes. Stages that run only if named:
 # nf4_parts (quantise, dequantise and products apart, at most 5 minutes) and curves (loss curves of accelerated PEFT models beside
-# PEFT's, at most 15). Results are written to bench/results/<device>/<date>-<commit>.json, and the folder's README.md and plots are
-# made anew.
+# PEFT's, at most 15). Rows and logs are written as they are made: see stages.sh. The folder's README.md and plots are made anew.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -23,27 +22,26 @@ done
 wanted=("$@")
 [ "${#wanted[@]}" -gt 0 ] || read -ra wanted <<<"$default"
 # shellcheck source=bench/stages.sh
-source bench/stages.sh
+source bench/stages.sh cpu 2000 "${wanted[@]}"
 
-bench() { echo "$python -m lora_kernels bench --device cpu --json $work/$1.json"; }
+# bench NAME SECONDS OPTIONS...: a stage of `lora-kernels bench`
+bench() {
+    stage "$1" "$2" "$python" -m lora_kernels bench --device cpu --json "$run/$1.json" "${@:3}"
+}
 both=(--dropout 0 --dropout 0.1 --rank 8)
 
-stage layer 90 $(bench layer) --shape 2048x2048 --tokens 2048 --tokens 512 --tokens 256 --tokens 128 "${both[@]}" \
+bench layer 90 --shape 2048x2048 --tokens 2048 --tokens 512 --tokens 256 --tokens 128 "${both[@]}" \
     --compare peft,unsloth-style --repeats 7
-stage small 50 $(bench small) --shape 576x192 --shape 576x1536 --tokens 2048 --tokens 512 --tokens 256 --tokens 128 "${both[@]}" \
+bench small 50 --shape 576x192 --shape 576x1536 --tokens 2048 --tokens 512 --tokens 256 --tokens 128 "${both[@]}" \
     --compare peft,unsloth-style --repeats 9
-stage bf16 40 $(bench bf16) --shape 2048x2048 --tokens 512 --tokens 2048 "${both[@]}" --dtype bfloat16 --repeats 5
-stage avx2 110 env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
-    $(bench avx2) --shape 2048x2048 --tokens 128 --dropout 0.1 --rank 8 --dtype bfloat16 --repeats 2
-stage nf4 50 $(bench nf4) --shape 2048x2048 --tokens 512 --tokens 2048 --dropout 0.1 --rank 8 --compare bnb --repeats 5
+bench bf16 40 --shape 2048x2048 --tokens 512 --tokens 2048 "${both[@]}" --dtype bfloat16 --repeats 5
+ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+    bench avx2 110 --shape 2048x2048 --tokens 128 --dropout 0.1 --rank 8 --dtype bfloat16 --repeats 2
+bench nf4 50 --shape 2048x2048 --tokens 512 --tokens 2048 --dropout 0.1 --rank 8 --compare bnb --repeats 5
 model=$("$python" -c 'from lora_kernels.commands.pretrained import default_model_directory; print(default_model_directory())')
-stage model 85 $(bench model) --model "$model" --tokens 256 --rank 8 --dropout 0.1 --repeats 5
-stage memory 45 "$python" bench/model_memory.py --device cpu --quantize none nf4 --json "$work/memory.json"
-stage nf4_parts 300 "$python" bench/nf4.py --json "$work/nf4_parts.json"
-stage curves 900 "$python" bench/loss_curves.py --json "$work/curves.json"
-stage collect 10 "$python" bench/collect.py "$work"
+bench model 85 --model "$model" --tokens 256 --rank 8 --dropout 0.1 --repeats 5
+stage memory 45 "$python" bench/model_memory.py --device cpu --quantize none nf4 --json "$run/memory.json"
+stage nf4_parts 300 "$python" bench/nf4.py --json "$run/nf4_parts.json"
+stage curves 900 "$python" bench/loss_curves.py --json "$run/curves.json"
 "$python" bench/report.py || failed=1
-
-echo
-column -t -s "$(printf '\t')" "$stages"
-exit "$failed"
+finish

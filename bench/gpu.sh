@@ -1,76 +1,110 @@
 #!/usr/bin/env bash
-# Tests and measurements on a GPU machine where nothing of this package is installed.
+# Tests and measurements on a GPU machine where nothing of this package is installed: torch, Triton, NumPy and pytest are enough, and
+# what lacks another package is named.
 #
-#   bench/gpu.sh [--quick] [STAGE...]
+#   bench/gpu.sh [--quick] [--seconds N] [STAGE...]
 #
-# Stages that run if none is named: nvidia-smi, csrc (builds the CUDA extension in place), tests (the suite on the GPU),
-# sanitizer (compute-sanitizer's memcheck over small shapes), addmm_beta, kernels (bench/kernel_passes.py), nf4 (bench/nf4_gpu.py)
-# and bench (`python -m lora_kernels bench --suite llama`). Each has a time limit, together 16 minutes, with --quick 5. Stages
-# that run only if named: tune (`lora-kernels tune`, which writes lora_kernels/backends/triton/tuned/<device>.json), decoder (a
-# decoder layer's linears), small (few tokens, as CUDA graphs), peers (every peer at Llama's shapes), model (a step of the model
-# in $MODEL) and memory (over the sequence length). A stage that fails does not stop those after it; the exit code is 1 if any
-# did. Results are written to bench/results/<device>/<date>-<commit>.json, and copied to $OUT if that is set; bench/report.py
-# makes tables of them.
+# Stages that run if none is named, in this order: nvidia-smi; csrc (builds the CUDA extension in place, for this GPU's family);
+# smoke (bench/smoke.py: is anything wrong or rejected); tests (the suite on the GPU, in up to 12 processes); addmm_beta, kernels
+# (bench/kernel_passes.py) and nf4 (bench/nf4_gpu.py) at few shapes; ncu (the counters of the side kernels); bench (layers beside
+# PEFT's); sanitizer (compute-sanitizer's memcheck over small shapes). Together they take at most 590 seconds, with --quick 290, or
+# --seconds N: each has a limit of its own and no more than what is left. Stages that run only if named, most with --seconds 1800:
+# addmm_beta_all, kernels_all and nf4_all (every shape), tune (`lora-kernels tune`, which writes
+# lora_kernels/backends/triton/tuned/<device>.json), decoder (a decoder layer's linears), small (few tokens, as CUDA graphs), peers
+# (every peer at Llama's shapes), model (a step of the model in $MODEL) and memory (over the sequence length).
+#
+# A stage that fails costs only itself; the exit code is 1 if any did. Rows and logs are written as they are made: see stages.sh.
+# bench/report.py makes tables of the collected file. DEVICE=cpu is for rehearsals without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-known="nvidia-smi csrc tests sanitizer addmm_beta kernels nf4 bench tune decoder small peers model memory"
-quick=
-wanted=()
-for argument in "$@"; do
-    if [ "$argument" = --quick ]; then
-        quick=1
-    elif [[ " $known " == *" $argument "* ]]; then
-        wanted+=("$argument")
-    else
-        echo "bench/gpu.sh: got '$argument', expected --quick or stages among: $known" >&2
+default="nvidia-smi csrc smoke tests addmm_beta kernels nf4 ncu bench sanitizer"
+known="$default addmm_beta_all kernels_all nf4_all tune decoder small peers model memory"
+quick='' total=590 wanted=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --quick) quick=1 total=290 ;;
+    --seconds) seconds=${2:-} && shift ;;
+    *) wanted+=("$1") ;;
+    esac
+    shift
+done
+total=${seconds-$total}
+if ! [[ $total =~ ^[1-9][0-9]*$ ]]; then
+    echo "bench/gpu.sh: --seconds: got '$total', expected a whole number of seconds" >&2
+    exit 2
+fi
+for name in "${wanted[@]}"; do
+    if [[ " $known " != *" $name "* ]]; then
+        echo "bench/gpu.sh: got '$name', expected --quick, --seconds N or stages among: $known" >&2
         exit 2
     fi
 done
-[ "${#wanted[@]}" -gt 0 ] || wanted=(nvidia-smi csrc tests sanitizer addmm_beta kernels nf4 bench)
+[ "${#wanted[@]}" -gt 0 ] || read -ra wanted <<<"$default"
 
 # shellcheck source=bench/stages.sh
-source bench/stages.sh
+source bench/stages.sh gpu "$total" "${wanted[@]}"
 
+device=${DEVICE:-cuda} workers=$(nproc)
+((workers < 12)) || workers=12 # more only queue on the GPU
+[ "$device" = cuda ] || export TRITON_INTERPRET=1
+# What the GPU's own kernels are tested by comes first, in case time runs out.
+tests=(tests/test_triton_gpu.py tests/test_csrc_gpu.py tests/test_triton_linear.py tests/test_triton_nf4.py tests/test_linear.py
+    tests/test_csrc_kernels.py tests/test_csrc_backend.py tests/test_dropout.py)
 if [ -n "$quick" ]; then
-    tests=(tests/test_dropout.py tests/test_linear.py tests/test_triton_linear.py tests/test_triton_gpu.py
-        tests/test_csrc_kernels.py tests/test_csrc_backend.py tests/test_csrc_gpu.py tests/test_triton_nf4.py)
+    limits=(60 30 60 15 25 25 35 45)
     options=(--quick --repeats 10)
     bench_options=(--tokens 8192 --dropout 0.1 --shape 4096x4096 --shape 4096x14336 --repeats 10)
-    limits=(90 40 20 40 40 60)
 else
-    tests=(tests --ignore tests/test_triton_offline.py)
-    options=()
+    limits=(80 45 150 30 60 50 60 110)
+    for file in tests/test_*.py; do # all others but the offline compilation, which needs no GPU
+        [[ " ${tests[*]} tests/test_triton_offline.py " == *" $file "* ]] || tests+=("$file")
+    done
+    options=(--quick)
     bench_options=()
-    limits=(260 100 70 180 150 180)
 fi
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -cd 0-9)
+family=${capability:-1} # 1: every family
+[ "$family" -lt 90 ] || family+=a
 
-workers=()
-if "$python" -c 'import xdist' 2>/dev/null; then
-    workers=(-n 4) # they share one GPU: more only queue on it
-fi
+# measure NAME SECONDS SCRIPT OPTIONS...: a stage that writes rows
+measure() {
+    stage "$1" "$2" "$python" "bench/$3.py" --device "$device" --json "$run/$1.json" "${@:4}"
+}
 
 stage nvidia-smi 10 nvidia-smi
-stage csrc 180 env LORA_KERNELS_BUILD_CUDA=1 "$python" setup.py build_ext --inplace
-stage tests "${limits[0]}" env LORA_KERNELS_TEST_DEVICE=cuda \
-    "$python" -m pytest "${tests[@]}" -q --maxfail=30 -p no:cacheprovider "${workers[@]}"
-stage sanitizer "${limits[1]}" env LORA_KERNELS_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    compute-sanitizer --tool memcheck --error-exitcode 1 --target-processes all \
-    "$python" -m pytest tests/test_linear.py tests/test_triton_lowrank_product.py tests/test_triton_nf4.py \
-    tests/test_csrc_kernels.py -q -x -p no:cacheprovider -k "(features and not torch-) or ragged or address or tokens"
-stage addmm_beta "${limits[2]}" "$python" bench/addmm_beta.py --json "$work/addmm_beta.json" "${options[@]}"
-stage kernels "${limits[3]}" "$python" bench/kernel_passes.py --json "$work/kernels.json" "${options[@]}"
-stage nf4 "${limits[5]}" "$python" bench/nf4_gpu.py --json "$work/nf4.json" "${options[@]}"
-stage bench "${limits[4]}" "$python" -m lora_kernels bench --suite llama --json "$work/bench.json" "${bench_options[@]}"
-stage tune 540 "$python" -m lora_kernels tune --folder lora_kernels/backends/triton/tuned --json "$work/tune.json"
-gpu_bench() { echo "$python -m lora_kernels bench --device cuda --json $work/$1.json"; }
-stage decoder 240 $(gpu_bench decoder) --suite decoder --compare peft,unsloth-style --repeats 20
-stage small 180 $(gpu_bench small) --suite tokens --tokens 1 --tokens 8 --tokens 64 --tokens 512 --dropout 0 --compare peft,bnb
-stage peers 420 $(gpu_bench peers) --suite llama --tokens 8192 --compare peft,peft-compile,unsloth-style,bnb --repeats 20
-stage model 240 $(gpu_bench model) --model "${MODEL:-none}" --tokens 4096 --repeats 10
-stage memory 120 "$python" bench/model_memory.py --quantize none nf4 --lengths 512 1024 2048 4096 --json "$work/memory.json"
-stage collect 10 "$python" bench/collect.py "$work"
-
-echo
-column -t -s "$(printf '\t')" "$stages"
-exit "$failed"
+if ! command -v nvcc >/dev/null && [ -z "${CUDA_HOME:-}" ]; then
+    leave_out csrc "there is no nvcc, neither in CUDA_HOME nor on the PATH"
+elif ! "$python" -c 'import pybind11, ninja' 2>/dev/null; then
+    leave_out csrc "the Python packages pybind11 and ninja are not installed"
+else
+    stage csrc "${limits[0]}" env "LORA_KERNELS_BUILD_CUDA=$family" "$python" setup.py build_ext --inplace --parallel 2
+fi
+measure smoke "${limits[1]}" smoke
+stage tests "${limits[2]}" env OMP_NUM_THREADS=1 "LORA_KERNELS_TEST_DEVICE=$device" \
+    "$python" bench/suite.py --workers "$workers" --rows "$run/tests.jsonl" "${tests[@]}"
+measure addmm_beta "${limits[3]}" addmm_beta "${options[@]}"
+measure kernels "${limits[4]}" kernel_passes "${options[@]}"
+measure nf4 "${limits[5]}" nf4_gpu "${options[@]}"
+stage ncu "${limits[6]}" "$python" bench/ncu.py --json "$run/ncu.json"
+measure bench "${limits[7]}" layers --suite llama "${bench_options[@]}"
+measure addmm_beta_all 300 addmm_beta
+measure kernels_all 600 kernel_passes
+measure nf4_all 600 nf4_gpu
+stage tune 540 "$python" -m lora_kernels tune --folder lora_kernels/backends/triton/tuned --json "$run/tune.json"
+measure decoder 240 layers --suite decoder --compare peft,unsloth-style
+measure small 180 layers --suite tokens --tokens 1 --tokens 8 --tokens 64 --tokens 512 --dropout 0 --compare peft,bnb
+measure peers 420 layers --suite llama --tokens 8192 --compare peft,peft-compile,unsloth-style,bnb
+stage model 240 "$python" -m lora_kernels bench --device "$device" --json "$run/model.json" --model "${MODEL:-none}" \
+    --tokens 4096 --repeats 10
+measure memory 120 model_memory --quantize none nf4 --lengths 512 1024 2048 4096
+if command -v compute-sanitizer >/dev/null; then
+    stage sanitizer 120 env "LORA_KERNELS_TEST_DEVICE=$device" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool memcheck --error-exitcode 1 --target-processes all \
+        "$python" -m pytest tests/test_linear.py tests/test_triton_lowrank_product.py tests/test_triton_nf4.py \
+        tests/test_csrc_kernels.py -o addopts= -v -x -p no:cacheprovider \
+        -k "(features and not torch-) or ragged or address or tokens"
+else
+    leave_out sanitizer "there is no compute-sanitizer on the PATH"
+fi
+finish

@@ -2,8 +2,9 @@
 
 Side kernels: GB/s of the bytes they must move, and that over the GB/s of copying x. Products, forward and backward: the
 bare vendor's (the floor), prefill and the vendor's accumulating product, and both in one kernel.
-No time is reported for what fails the correctness gate, which runs with both dataflows. L2 is cold, variants are
-interleaved; medians with p20 and p80. After each case the JSON file is complete, so that a time limit loses nothing.
+No time is reported for what fails the correctness gate, which runs with both dataflows; its float64 truth is computed once per
+case. L2 is cold, variants are interleaved; medians with p20 and p80. After each case the JSON file is complete, so that a time
+limit loses nothing.
 
     PYTHONPATH=. python bench/kernel_passes.py [--quick | --full] [--json FILE] [--device cpu|cuda] [--repeats N]
 
@@ -29,7 +30,9 @@ from lora_kernels.backends.triton.kernels.grad_dy import grad_dy
 from lora_kernels.backends.triton.kernels.grad_x import grad_x
 from lora_kernels.backends.triton.kernels.prefill import prefill
 from lora_kernels.backends.triton.kernels.project import project
-from lora_kernels.cases.linear import Case, Problem, wrong
+from lora_kernels.cases.linear import Case, Problem, truth, wrong
+from lora_kernels.cases.rule import Results
+from lora_kernels.commands.console import write_whole
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.timing import Timing, interleaved
 from lora_kernels.dtypes import dtype_name
@@ -81,13 +84,13 @@ def dataflow(name: str) -> Iterator[None]:
         tuning.dataflow = chosen
 
 
-def refused(problem: Problem) -> list[str]:
-    """The dataflows whose results are wrong, or which do not run; why is printed."""
+def refused(problem: Problem, exact: Results) -> list[str]:
+    """The dataflows whose results are not `exact` by the rule, or which do not run; why is printed."""
     names = []
     for name in ("prefill", "lowrank_product"):
         try:
             with use_backend("triton"), dataflow(name):
-                reasons = wrong(problem)
+                reasons = wrong(problem, exact)
         except Exception as error:  # whatever one kernel does, the others are measured
             reasons = [f"{type(error).__name__}: {error}"]
         sys.stdout.write("".join(f"FAILED, not timed: {name}: {reason}\n" for reason in reasons))
@@ -141,7 +144,8 @@ def measure(problem: Problem, adapter: str, repeats: int, without: list[str]) ->
         yield Row(name, adapter, M, K, N, R, problem.p, timing, moved, flops, over)
 
 
-def cases(shapes: tuple, tokens: tuple, ranks: tuple, device: torch.device) -> Iterator[tuple[Problem, str]]:
+def cases(shapes: tuple, tokens: tuple, ranks: tuple, device: torch.device) -> Iterator[tuple[Problem, str, Results]]:
+    """Each problem with the dtype of its adapters and its truth."""
     for K, N in shapes:
         for M in tokens:
             for R in ranks:
@@ -149,8 +153,9 @@ def cases(shapes: tuple, tokens: tuple, ranks: tuple, device: torch.device) -> I
                     dtype = torch.float16 if device.type == "cpu" else torch.bfloat16  # the interpreter's bfloat16 is wrong
                     case = Case(M, K, N, R, p, bias=False, dtype=dtype, needs=("x", "A", "B"), seed=SEED, device=device)
                     problem = case.draw(torch.Generator(device).manual_seed(SEED))
-                    yield problem, dtype_name(dtype)
-                    yield problem.with_adapters(torch.float32), "float32"
+                    exact = truth(problem)
+                    yield problem, dtype_name(dtype), exact
+                    yield problem.with_adapters(torch.float32), "float32", exact
 
 
 def main() -> int:
@@ -168,16 +173,17 @@ def main() -> int:
     failed, header = 0, environment()
     names = f"{'variant':24} {'M':>6} {'K→N':>13} rank, p, adapters"
     sys.stdout.write(f"{names}        median       p20       p80    rate   over\n")
-    for problem, adapter in cases(*chosen, device):
-        without = refused(problem)
+    for problem, adapter, exact in cases(*chosen, device):
+        without = refused(problem, exact)
         failed += len(without)
         new = [] if "prefill" in without else list(measure(problem, adapter, options.repeats, without))
         sys.stdout.write("".join(f"{row}\n" for row in new))
+        sys.stdout.flush()
         rows += new
         if options.json:
             rejected = [f"{key}: {reason}" for key, reason in compilation.rejected.items()]
             found = {"environment": header, "rejected": rejected, "rows": [asdict(row) for row in rows]}
-            options.json.write_text(json.dumps(found, indent=1))
+            write_whole(options.json, json.dumps(found, indent=1), "--json")
     sys.stdout.write("".join(f"did not compile: {key}: {reason}\n" for key, reason in compilation.rejected.items()))
     return 1 if failed else 0
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lora_kernels import accelerate
 from lora_kernels.commands import pretrained
-from lora_kernels.commands.console import CommandError
+from lora_kernels.commands.console import CommandError, write_whole
 from lora_kernels.commands.demo import corpus
 from lora_kernels.commands.environment import environment
 
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     makers: list[Callable[[int], Case]] = [smollm, minilm]
-    rows = []
+    rows, header = [], environment()
     for make in makers:
         try:
             case = make(arguments.steps)
@@ -160,9 +160,9 @@ def main() -> None:
                 f"accelerated {row.distance_of_accelerated:.2e}, another seed {row.distance_of_seeds:.2e}; {row.calls}",
                 flush=True,
             )
-    if arguments.json is not None:
-        content = {"environment": environment(), "steps": arguments.steps, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            if arguments.json is not None:
+                content = {"environment": header, "steps": arguments.steps, "rows": [asdict(row) for row in rows]}
+                write_whole(arguments.json, json.dumps(content, indent=1) + "\n", "--json")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ Llama with random weights, so that a run takes a minute on a CPU; `--model DIR` 
 import argparse
 import functools
 import gc
+import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import nn
 from lora_kernels import LoRAConfig
 from lora_kernels.commands import model_step, pretrained
 from lora_kernels.commands.bench.peers import BNB, OURS, OURS_NF4, PEFT
+from lora_kernels.commands.console import write_whole
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.measure import held_bytes, peak_bytes, saved_bytes
 from lora_kernels.dtypes import dtype_name
@@ -46,9 +49,8 @@ def small_llama(dtype: torch.dtype, device: torch.device) -> nn.Module:
 
 def rows(
     model: nn.Module, lengths: list[int], config: LoRAConfig, device: torch.device, quantize: str | None = None
-) -> list[dict[str, Any]]:
-    """A row per way of training and length of one sequence; quantize="nf4" for QLoRA."""
-    result = []
+) -> Iterator[dict[str, Any]]:
+    """A row per way of training and length of one sequence, as it is made; quantize="nf4" for QLoRA."""
     mine, peer = (OURS_NF4, BNB) if quantize else (OURS, PEFT)
     for name, build in ((mine, model_step.ours), (peer, model_step.peft_twin)):
         for checkpointing in (False, True):
@@ -60,20 +62,17 @@ def rows(
                 forward, step = functools.partial(model_step.loss, candidate, ids), model_step.step(candidate, ids)
                 step()  # what the first call alone allocates
                 candidate.zero_grad(set_to_none=True)
-                result.append(
-                    {
-                        "variant": name,
-                        "checkpointing": checkpointing,
-                        "tokens": length,
-                        "saved_bytes": None if checkpointing else saved_bytes(forward, exclude=[ids, *candidate.buffers()]),
-                        "held_bytes": held_bytes(forward, device),
-                        "peak_bytes": peak_bytes(step, device),
-                    }
-                )
+                yield {
+                    "variant": name,
+                    "checkpointing": checkpointing,
+                    "tokens": length,
+                    "saved_bytes": None if checkpointing else saved_bytes(forward, exclude=[ids, *candidate.buffers()]),
+                    "held_bytes": held_bytes(forward, device),
+                    "peak_bytes": peak_bytes(step, device),
+                }
                 candidate.zero_grad(set_to_none=True)
             del candidate
             gc.collect()
-    return result
 
 
 def main() -> int:
@@ -91,20 +90,18 @@ def main() -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = pretrained.load_model(options.model, dtype, device) if options.model else small_llama(dtype, device)
     config = LoRAConfig(r=options.rank, lora_alpha=2 * options.rank, lora_dropout=options.dropout)
-    found = [
-        row
-        for quantize in options.quantize
-        for row in rows(model, options.lengths, config, device, None if quantize == "none" else quantize)
-    ]
-    for row in found:
+    header = {**environment(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    name = options.model.name if options.model else "Llama, 6 layers of 256"
+    about = {"model": name, "R": options.rank, "p": options.dropout, "dtype": dtype_name(dtype)}
+    kinds = (None if quantize == "none" else quantize for quantize in options.quantize)
+    found = []
+    for row in itertools.chain.from_iterable(rows(model, options.lengths, config, device, quantize) for quantize in kinds):
+        found.append(row)
         checkpointed = "checkpointed" if row["checkpointing"] else ""
         mib = [f"{row[name] / 2**20:9.1f}" for name in ("held_bytes", "peak_bytes")]
         sys.stdout.write(f"{row['variant']:26}{checkpointed:14}{row['tokens']:6} tokens, held and peak MiB {' '.join(mib)}\n")
-    if options.json:
-        header = {**environment(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        name = options.model.name if options.model else "Llama, 6 layers of 256"
-        about = {"model": name, "R": options.rank, "p": options.dropout, "dtype": dtype_name(dtype)}
-        options.json.write_text(json.dumps({"header": header, **about, "rows": found}, indent=1) + "\n")
+        if options.json:
+            write_whole(options.json, json.dumps({"header": header, **about, "rows": found}, indent=1) + "\n", "--json")
     return 0
 
 

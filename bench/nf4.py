@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lora_kernels import LoRALinear, NF4Weight, dequantize_nf4, quantize_nf4
 from lora_kernels.cases.rule import violations
+from lora_kernels.commands.console import write_whole
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.timing import interleaved
 
@@ -160,8 +161,8 @@ def main() -> None:
     for row in measure(shapes, options.dtype or list(DTYPES), tokens, options.repeats):
         rows.append(row)
         print(show(row), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"header": header, "rows": rows}, indent=2) + "\n")
+        if options.json:
+            write_whole(options.json, json.dumps({"header": header, "rows": rows}, indent=2) + "\n", "--json")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ product      y with its adapter: skinny, loop and scratch (backends/nf4_paths.py
 training     lora_linear forward and backward over 4-bit and dense W, over the time of the bare products
 
 Nothing is timed whose values are wrong: dequantised W bit for bit, products and gradients by the tolerance rule. L2 is cold,
-variants are interleaved; medians with p20 and p80. The rows tell which lines belong into nf4_paths.TABLE.
+variants are interleaved; medians with p20 and p80. The rows tell which lines belong into nf4_paths.TABLE. The JSON file is
+complete after each row.
 
     PYTHONPATH=. python bench/nf4_gpu.py [--quick] [--json FILE] [--device cpu|cuda] [--repeats N]
 
@@ -28,7 +29,8 @@ from torch import Tensor
 from lora_kernels import lora_linear, use_backend
 from lora_kernels.backends import nf4_paths
 from lora_kernels.cases.linear import Case, Problem, plain, truth
-from lora_kernels.cases.rule import violations
+from lora_kernels.cases.rule import Results, violations
+from lora_kernels.commands.console import write_whole
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.measure import peak_bytes
 from lora_kernels.commands.timing import Timing, interleaved
@@ -89,6 +91,22 @@ def peer() -> Any:
     return importlib.import_module("bitsandbytes") if importlib.util.find_spec("bitsandbytes") else None
 
 
+failed: list[str] = []  # what was not timed, and why
+
+
+def refuse(what: str) -> None:
+    failed.append(what)
+    sys.stdout.write(f"FAILED, not timed: {what}\n")
+
+
+def wrong(call: Callable[[], Results], expected: Results, exact: Results) -> list[str]:
+    """What is wrong with call()'s results; whatever one variant does, the others are measured."""
+    try:
+        return violations(call(), expected, exact, BF16)
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"]
+
+
 # ---- dequantise ----
 
 
@@ -133,8 +151,12 @@ def dequantise_rows(K: int, N: int, modules: dict[str, Any], device: torch.devic
     calls = dequantise_calls(W, flat, modules)
     for name in [name for name in calls if name != "copy"]:
         want = plain_dequantize(flat if "plain" in name else W, dtype=BF16)
-        if not torch.equal(calls[name][0](), want):
-            sys.stdout.write(f"FAILED, not timed: {name} {K}→{N} differs from lora_kernels.nf4\n")
+        try:
+            reason = "" if torch.equal(calls[name][0](), want) else "differs from lora_kernels.nf4"
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            refuse(f"{name} {K}→{N} {reason}")
             del calls[name]
     timings = interleaved({name: call for name, (call, _) in calls.items()}, repeats=repeats, device=device)
     copied = calls["copy"][1] / timings["copy"].median
@@ -184,8 +206,8 @@ def product_rows(
         exact = truth(problem)["y"]
         expected = plain(problem)["y"]
         for name in [name for name in calls if name in ("scratch", "loop, h given", "skinny", "skinny, h given")]:
-            if wrong := violations({"y": calls[name][0]()}, {"y": expected}, {"y": exact}, BF16):
-                sys.stdout.write(f"FAILED, not timed: {name} M={M} {K}→{N}: {wrong}\n")
+            if reasons := wrong(lambda call=calls[name][0]: {"y": call()}, {"y": expected}, {"y": exact}):
+                refuse(f"{name} M={M} {K}→{N}: {reasons}")
                 del calls[name]
         timings = interleaved({name: call for name, (call, _) in calls.items()}, repeats=repeats, device=device)
         copy = interleaved({"copy": lambda: dense.clone()}, repeats=5, device=device)["copy"].median
@@ -210,8 +232,8 @@ def training_rows(K: int, N: int, tokens: tuple[int, ...], device: torch.device,
     dense = plain_dequantize(W, dtype=BF16)
     for p in (0.0, 0.1):
         small = problem_of(CHECKED, K, N, p, dense, device)
-        if wrong := violations(step(small, W), plain(small), truth(small), BF16):
-            sys.stdout.write(f"FAILED, not timed: training {K}→{N} p={p}: {wrong}\n")
+        if reasons := wrong(lambda small=small: step(small, W), plain(small), truth(small)):
+            refuse(f"training {K}→{N} p={p}: {reasons}")
             continue
         for M in tokens:
             problem = problem_of(M, K, N, p, dense, device)
@@ -249,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     shapes, few, some, many = QUICK[device.type] if tiny else (LLAMA, FEW, SOME, MANY)
     sys.stdout.write(f"{nf4_paths.table()}\n\n{'section':10} {'variant':22} {'M':>6} {'K→N':>13}" + " " * 10)
     sys.stdout.write("median       p20       p80    rate            over\n")
-    rows = []
+    rows, header = [], environment()
     for K, N in shapes:
         for section in (
             dequantise_rows(K, N, modules, device, options.repeats),
@@ -260,9 +282,10 @@ def main(arguments: list[str] | None = None) -> int:
                 rows.append(row)
                 sys.stdout.write(f"{row}\n")
                 sys.stdout.flush()
-    if options.json:
-        options.json.write_text(json.dumps({"environment": environment(), "rows": [asdict(row) for row in rows]}, indent=1))
-    return 0 if rows else 1
+                if options.json:
+                    found = {"environment": header, "failed": failed, "rows": [asdict(row) for row in rows]}
+                    write_whole(options.json, json.dumps(found, indent=1), "--json")
+    return 0 if rows and not failed else 1
 
 
 if __name__ == "__main__":

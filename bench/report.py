@@ -88,6 +88,21 @@ def kernels_table(run: dict[str, Any]) -> str:
     return table(["kernel", "µs", "p20", "p80", "TFLOP/s", "GB/s", "× copy or bare"], rows)
 
 
+def nf4_table(run: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['section']} {row['variant']} {row['K']}→{row['N']} M={row['M']} p={row['p']:g}",
+            *(f"{1e6 * row['timing'][key]:,.1f}" for key in ("median", "p20", "p80")),
+            f"{row['bytes'] / row['timing']['median'] * 1e-9:.0f}" if row["bytes"] else "",
+            f"{row['over']:.3f}",
+            "" if row["peak_bytes"] is None else format_bytes(row["peak_bytes"]),
+        ]
+        for row in run["rows"]
+    ]
+    about = "over: dequantise, × the copy's bandwidth; product, byte floor / time; training, time / bare products.\n\n"
+    return about + table(["NF4", "µs", "p20", "p80", "GB/s", "over", "peak"], rows)
+
+
 def parts_table(run: dict[str, Any]) -> str:
     rows = []
     for row in run["rows"]:
@@ -132,6 +147,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "model": model_table,
     "memory": memory_table,
     "kernels": kernels_table,
+    "nf4": nf4_table,
     "parts": parts_table,
     "beta": beta_table,
     "curves": curves_table,
@@ -152,6 +168,8 @@ def page(folder: Path) -> str:
         cpu = header.get("cpu", {})
         where = gpus or f"{cpu.get('name')}, {cpu.get('threads')} threads, {cpu.get('vector_level')}"
         lines.append(f"\n## [{name}]({name})\n\n{where}; commit {header.get('commit')}; {versions}\n")
+        states = [f"{stage['stage']} {stage['state']}" for stage in data.get("stages", []) if "state" in stage]
+        lines.append(f"\nStages: {', '.join(states)}.\n" if states else "")
         for stage, run in runs(data):
             if kind(run) not in TABLES:
                 lines.append(f"\n### {stage}\n\nRaw rows only: see the file.\n")

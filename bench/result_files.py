@@ -46,6 +46,7 @@ def kind(run: dict[str, Any]) -> str:
         "checkpointing": "memory",
         "median_s": "model",
         "beta0": "beta",
+        "section": "nf4",
         "over": "kernels",
         "distance_of_seeds": "curves",
         "variants": "parts",

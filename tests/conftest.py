@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import optional_packages
 import pytest
 import torch
 import triton_interpreter
@@ -15,6 +16,27 @@ from lora_kernels.plan import load
 torch.set_num_threads(min(2, torch.get_num_threads()))  # more only fight over a busy machine
 if triton_interpreter.DEVICE.type == "cpu":  # Triton's kernels then run in its interpreter, if they are asked for
     triton_interpreter.install()
+LEFT_OUT = optional_packages.left_out()
+collect_ignore = [file for files in LEFT_OUT.values() for file in files]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"left out, {package} is not installed: {', '.join(files)}" for package, files in LEFT_OUT.items()]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """A test that comes to import a package which is not installed is skipped."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in optional_packages.missing():
+            pytest.skip(f"{package} is not installed")
+        raise
+
+
+pytest_runtest_setup = pytest_runtest_call  # its fixtures too
 
 
 @pytest.fixture(scope="session")

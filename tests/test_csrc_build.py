@@ -60,9 +60,11 @@ def test_forced_without_nvcc_it_is_an_error(tmp_path: Path) -> None:
 
 def test_skipped_on_request_and_unknown_families_refused() -> None:
     assert "is skipped: LORA_KERNELS_BUILD_CUDA=0" in setup_py("--version", LORA_KERNELS_BUILD_CUDA="0").stdout
-    result = setup_py("--version", LORA_KERNELS_BUILD_CUDA="75;90a")
-    assert result.returncode == 1
-    assert "got '75', expected 0, 1, or some of 80;86;89;90a;100;120" in result.stderr
+    for wish, unknown in (("75;90a", "75"), ("sm_90", "sm_90"), ("90a,100", "90a,100"), ("90b", "90b"), ("80;", "")):
+        result = setup_py("--version", LORA_KERNELS_BUILD_CUDA=wish)
+        assert result.returncode == 1
+        expected = "expected 0, 1, or GPU families from 80 on, as in 80;86;89;90a;100;120"
+        assert f"LORA_KERNELS_BUILD_CUDA: got {unknown!r}, {expected}" in result.stderr
 
 
 def fake_nvcc(folder: Path, release: str) -> str:
@@ -80,6 +82,9 @@ def test_where_nvcc_is_it_is_built(tmp_path: Path) -> None:
     assert "the CUDA extension is built for sm_80, sm_86, sm_89, sm_90a, sm_100, sm_120: nvcc 13.0 is at" in result.stdout
     result = setup_py("--version", CUDA_HOME=fake_nvcc(tmp_path, "13.0"), LORA_KERNELS_BUILD_CUDA="80;90a")
     assert "is built for sm_80, sm_90a: nvcc 13.0" in result.stdout
+    for family in ("87", "103a", "120f"):  # of GPUs that a wheel reaches by those of others
+        result = setup_py("--version", CUDA_HOME=fake_nvcc(tmp_path, "13.0"), LORA_KERNELS_BUILD_CUDA=family)
+        assert f"is built for sm_{family}: nvcc 13.0" in result.stdout, result.stderr
     result = setup_py("--version", CUDA_HOME=fake_nvcc(tmp_path, "12.4"))
     assert "is skipped:" in result.stdout
     assert "is CUDA 12.4, and it needs 12.8 or newer" in result.stdout
@@ -159,8 +164,9 @@ def resources(library: Path) -> list[tuple[str, str, dict[str, int]]]:
 
 def test_every_kernel_for_every_family_without_spills() -> None:
     rows = resources(built())
-    assert {family for family, _, _ in rows} == FAMILIES
-    for family in FAMILIES:
+    families = {family for family, _, _ in rows}
+    assert families == FAMILIES or len(families) == 1, families  # one: built for the GPU at hand
+    for family in families:
         count = {kernel: sum(row[:2] == (family, kernel) for row in rows) for kernel in KERNELS}
         assert count == {
             "dequantize_words_kernel": 6, "dequantize_any_kernel": 3, "quantize_kernel": 3, "quantize_absmax_kernel": 1,
@@ -182,6 +188,8 @@ def test_decoding_costs_what_the_plan_counts(tmp_path: Path) -> None:
     ]
     parts = [part for listing in listings for part in re.split(r"\n(?=\.text\.)", listing)[1:]]
     functions = [part for part in parts if "skinny_kernel" in part[:300]]
+    if not functions:
+        pytest.skip("built for another GPU family alone")
     assert len(functions) == 8
     weights = 4 * 32  # of a lane in one round of the loop: DEPTH chunks, two rows of 16 codes
     for function in functions:

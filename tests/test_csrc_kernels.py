@@ -9,8 +9,7 @@ import pytest
 import torch
 from accuracy import violations
 from csrc_emulator import dequantised, quantised
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from properties import HealthCheck, given, settings, st
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import Case, check, check_contract, contract, ours
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kinds import DTYPES, KINDS, every_dense_kind, every_dtype, every_kind, every_needs
+from properties import given, settings, st
 
 from lora_kernels import lora_linear, use_backend
 from lora_kernels.nf4.weight import BLOCKSIZES

@@ -4,7 +4,6 @@ import pytest
 import torch
 from accuracy import Case, ours
 from kinds import every_dtype, every_kind
-from peft import LoraConfig, get_peft_model
 from torch.autograd import forward_ad
 
 from lora_kernels import LoRAConfig, LoRALinear, accelerate, add_lora, lora_linear, quantize_nf4
@@ -69,7 +68,8 @@ def test_compiled_layers_inside_autocast(kind, base):
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)).to(base)
     options = {"r": 4, "target_modules": ["0", "2"], "init_lora_weights": False}
     if kind == "accelerate":
-        model = get_peft_model(model, LoraConfig(**options))
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(**options))
         assert accelerate(model).accelerated
     else:
         add_lora(model, LoRAConfig(**options), quantize="nf4" if kind == "nf4" else None)

@@ -5,9 +5,8 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from nf4_bitsandbytes import F, oracle, same_bytes, same_state
+from properties import given, settings, st
 
 from lora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
 from lora_kernels.backends.torch.nf4 import CHUNK, block_absmax, column_tiles, tiles

@@ -114,7 +114,7 @@ def test_memory_of_a_model_over_the_sequence_length(bench):
 
     model_memory = bench("model_memory")
     model = model_memory.small_llama(torch.float32, torch.device("cpu"))
-    found = model_memory.rows(model, [64], LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.1), torch.device("cpu"))
+    found = list(model_memory.rows(model, [64], LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.1), torch.device("cpu")))
     held = {(row["variant"], row["checkpointing"]): row["held_bytes"] for row in found}
     assert held["lora_kernels", False] < 0.7 * held["PEFT eager", False]  # PEFT keeps a dropped x for each layer
     assert held["lora_kernels", True] < 0.5 * held["lora_kernels", False]
@@ -140,6 +140,19 @@ def test_tables_of_loss_curves_and_of_parts(bench):
     assert "| forward 8→4 M=1 float32 | bitsandbytes | 2.00 | 1.00–3.00 | 2.00 |" in report.parts_table(run)
 
 
+def test_the_page_of_a_gpu_s_run_has_its_stages_and_4_bit_rows(bench, tmp_path):
+    timing = {"median": 2e-6, "p20": 1e-6, "p80": 3e-6}
+    row = {"section": "product", "variant": "skinny", "M": 1, "K": 8, "N": 4, "p": 0.0, "timing": timing, "bytes": 4000}
+    stages = [{"stage": "nf4", "state": "passed"}, {"stage": "bench", "state": "cut off"}]
+    data = {"stages": stages, "nf4": {"rows": [{**row, "over": 0.8, "peak_bytes": 2048}]}, "tests": {"counts": {"passed": 3}}}
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    page = bench("report").page(tmp_path)
+    assert "Stages: nf4 passed, bench cut off." in page
+    assert "| product skinny 8→4 M=1 p=0 | 2.0 | 1.0 | 3.0 | 2 | 0.800 | 2.0 KiB |" in page
+
+
 def test_collect_names_a_cpu_by_its_cores(bench):
-    path = bench("collect").target({"gpus": [], "cpu": {"name": "AMD EPYC", "threads": 2}, "commit": "abc"}, "2026-01-01")
+    environment = {"gpus": [], "cpu": {"name": "AMD EPYC", "threads": 2}, "commit": "abc"}
+    run = {"machine": "cpu", "date": "2026-01-01", "environment": environment}
+    path = bench("collect").target(run)
     assert path == ROOT / "bench/results/amd-epyc-2-cores/2026-01-01-abc.json"

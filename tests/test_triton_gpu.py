@@ -1,6 +1,6 @@
 """What only a GPU can show of the Triton backend: streams, graphs, other devices, no synchronisation, no recompilation."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -40,6 +40,19 @@ def layer(problem: Problem, p: float | None = None) -> tuple[torch.Tensor, ...]:
     return (y.detach(), *torch.autograd.grad(y, list(problem.leaves.values()), problem.dy))
 
 
+def capture(call: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]:
+    """A CUDA graph of call(), and its results. It runs once before: loading a kernel is refused while capturing."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
 def test_a_side_stream_computes_the_same() -> None:
     problem = replace(CASE, adapter_dtype=FP32).draw()
     want = contract(problem)
@@ -73,15 +86,7 @@ def test_nothing_synchronises_with_the_host() -> None:
 
 def test_a_captured_graph_draws_a_new_mask_at_each_replay() -> None:
     problem = replace(CASE, M=256, K=512, N=256, adapter_dtype=FP32).draw()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        layer(problem)
-        layer(problem, p=0.0)  # loading a kernel is refused while capturing
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = layer(problem)
+    graph, captured = capture(lambda: layer(problem))
     graph.replay()
     first = [tensor.clone() for tensor in captured]
     graph.replay()
@@ -89,9 +94,7 @@ def test_a_captured_graph_draws_a_new_mask_at_each_replay() -> None:
     random = ("y", "dx", "dA", "dB")  # not dc
     pairs = zip(("y", *(f"d{name}" for name in problem.leaves)), first, captured, strict=True)
     assert not any(torch.equal(old, new) for name, old, new in pairs if name in random)
-    without = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(without):
-        captured = layer(problem, p=0.0)
+    without, captured = capture(lambda: layer(problem, p=0.0))
     without.replay()
     assert all(torch.equal(got, want) for got, want in zip(captured, layer(problem, p=0.0), strict=True))
 

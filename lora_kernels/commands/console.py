@@ -1,4 +1,7 @@
-"""What the commands share: one-line errors, readable numbers, progress, and where tables and JSON go."""
+"""What the commands share: one-line errors, readable numbers, progress, and where tables and JSON go.
+
+rich is imported where something is printed with it: benchmarks run where it is not installed.
+"""
 
 import contextlib
 import importlib
@@ -9,14 +12,10 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.live import Live
-from rich.markup import escape
-from rich.text import Text
-
-from .tables import make_table
+if TYPE_CHECKING:
+    from rich.console import Console
 
 STDOUT = "-"
 PLAIN_WIDTH = 160  # columns of what is piped without COLUMNS: a terminal's 80 would leave numbers out
@@ -106,6 +105,9 @@ class Output:
         It does not move: the thread of a spinner would take the interpreter from what is timed.
         """
         if self.progress.is_terminal:
+            from rich.live import Live
+            from rich.text import Text
+
             with Live(Text(f"{what} …"), console=self.progress, auto_refresh=False, transient=True):
                 yield
         else:
@@ -121,6 +123,10 @@ class Output:
         less_important: Sequence[str] = (),
     ) -> None:
         """Print a table as wide as the terminal allows; the columns of `less_important` are left out first, in that order."""
+        from rich.markup import escape
+
+        from .tables import make_table
+
         result, left_out = make_table(columns, rows, self.console.width, less_important)
         # Printed apart: rich would wrap them to the width of the table, which may be narrow.
         self.print(f"[bold]{escape(title)}[/]")
@@ -147,8 +153,10 @@ class Output:
             write_whole(Path(self.json_target), text, "--json")
 
 
-def _console(stderr: bool) -> Console:
+def _console(stderr: bool) -> "Console":
     """On no terminal as wide as COLUMNS says."""
+    from rich.console import Console
+
     console = Console(stderr=stderr, highlight=False)
     if console.width < 1 or (not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit()):
         console.width = PLAIN_WIDTH

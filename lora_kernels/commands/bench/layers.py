@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from ...cases.linear import truth
 from ...cases.linear import wrong as wrong_results
+from ...cases.rule import Results
 from ..console import Output, first_line
 from ..measure import kernel_launches, peak_bytes, saved_bytes
 from ..timing import cuda_graph, interleaved
@@ -89,7 +91,7 @@ def measure_case(
         variants += new
         if reason:
             refusals.append({"peer": name, "case": str(case), "reason": reason})
-    wrong = [reason for variant in variants if variant.ours for reason in _gate(variant)]
+    wrong = _gate(variants)
     return ([], wrong, refusals) if wrong else (_measure(problem, variants, device, repeats), [], refusals)
 
 
@@ -100,12 +102,20 @@ def _names(compare: tuple[str, ...], quantize: str | None) -> list[str]:
     return ["bare", "ours", *compare, *(["ours-nf4"] if "bnb" in compare else [])]
 
 
-def _gate(variant: Variant) -> list[str]:
-    """The gate's reasons for each different layer of a variant of this package."""
-    assert variant.ours is not None
-    different = {(layer.in_features, layer.out_features): layer for layer in variant.ours.layers.values()}
-    problems = [layer.quantized() if variant.nf4 else layer for layer in different.values()]
-    return [f"{variant.name}: {reason}" for problem in problems for reason in wrong_results(problem)]
+def _gate(variants: list[Variant]) -> list[str]:
+    """The gate's reasons for each different layer of this package's variants.
+
+    Those over the same weights differ in dtypes, not in values: they share the truth, which takes longer than the layer.
+    """
+    exact: dict[tuple[int, int, bool], Results] = {}
+    reasons = []
+    for variant in variants:
+        layers = variant.ours.layers.values() if variant.ours else ()
+        for shape, layer in {(layer.in_features, layer.out_features): layer for layer in layers}.items():
+            problem, key = layer.quantized() if variant.nf4 else layer, (*shape, variant.nf4)
+            exact[key] = exact[key] if key in exact else truth(problem)
+            reasons += [f"{variant.name}: {reason}" for reason in wrong_results(problem, exact[key])]
+    return reasons
 
 
 def _measure(problem: BlockProblem, variants: list[Variant], device: torch.device, repeats: int) -> list[dict[str, Any]]:
