@@ -18,15 +18,15 @@ SOURCES = Path(__file__).parents[1] / "csrc/cpu"
 def compiled(folder: Path, file: str = "", old: str = "", new: str = "") -> ModuleType:
     """The extension, with `old` in `file` replaced once. OpenMP is not linked: torch has brought it."""
     right, objects = right_objects(), []
-    for source in sorted(SOURCES.iterdir()):
+    for source in SOURCES.iterdir():
         text = source.read_text()
         if source.name == file:
             assert text.count(old) == 1, f"{file} holds {text.count(old)} of {old!r}"
             text = text.replace(old, new)
         (folder / source.name).write_text(text)
-        if source.suffix == ".cpp":
-            same = file not in (source.name, "") and f'#include "{file}"' not in text
-            objects.append(right / f"{source.stem}.o" if same or not file else compile_object(folder / source.name))
+    for source in sorted(folder.glob("*.cpp")):
+        changed = file and (source.name == file or f'#include "{file}"' in source.read_text())
+        objects.append(compile_object(source) if changed else right / f"{source.stem}.o")
     subprocess.run(["g++", "-shared", *objects, "-o", "_cpu.so"], cwd=folder, check=True)
     spec = importlib.util.spec_from_file_location(f"{folder.name}._cpu", folder / "_cpu.so")
     module = importlib.util.module_from_spec(spec)
