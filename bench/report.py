@@ -38,6 +38,7 @@ def layer_table(run: dict[str, Any]) -> str:
         "× bare",
         *(HEADINGS[n].replace("x ", "× ") for n in names),
     ]
+    with_host = any("host_us" in row for row in run["rows"])  # not in runs before it was measured
     rows = []
     for name, case in cases(run["rows"]):
         for row in case:
@@ -45,8 +46,9 @@ def layer_table(run: dict[str, Any]) -> str:
             gbs = f"{row['gbs']:.3g}" if "gbs" in row else ""
             launches = "" if row.get("launches") is None else str(row["launches"])
             sizes = [format_bytes(row["saved_bytes"]), format_bytes(row["peak_bytes"]), launches]
-            rows.append([name, row["variant"], *times, gbs, *ratios(row, case, names), *sizes])
-    return table([*columns, "saved", "peak", "launches"], rows)
+            host = [f"{row['host_us']:,.0f}" if row.get("host_us") else ""] if with_host else []
+            rows.append([name, row["variant"], *times, gbs, *ratios(row, case, names), *sizes, *host])
+    return table([*columns, "saved", "peak", "launches", *(["host µs"] if with_host else [])], rows)
 
 
 def model_table(run: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import functools
 import pytest
 import torch
 
+from lora_kernels import accelerate
 from lora_kernels.commands.bench import peers
 from lora_kernels.commands.bench.blocks import BlockProblem
 from lora_kernels.commands.bench.suites import FORWARD, Shape, Workload
@@ -50,6 +51,20 @@ def test_forward_of_few_tokens(benchmark, name, M):
     benchmark.group = f"forward M={M}"
     problem = BlockProblem.draw(Workload(M, SHAPES["linear"], 8, 0.0, torch.float32, FORWARD), DEVICE, seed=0)
     (variant,) = peers.variants(name, problem)
+    benchmark(synchronized(problem.step(variant.module)))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["bare", "ours", "accelerated", "peft"])
+def test_host_time(benchmark, name, p):
+    """What a call costs the host, forward and backward: the products of 8 tokens of 32 features take no time."""
+    if name in ("accelerated", "peft"):
+        pytest.importorskip("peft")
+    benchmark.group = f"host time p={p}"
+    problem = BlockProblem.draw(Workload(8, Shape(32, 32), 4, p, torch.float32), DEVICE, seed=0)
+    (variant, *_) = peers.variants("peft" if name == "accelerated" else name, problem)
+    if name == "accelerated":
+        assert accelerate(variant.module).accelerated
     benchmark(synchronized(problem.step(variant.module)))
 
 

@@ -76,6 +76,9 @@ class use_backend(metaclass=_Current):
         setting = self.previous
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 class Layout(NamedTuple):
     """What a plan may depend on of a tensor; quant_type is that of a 4-bit weight, whose stride is empty."""
 
@@ -83,6 +86,7 @@ class Layout(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
     aligned: bool  # to 16 bytes
+    plain: bool  # a Tensor or Parameter itself, at whose address its elements are; of a 4-bit weight, all of its tensors
     quant_type: str | None = None
 
 
@@ -120,9 +124,10 @@ class Plan(NamedTuple):
 def layout(value: Any) -> Any:
     """The Layout of a tensor or a 4-bit weight; any other value is itself."""
     if isinstance(value, Tensor):
-        return Layout(value.shape, value.stride(), value.dtype, value.data_ptr() % 16 == 0)
+        return Layout(value.shape, value.stride(), value.dtype, value.data_ptr() % 16 == 0, type(value) in PLAIN)
     if hasattr(value, "quant_type"):
-        return Layout(value.shape, (), value.dtype, value.codes.data_ptr() % 16 == 0, value.quant_type)
+        plain = all(type(t) in PLAIN for t in value.tensors().values())
+        return Layout(value.shape, (), value.dtype, value.codes.data_ptr() % 16 == 0, plain, value.quant_type)
     return value
 
 

@@ -54,6 +54,27 @@ def interleaved(
     return {name: summarize(values) for name, values in samples.items()}
 
 
+def least(
+    fns: dict[str, Callable[[], Any]], device: torch.device | str = "cpu", windows: int = 200, calls: int = 4
+) -> dict[str, float]:
+    """Seconds of a call of each variant on the host: the least mean of many short windows of `calls` calls, in turn.
+
+    The least, because a busy machine leaves some windows alone. CUDA: each window begins with an idle device, and ends when its
+    last call has returned, whatever is left to do there.
+    """
+    device = torch.device(device)
+    found = dict.fromkeys(fns, float("inf"))
+    for _ in range(windows):
+        for name, fn in fns.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                fn()
+            found[name] = min(found[name], (time.perf_counter() - start) / calls)
+    return found
+
+
 def summarize(seconds: list[float]) -> Timing:
     """Median and 20th/80th percentile, interpolated, of the samples."""
     if len(seconds) == 1:

@@ -181,7 +181,7 @@ class LoRALinear(AdaptedWeight):
 
     def _forward(self, x: Tensor) -> Tensor:
         name = self.active_adapter
-        if name is None or self.merged:
+        if name is None or self._unmerged:
             return self._base_forward(x)
         adapter, named, c = self.adapters[name], self._modules, self.bias  # nn.Module's own look-up takes a µs for each
         b = named["lora_bias"].get(name)  # type: ignore[union-attr, operator]

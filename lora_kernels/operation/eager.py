@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from ..dtypes import without_autocast
 from ..values import Dropout, flatten
 from . import library
-from .definition import Members, Operation, compute_dtype, no_second_derivative, rows_of, seeded
+from .definition import Members, Operation, compute_dtype, in_dtype, no_second_derivative, rows_of, seeded
 from .gradients import in_order, leaves, like_leaves, used
 from .prepared import Prepared, prepare
 
@@ -32,7 +32,7 @@ def call(
     prepared = prepare(operation, x, members, dropout, options)
     dropout = seeded(dropout, x.device)
     if prepared.order:
-        return OperationFunction.apply(prepared, (x, members, dropout, options), *leaves(x, members, prepared.order))
+        return _apply(prepared, (x, members, dropout, options), *leaves(x, members, prepared.order))
     return _forward(prepared, x, members, dropout, options)[0]
 
 
@@ -40,7 +40,8 @@ def _forward(
     prepared: Prepared, x: Tensor, members: Members, dropout: Dropout | None, options: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """(the results, what they save for the backward pass)."""
-    x, members = rows_of(x, prepared.dtype), prepared.read(members)
+    dtype = prepared.dtype
+    x, members = rows_of(x, dtype), members if prepared.as_is else in_dtype(members, dtype)
     if not torch._C._is_any_autocast_enabled():
         return prepared.plan.forward(x, members, dropout, *options)
     with without_autocast(x.device):
@@ -74,6 +75,10 @@ class OperationFunction(torch.autograd.Function):
         return None, None, *_backward(prepared, ctx.numbers, ctx.options, ctx.shape, *grads, *ctx.saved_tensors)
 
 
+# Function.apply without its look for a setup_context and for torch.func's wrappers, which are refused above: 3 µs of Python
+_apply = super(torch.autograd.Function, OperationFunction).apply
+
+
 def _backward(
     prepared: Prepared, numbers: list[float], options: tuple[Any, ...], shape: torch.Size, *tensors: Tensor | None
 ) -> tuple[Tensor | None, ...]:
@@ -81,8 +86,8 @@ def _backward(
     count = len(prepared.needs.members)
     dys, form = tensors[:count], prepared.form
     x, members, saved, dropout = form.build(tensors[count:], numbers)  # type: ignore[union-attr]
-    x, members = None if x is None else rows_of(x, prepared.dtype), prepared.read(members)
-    needs = used(prepared.needs, dys)
+    dtype, needs = prepared.dtype, prepared.needs if count == 1 else used(prepared.needs, dys)
+    x, members = None if x is None else rows_of(x, dtype), members if prepared.as_is else in_dtype(members, dtype)
     if not torch._C._is_any_autocast_enabled():
         found = prepared.plan.backward(dys, x, members, saved, dropout, needs, *options)
     else:

@@ -42,10 +42,6 @@ class Prepared:
         self.plan = choose(describe(operation.name, registry.setting, self.dtype, rows, read, dropout, options))
         self.form: Form | None = None  # of what is saved for the backward pass, known from the first call on
 
-    def read(self, members: Members) -> Members:
-        """The members as the plan reads them."""
-        return members if self.as_is else in_dtype(members, self.dtype)
-
     def saved(self, x: Tensor, members: Members, saved: tuple, dropout: Dropout | None) -> tuple[list[Tensor], list[float]]:
         """The tensors and numbers that the wanted gradients read, of which `form` makes the four again."""
         if self.form is None:
@@ -76,22 +72,25 @@ def _kind(operation: Operation, x: Tensor, members: Members, dropout: Dropout | 
     else:
         rows = x.shape, x.stride()
     own = K, rows, x.dtype, x.device, x.requires_grad, not x.data_ptr() & 15, x.__class__
-    fields = [
-        value if value is None else _layout(value) if isinstance(value, Tensor) else _field(value, default)
-        for member in members
-        for value, default in zip(member, DEFAULTS)  # noqa: B905  # strict takes as long as a field
-    ]
+    fields: list[Any] = []
+    for member in members:
+        for value, default in zip(member, DEFAULTS):  # noqa: B905  # strict takes as long as a field
+            if isinstance(value, Tensor):  # and no function for it: this runs for each tensor of each call
+                place, aligned = value.device, not value.data_ptr() & 15
+                fields.append((value.shape, value.stride(), value.dtype, place, value.requires_grad, aligned, value.__class__))
+            else:
+                fields.append(value if value is None else _field(value, default))
     drop = None if dropout is None else (dropout.p, dropout.offset)
     narrow = autocast_dtype(x.device) if torch._C._is_any_autocast_enabled() else None
     return operation.name, registry.setting, registry.state, torch.is_grad_enabled(), narrow, own, tuple(fields), drop, options
 
 
-def _layout(t: Tensor) -> tuple:
-    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad, not t.data_ptr() & 15, t.__class__
-
-
 def _field(value: Any, default: Any) -> Any:
-    """What a plan may depend on of a member's field that is no tensor: of a number only whether it is the default."""
+    """What a plan may depend on of a field that is no tensor: of a number only whether it is the default."""
     if isinstance(value, NF4Weight):
         return tuple([_layout(field) if isinstance(field, Tensor) else field for field in value.fields()])
     return (float, value == default) if value.__class__ is float else value
+
+
+def _layout(t: Tensor) -> tuple:
+    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad, not t.data_ptr() & 15, t.__class__

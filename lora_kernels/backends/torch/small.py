@@ -3,7 +3,7 @@
 PyTorch takes 30 to 100 µs for the way to the products of x[8, 32], the products themselves take 5.
 """
 
-from typing import Any
+import functools
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ PRODUCT = 1 << 17  # M·K·N up to which the calls are faster than PyTorch's ope
 
 
 def fits(call: Call) -> bool:
-    """Whether a call that is whole is small too, and all its matrices have adjacent rows."""
-    if len(call.members) != 1 or call.device.type != "cpu" or not _adjacent(call.x):
+    """Whether a call that is whole is small too, and csrc/cpu can address all its matrices, with adjacent rows."""
+    if len(call.members) != 1 or call.device.type != "cpu" or cpu_extension.extension is None:
         return False
-    layouts = call.members[0][:4]
-    size = whole.rows_of_kind(call) * layouts[0].shape.numel()
-    return size <= PRODUCT and all(layout is None or _adjacent(layout) for layout in layouts)
+    layouts = [layout for layout in (call.x, *call.members[0][:4]) if layout is not None]
+    size = whole.rows_of_kind(call) * call.members[0].weight.shape.numel()
+    return size <= PRODUCT and all(layout.plain and _adjacent(layout) for layout in layouts)
 
 
 def _adjacent(layout: Layout) -> bool:
@@ -39,13 +39,11 @@ def forward(
     W, A, B, c, s = members[0]
     if isinstance(W, NF4Weight):
         W = one_tile(W, x.dtype)
-    if not cpu_extension.takes(x, W, A, B, c):
-        return whole.forward(x, members, dropout)
-    (M, K), (N, R) = x.shape, B.shape
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    h = torch.empty((M, R), dtype=x.dtype, device=x.device)
-    layer = _layer(x, W, A, B, M, K, N, R, s, dropout)
-    cpu_extension.extension.small_forward(layer, _address(c), y.data_ptr(), h.data_ptr(), x.dtype.itemsize)
+    M, (N, R), dtype, device = x.shape[0], B.shape, x.dtype, x.device
+    y, h = torch.empty((M, N), dtype=dtype, device=device), torch.empty((M, R), dtype=dtype, device=device)
+    csrc, mask = cpu_extension.extension, NO_MASK if dropout is None else mask_of(dropout)
+    layer = csrc.SmallLayer(x.data_ptr(), W.data_ptr(), A.data_ptr(), B.data_ptr(), M, A.shape[1], N, R, s, *mask)
+    csrc.small_forward(layer, 0 if c is None else c.data_ptr(), y.data_ptr(), h.data_ptr(), dtype.itemsize)
     return (y,), (h,)
 
 
@@ -59,40 +57,39 @@ def backward(
 ) -> Grads:
     """Equations 3 to 6, as linear.backward in this folder; dW, and of a dy whose rows lie apart, as in whole.py."""
     (W, A, B, _, s), dy, h, wanted = members[0], dys[0], hs[0], needs.members[0]
+    if "weight" in wanted or type(dy) is not Tensor or not dy.is_contiguous():
+        return whole.backward(dys, x, members, hs, dropout, needs)
     if isinstance(W, NF4Weight):
         W = one_tile(W, dy.dtype)
-    if "weight" in wanted or not dy.is_contiguous() or not cpu_extension.takes(dy, x, W, A, B, h):
-        return whole.backward(dys, x, members, hs, dropout, needs)
-    M, N = dy.shape
+    (M, N), dtype, device = dy.shape, dy.dtype, dy.device
     R = 0 if B is None and h is None else (h if B is None else B).shape[1]
     K = W.shape[1] if needs.x else x.shape[1] if "lora_A" in wanted else 0
-    sizes = {"lora_A": (R, K), "lora_B": (N, R), "bias": (N,)}
-    dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device) if needs.x else None
-    found = {name: torch.empty(sizes[name], dtype=dy.dtype, device=dy.device) for name in wanted}
-    gradients = [_address(t) for t in (dx, found.get("lora_A"), found.get("lora_B"), found.get("bias"))]
-    layer = _layer(x, W, A, B, M, K, N, R, s, dropout)
-    cpu_extension.extension.small_backward(layer, dy.data_ptr(), _address(h), *gradients, dy.dtype.itemsize)
+    dx = dA = dB = dc = None
+    if needs.x:
+        dx = torch.empty((M, K), dtype=dtype, device=device)
+    found = {}
+    if "lora_A" in wanted:
+        dA = found["lora_A"] = torch.empty((R, K), dtype=dtype, device=device)
+    if "lora_B" in wanted:
+        dB = found["lora_B"] = torch.empty((N, R), dtype=dtype, device=device)
+    if "bias" in wanted:
+        dc = found["bias"] = torch.empty((N,), dtype=dtype, device=device)
+    read, written = [0 if t is None else t.data_ptr() for t in (x, W, A, B, h)], (dx, dA, dB, dc)
+    csrc, mask = cpu_extension.extension, NO_MASK if dropout is None else mask_of(dropout)
+    layer = csrc.SmallLayer(*read[:4], M, K, N, R, s, *mask)
+    csrc.small_backward(layer, dy.data_ptr(), read[4], *[0 if t is None else t.data_ptr() for t in written], dtype.itemsize)
     return Grads(dx, (found,))
 
 
-def _layer(
-    x: Tensor | None,
-    W: Tensor | None,
-    A: Tensor | None,
-    B: Tensor | None,
-    M: int,
-    K: int,
-    N: int,
-    R: int,
-    s: float,
-    dropout: Dropout | None,
-) -> Any:
-    """What both directions of csrc/cpu take; a matrix that a gradient does not read may be None."""
-    mask: tuple[Any, ...] = (1.0, 0, 0, 0)
-    if dropout is not None:
-        mask = keep_scale(dropout.p), threshold(dropout.p), dropout.seed.item(), dropout.offset
-    return cpu_extension.extension.SmallLayer(_address(x), _address(W), _address(A), _address(B), M, K, N, R, s, *mask)
+NO_MASK = (1.0, 0, 0, 0)  # the scale of what is kept, the threshold, the seed and the offset
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+def mask_of(dropout: Dropout) -> tuple[float, int, int, int]:
+    """What csrc/cpu makes a mask of."""
+    scale, edge = _of_p(dropout.p)
+    return scale, edge, dropout.seed.item(), dropout.offset  # type: ignore[return-value]
+
+
+@functools.lru_cache
+def _of_p(p: float) -> tuple[float, int]:
+    return keep_scale(p), threshold(p)

@@ -18,6 +18,7 @@ from ..timing import cuda_graph, interleaved
 from . import peers
 from .blocks import BlockProblem
 from .header import Refusals, new_header, print_refusals
+from .host import host_times
 from .peers import Variant
 from .rows import new_row, print_case
 from .suites import FORWARD, Suite, Workload
@@ -26,7 +27,8 @@ GRAPH_TOKENS = 512  # up to so many tokens launches cost more than kernels: on a
 CAPTION = (
     "GB/s: of reading and writing the frozen layers' x, W, y, dy and dx once. x bare: time over the bare frozen linear's. "
     "x PEFT and so on: how many times faster than that row. saved: kept by autograd for the backward pass beyond the inputs, "
-    "parameters and buffers. peak: allocated at once in the call. launches: kernels, on a GPU; g: timed as a CUDA graph."
+    "parameters and buffers. peak: allocated at once in the call. host: of the same call on 8 tokens of 64 features, where that "
+    "is nothing but what a call costs the host. launches: kernels, on a GPU; g: timed as a CUDA graph."
 )
 
 
@@ -92,7 +94,11 @@ def measure_case(
         if reason:
             refusals.append({"peer": name, "case": str(case), "reason": reason})
     wrong = _gate(variants)
-    return ([], wrong, refusals) if wrong else (_measure(problem, variants, device, repeats), [], refusals)
+    if wrong:
+        return [], wrong, refusals
+    refused = [refusal["peer"] for refusal in refusals]
+    host = host_times(case, tuple(n for n in _names(compare, quantize) if n not in refused), device, lorafusion)
+    return _measure(problem, variants, host, device, repeats), [], refusals
 
 
 def _names(compare: tuple[str, ...], quantize: str | None) -> list[str]:
@@ -118,7 +124,9 @@ def _gate(variants: list[Variant]) -> list[str]:
     return reasons
 
 
-def _measure(problem: BlockProblem, variants: list[Variant], device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def _measure(
+    problem: BlockProblem, variants: list[Variant], host: dict[str, float], device: torch.device, repeats: int
+) -> list[dict[str, Any]]:
     case = problem.case
     steps = {variant.name: problem.step(variant.module) for variant in variants}
     timed, graphed = dict(steps), dict.fromkeys(steps, False)
@@ -134,6 +142,7 @@ def _measure(problem: BlockProblem, variants: list[Variant], device: torch.devic
         kept = [*problem.inputs, *variant.module.parameters(), *variant.module.buffers()]
         row = new_row(case, variant, timings)
         call = step if case.passes == FORWARD else functools.partial(variant.module, *problem.inputs)
+        row["host_us"] = 1e6 * host[variant.name] if variant.name in host else None
         row["saved_bytes"] = saved_bytes(call, exclude=kept)
         row["peak_bytes"] = peak_bytes(step, device)
         row["launches"] = kernel_launches(step, device)

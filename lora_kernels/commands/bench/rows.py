@@ -63,9 +63,10 @@ def print_case(case: Workload, rows: list[dict[str, Any]], output: Output) -> No
             *(f"{row['faster_than'][name]:.2f}" for name in others),
             format_bytes(row["saved_bytes"]),
             format_bytes(row["peak_bytes"]),
+            "" if row["host_us"] is None else f"{row['host_us']:,.0f}",
             *launches(row),
         )
         for row in rows
     ]
-    columns += ["saved", "peak", *(["launches"] if launches(rows[0]) else [])]
+    columns += ["saved", "peak", "host µs", *(["launches"] if launches(rows[0]) else [])]
     output.table(f"{case.passes}, {case}", columns, cells, less_important=LESS_IMPORTANT)
