@@ -14,7 +14,7 @@ from .tiles import dot, load_tile, scalar, store_tile
 
 @triton.jit(do_not_specialize=["M"])
 def grad_dy_kernel(
-    dy, h, B, parts_g, parts_dB, parts_dc, s, M, N, R, stride_dy, part_rows,
+    dy, h, B, parts_g, parts_dB, parts_dc, s, M, N, R: tl.constexpr, stride_dy, part_rows,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """g = s·dy·B, dB = s·dyᵀ·h, dc = Σ dy: what one program's strip of BN columns and range of rows adds to each.

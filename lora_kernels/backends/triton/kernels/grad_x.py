@@ -17,7 +17,7 @@ from .tiles import dot, load_tile, store_tile
 
 @triton.jit(do_not_specialize=["M", "edge"])
 def grad_x_kernel(
-    x, g, A, dx, parts_dA, seed, edge, keep_scale, M, K, R, stride_x, part_rows,
+    x, g, A, dx, parts_dA, seed, edge, keep_scale, M, K, R: tl.constexpr, stride_x, part_rows,
     DROP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """dx = undrop(g·A), dA = gᵀ·drop(x): a strip of BK columns and a range of rows, whose mask serves both.

@@ -31,7 +31,7 @@ def tile_of(i_tile, row_tiles, column_tiles, GROUP: tl.constexpr = 8):
 
 @triton.jit
 def low_rank_tile(
-    u, V, c, s, seed, edge, o_m, column, M, D, R,
+    u, V, c, s, seed, edge, o_m, column, M, D, R: tl.constexpr,
     FORWARD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def low_rank_tile(
 
 @triton.jit(do_not_specialize=["M", "edge"])
 def lowrank_product_kernel(
-    a, W, out, u, V, c, s, seed, edge, M, C, D, R, stride_a, stride_W,
+    a, W, out, u, V, c, s, seed, edge, M, C, D, R: tl.constexpr, stride_a, stride_W,
     FORWARD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def lowrank_product_kernel(
 
 @triton.jit(do_not_specialize=["M", "edge"])
 def lowrank_product_tma_kernel(
-    a, W, out, u, V, c, s, seed, edge, M, C, D, R,
+    a, W, out, u, V, c, s, seed, edge, M, C, D, R: tl.constexpr,
     FORWARD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip

@@ -16,7 +16,7 @@ from .tiles import load_tile, store_tile
 
 @triton.jit(do_not_specialize=["M"])
 def nf4_product_kernel(
-    x, codes, pairs, absmax, nested_absmax, nested_map, nested_offset, y, h, B, c, s, M, K, N, R, stride_x,
+    x, codes, pairs, absmax, nested_absmax, nested_map, nested_offset, y, h, B, c, s, M, K, N, R: tl.constexpr, stride_x,
     BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip

@@ -13,7 +13,7 @@ from .tiles import dot, load_tile, scalar, store_tile
 
 @triton.jit(do_not_specialize=["M"])
 def prefill_kernel(
-    h, B, c, y, s, M, N, R, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+    h, B, c, y, s, M, N, R: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
 ):  # fmt: skip
     """y = s·h·Bᵀ + c, to which the base product is then added in place: the low-rank term is rounded once."""
     o_m, o_n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)

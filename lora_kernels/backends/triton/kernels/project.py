@@ -16,7 +16,7 @@ from .tiles import dot, load_tile, store_tile
 
 @triton.jit(do_not_specialize=["M", "edge"])
 def project_kernel(
-    x, A, parts, seed, edge, keep_scale, M, K, R, stride_x, part_columns,
+    x, A, parts, seed, edge, keep_scale, M, K, R: tl.constexpr, stride_x, part_columns,
     DROP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """h = drop(x)·Aᵀ: parts[i_k, M, R] of one range of columns each; a program owns BM rows of one range."""
