@@ -36,6 +36,15 @@ def test_as_the_pytorch_backend(dtype: torch.dtype) -> None:
         assert (got.double() - want.double()).norm() <= 4 * torch.finfo(want.dtype).eps * want.double().norm(), name
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there the GPU says which tiles it takes")
+@pytest.mark.parametrize("R", [8, 48])
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
+def test_with_the_tiles_of_sm_90(adapter: torch.dtype, R: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "gpu", lambda device: tuning.Gpu((9, 0), 4))
+    with use_backend("triton"):
+        check_contract(Case(M=150, K=600, N=520, R=R, p=0.3, dtype=torch.bfloat16, adapter_dtype=adapter).draw())
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="about the interpreter")
 def test_auto_never_picks_the_interpreter() -> None:
     x = torch.zeros(2, 4)
@@ -72,7 +81,7 @@ def test_a_tile_that_does_not_compile_is_replaced_and_reported(
     nothing_rejected_yet: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next tile is taken; where none is left, the call goes to PyTorch, or raises if Triton was asked for."""
-    problem, (best, *rest) = CASE.draw(), tuning.tiles("project", "16", 8)
+    problem, (best, *rest) = CASE.draw(), tuning.tiles("project", "16", 8, tuning.gpu(DEVICE).capability)
     refused, launch = {best}, project.first_that_compiles
 
     def fails(kernel, kind, R, device, run):

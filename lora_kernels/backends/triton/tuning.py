@@ -46,14 +46,14 @@ _SAFE = {  # after the table's own tile: needs little of anything
 TILES: dict[tuple[str, str, int], Tile] = {
     ("project", "16", 32): Tile(64, 128, 8, 4),
     ("project", "16", 64): Tile(64, 64, 8, 4),
-    ("project", "mixed", 32): Tile(64, 64, 8, 3),
+    ("project", "mixed", 32): Tile(128, 64, 8, 3),
     ("project", "mixed", 64): Tile(32, 64, 8, 3),
     ("project", "32", 32): Tile(32, 64, 8, 3),
     ("project", "32", 64): Tile(32, 64, 8, 3),
     ("prefill", "16", 32): Tile(64, 128, 8),
     ("prefill", "16", 64): Tile(64, 128, 8),
-    ("prefill", "mixed", 32): Tile(64, 128, 8),
-    ("prefill", "mixed", 64): Tile(32, 128, 8),
+    ("prefill", "mixed", 32): Tile(64, 128, 4),
+    ("prefill", "mixed", 64): Tile(128, 64, 8),
     ("prefill", "32", 32): Tile(64, 128, 8),
     ("prefill", "32", 64): Tile(64, 64, 8),
     ("grad_dy", "16", 32): Tile(64, 256, 8, 3),
@@ -82,10 +82,29 @@ TILES: dict[tuple[str, str, int], Tile] = {
     ("nf4_product", "mixed", 64): Tile(64, 128, 8, 3, 64),
 }
 
+# wgmma takes its accumulators 16 rows a warp. Where a tile has fewer, the products of a chain get two layouts, and the sum of
+# those before the last goes through shared memory: 21 barriers in a prefill of 64 rows and 8 warps, 9 in one of 4 warps.
+# Two programs of 8 warps share a processor: for grad_x with dropout that takes a limit of 128 registers, from 161.
+SM_90: dict[tuple[str, str, int], Tile] = {
+    ("project", "16", 32): Tile(32, 256, 8, 3),
+    ("project", "16", 64): Tile(64, 128, 8, 3),
+    ("project", "mixed", 64): Tile(128, 32, 8, 3),
+    ("grad_dy", "16", 32): Tile(32, 512, 8, 2),
+    ("grad_dy", "16", 64): Tile(32, 256, 8, 3),
+    ("grad_dy", "mixed", 32): Tile(32, 256, 4, 3),
+    ("grad_dy", "mixed", 64): Tile(32, 128, 8, 2),
+    ("grad_x", "16", 32): Tile(64, 128, 8, 2, maxnreg=128),
+    ("grad_x", "16", 64): Tile(64, 64, 8, 3),
+    ("grad_x", "mixed", 32): Tile(32, 128, 8, 2, maxnreg=128),
+    ("grad_x", "mixed", 64): Tile(64, 64, 4, 2),
+}
 
-def tiles(kernel: str, kind: str, R: int) -> tuple[Tile, ...]:
+
+def tiles(kernel: str, kind: str, R: int, capability: tuple[int, int]) -> tuple[Tile, ...]:
     """The tiles to try without a measurement, best first."""
-    return TILES[kernel, kind, rank_class(R)], _SAFE[kernel]
+    key = kernel, kind, rank_class(R)
+    best = SM_90.get(key) if capability == (9, 0) else None
+    return best or TILES[key], _SAFE[kernel]
 
 
 def rank_class(R: int) -> int:
@@ -128,12 +147,9 @@ def arithmetic(activations: torch.dtype, adapters: torch.dtype) -> str:
 
 
 def precision(activations: torch.dtype) -> str:
-    """`tl.dot`'s input precision for float32 operands: PyTorch's own rule for TF32 over float32 activations.
-
-    Over 16-bit activations float32 adapters lose nothing to speed: three TF32 products carry 22 bits.
-    """
+    """How tiles.dot multiplies: "parts" with 16-bit activations, over float32 ones by PyTorch's own rule for TF32."""
     if activations != torch.float32:
-        return "tf32x3"
+        return "parts"
     matmul = torch.backends.cuda.matmul
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if allowed else "ieee"
@@ -177,4 +193,4 @@ def candidates(kernel: str, kind: str, R: int, device: torch.device) -> tuple[Ti
     if kernel in trial:
         return (trial[kernel],)
     best = measured(device).tile(kernel, kind, rank_class(R))
-    return (*([best] if best else []), *tiles(kernel, kind, R))
+    return (*([best] if best else []), *tiles(kernel, kind, R, gpu(device).capability))

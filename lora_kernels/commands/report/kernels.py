@@ -1,11 +1,13 @@
 """What is known of the Triton kernels without a GPU: machine code counted, bytes counted, times predicted.
 
 Registers, spills, shared memory and instructions come from offline compilation (backends/triton/kernels.json, written by
-tests/triton_offline.py). Times are predictions, not measurements: the larger of bytes over the device's copy bandwidth and
-instructions over its issue rate, for kernels that reach both. Only the dataflows need Triton to be read.
+tests/triton_offline.py). Times are predictions, not measurements: the larger of bytes over the device's copy bandwidth, sums
+of partial results included, and instructions over its issue rate, for the part of it that the warps on a processor reach.
+Only the dataflows need Triton to be read.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from ...backends import nf4_paths
 from ..console import CommandError, Output
 
 TABLE = Path(__file__).parents[2] / "backends/triton/kernels.json"
-ISSUE = 132 * 128 * 1.7e9  # instructions per second: processors × lanes × clock, H100 and H200
-PRODUCTS = ("lowrank_product", "lowrank_product_tma", "nf4_product")
-LESS_IMPORTANT = ("matrix", "shared", "per element", "spills", "megabytes", "registers", "h200 us predicted")
+PROCESSORS = 132
+ISSUE = PROCESSORS * 128 * 1.7e9  # instructions per second: processors × lanes × clock, H100 and H200
+WARPS = 16  # on a processor, four for each scheduler, that issue without gaps; fewer issue that part of it
+SIDE_KERNELS = ("project", "prefill", "grad_dy", "grad_x")
+LESS_IMPORTANT = ("matrix", "shared", "per element", "spills", "megabytes", "registers", "ctas per sm", "h200 us predicted")
 MATRIX = 790e12  # bf16 multiply-adds ·2 per second that the vendor's product reaches on them
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second of a device copy
 
@@ -31,11 +35,13 @@ class KernelRow:
     registers: int
     spills: int
     shared: int
+    ctas_per_sm: int
     matrix: str
     per_element: float | None
     megabytes: float
     h100_us_predicted: float
     h200_us_predicted: float
+    bound: str  # on an H100: bytes, issue (instructions), occupancy (too few warps to issue them) or flops
 
 
 def compiled() -> dict[tuple[str, ...], dict]:
@@ -52,14 +58,41 @@ def kernel_rows(
         if gpu != target or types != dtypes:
             continue
         data, adapter = (4 if name == "fp32" else 2 for name in dtypes.split()[:2])
-        R = int(rank[1:])
+        R, warps = int(rank[1:]), int(re.search(r"w(\d+)s", form)[1])  # type: ignore[index]
         elements, moved, flops = _work(kernel, M, K, N, R, data, adapter)
-        issued = elements * (counts["per_element"] or 0) / ISSUE if kernel not in PRODUCTS else 0.0
-        times = [1e6 * max(moved / bandwidth, issued, flops / MATRIX) for bandwidth in BANDWIDTH.values()]
-        fields = {name: counts[name] for name in ("registers", "spills", "shared", "matrix", "per_element")}
+        rows_columns = [int(size) for size in form.split()[0].split("x")]
+        programs, partials = _cut(kernel, M, K, N, R, *rows_columns) if kernel in SIDE_KERNELS else (1 << 30, 0)
+        moved += partials
+        warps *= min(counts["ctas_per_sm"], -(-programs // PROCESSORS))
+        issued = elements * (counts["per_element"] or 0) / ISSUE if kernel in SIDE_KERNELS else 0.0
+        bounds = {"issue": issued, "occupancy": issued / min(1, warps / WARPS), "flops": flops / MATRIX}
+        times = [{"bytes": moved / bandwidth, **bounds} for bandwidth in BANDWIDTH.values()]
+        fields = {name: counts[name] for name in ("registers", "spills", "shared", "ctas_per_sm", "matrix", "per_element")}
+        h100, h200 = (1e6 * max(time.values()) for time in times)
+        bound = max(times[0], key=times[0].__getitem__)  # issue where occupancy costs nothing more
         rows.append(KernelRow(kernel, rank, form, **fields, megabytes=moved / 1e6,
-                              h100_us_predicted=times[0], h200_us_predicted=times[1]))  # fmt: skip
+                              h100_us_predicted=h100, h200_us_predicted=h200, bound=bound))  # fmt: skip
     return rows
+
+
+def _cut(kernel: str, M: int, K: int, N: int, R: int, rows: int, columns: int) -> tuple[int, int]:
+    """(programs, bytes of partial results written and read again) of a side kernel with this tile on an H100."""
+    strips = -(-(N if kernel == "grad_dy" else K) // columns)
+    if kernel == "prefill":
+        return -(-M // rows) * -(-N // columns), 0
+    if kernel == "project":
+        programs = -(-M // rows)
+        count = parts(K, max(256, columns), programs)
+        return programs * count, 8 * count * M * R if count > 1 else 0
+    count = parts(M, rows, strips)
+    of_rows = 8 * strips * M * R if kernel == "grad_dy" and strips > 1 else 0
+    return strips * count, of_rows + (8 * count * R * (N if kernel == "grad_dy" else K) if count > 1 else 0)
+
+
+def parts(width: int, tile: int, programs: int) -> int:
+    """How many parts a reduction is cut into: tuning.splits, which needs Triton to be imported, for these GPUs."""
+    tiles = -(-width // tile)
+    return -(-tiles // -(-tiles // max(1, min(tiles, 2 * PROCESSORS // programs))))
 
 
 def _work(kernel: str, M: int, K: int, N: int, R: int, data: int, adapter: int) -> tuple[int, int, int]:
@@ -138,7 +171,7 @@ def run(M: int, K: int, N: int, target: str, dtypes: str, out: Output) -> dict[s
     title = f"Triton kernels for {target}, {dtypes}: machine code, and one call with x[{M}, {K}], W[{N}, {K}]"
     cells = [[_cell(value) for value in asdict(row).values()] for row in rows]
     columns = [name.replace("_", " ") for name in KernelRow.__dataclass_fields__]
-    caption = "Compiled, not run: µs are predictions from bytes and instructions."
+    caption = "Compiled, not run: µs are predictions from bytes, instructions and warps."
     out.table(title, columns, cells, caption, LESS_IMPORTANT)
     chosen = choices(target)
     if chosen:

@@ -31,7 +31,7 @@ def grad_dy_kernel(
         o_m = m + tl.arange(0, BM)
         b_dy = load_tile(dy, o_m, o_n, stride_dy, M, N)
         if parts_g is not None:
-            b_g = s * dot(b_dy, b_B, tl.zeros([BM, BR], tl.float32), PRECISION)
+            b_g = s * dot(b_dy, b_B, None, PRECISION)
             store_tile(parts_g + i_n.to(tl.int64) * M * R, b_g, o_m, o_r, R, M, R)
         if parts_dB is not None:
             acc_dB = dot(b_dy.T, load_tile(h, o_m, o_r, R, M, R), acc_dB, PRECISION)
@@ -62,7 +62,7 @@ def grad_dy(
         grad_dy_kernel[(strips, count)](
             dy, h, B, parts_g, parts_dB, parts_dc, s, M, N, R, dy.stride(0), part_rows,
             PRECISION=tuning.precision(dy.dtype), BM=tile.rows, BN=tile.columns, BR=tuning.padded_rank(R),
-            num_warps=tile.warps, num_stages=tile.stages,
+            **tile.options(),
         )  # fmt: skip
         g, dB, dc = sum_parts((parts_g, dtype), (parts_dB, dtype), (parts_dc, torch.float32))
         return g, dB, dc

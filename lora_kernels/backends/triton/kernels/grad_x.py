@@ -42,7 +42,7 @@ def grad_x_kernel(
                 b_x = tl.where(keep, b_x, 0.0)
             acc_dA = dot(b_x.T, b_g, acc_dA, PRECISION)
         if dx is not None:
-            b_dx = (keep_scale * dot(b_g, b_A, tl.zeros([BM, BK], tl.float32), PRECISION)).to(dx.dtype.element_ty)
+            b_dx = (keep_scale * dot(b_g, b_A, None, PRECISION)).to(dx.dtype.element_ty)
             if DROP:
                 b_dx = tl.where(keep, b_dx, 0.0)
             store_tile(dx, b_dx, o_m, o_k, K, M, K)
@@ -74,7 +74,7 @@ def grad_x(
         grad_x_kernel[(strips, count)](
             x, g, A, dx, parts_dA, seed, edge(p), keep_scale(p), M, K, R, stride_x, part_rows,
             DROP=seed is not None, PRECISION=tuning.precision(dtype), BM=tile.rows, BK=tile.columns, BR=tuning.padded_rank(R),
-            num_warps=tile.warps, num_stages=tile.stages,
+            **tile.options(),
         )  # fmt: skip
         return dx, sum_parts((parts_dA, g.dtype))[0]
 

@@ -38,7 +38,7 @@ def low_rank_tile(
     """Forward s·u·Vᵀ + c with u = h, V = B[D, R]; backward undrop(u·V) with u = g, V = A[R, D], s = 1 / (1 - p̂)."""
     o_d, o_r = column + tl.arange(0, BD), tl.arange(0, BR)
     b_V = load_tile(V, o_d, o_r, R, D, R).T if FORWARD else load_tile(V, o_r, o_d, D, R, D)
-    acc = scalar(s) * dot(load_tile(u, o_m, o_r, R, M, R), b_V, tl.zeros([BM, BD], tl.float32), PRECISION)
+    acc = scalar(s) * dot(load_tile(u, o_m, o_r, R, M, R), b_V, None, PRECISION)
     if c is not None:
         acc += tl.load(c + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
     if DROP:
@@ -120,7 +120,7 @@ def _product(
         options = {
             "FORWARD": forward, "DROP": seed is not None, "PRECISION": tuning.precision(a.dtype), "BM": tile.rows,
             "BD": tile.columns, "BC": tile.depth, "BR": tuning.padded_rank(R),
-            "num_warps": tile.warps, "num_stages": tile.stages,
+            **tile.options(),
         }  # fmt: skip
         if not tile.tma:
             lowrank_product_kernel[(tiles,)](a, W, out, *rest, a.stride(0), W.stride(0), **options)

@@ -36,7 +36,7 @@ def nf4_product_kernel(
         scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BD, BC // SPAN, SPAN // 2)), (BD, BC // 2))
         b_w = tl.interleave(first * scale, second * scale).to(x.dtype.element_ty)
         b_x = load_tile(x, o_m, k + tl.arange(0, BC), stride_x, M, K)
-        acc = tl.dot(b_x, b_w.T, acc, input_precision=PRECISION)
+        acc = tl.dot(b_x, b_w.T, acc)
     store_tile(y, acc, o_m, o_n, N, M, N)
 
 
@@ -60,7 +60,7 @@ def product(x: Tensor, W: NF4Weight, h: Tensor, B: Tensor, s: float | Tensor, c:
         nf4_product_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
             x, W.codes, *tables(W), y, h, B, c, s, M, K, N, R, x.stride(0),
             BLOCKSIZE=W.blocksize, PRECISION=tuning.precision(x.dtype), BM=tile.rows, BD=tile.columns, BC=tile.depth,
-            BR=tuning.padded_rank(R), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+            BR=tuning.padded_rank(R), **tile.options(), enable_fp_fusion=False,
         )  # fmt: skip
         return y
 

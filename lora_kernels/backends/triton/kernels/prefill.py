@@ -19,7 +19,7 @@ def prefill_kernel(
     o_m, o_n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     o_r = tl.arange(0, BR)
     b_h, b_B = load_tile(h, o_m, o_r, R, M, R), load_tile(B, o_n, o_r, R, N, R)
-    acc = scalar(s) * dot(b_h, b_B.T, tl.zeros([BM, BN], tl.float32), PRECISION)
+    acc = scalar(s) * dot(b_h, b_B.T, None, PRECISION)
     if c is not None:
         acc += tl.load(c + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
     store_tile(y, acc, o_m, o_n, N, M, N)
@@ -33,7 +33,7 @@ def prefill(h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, dtype: to
         y = torch.empty(M, N, dtype=dtype, device=h.device)
         prefill_kernel[(triton.cdiv(M, tile.rows), triton.cdiv(N, tile.columns))](
             h, B, c, y, s, M, N, R, PRECISION=tuning.precision(dtype), BM=tile.rows, BN=tile.columns,
-            BR=tuning.padded_rank(R), num_warps=tile.warps,
+            BR=tuning.padded_rank(R), **tile.options(),
         )  # fmt: skip
         return y
 

@@ -35,18 +35,18 @@ def project_kernel(
 
 
 def project(x: Tensor, A: Tensor, dropout: Dropout | None) -> Tensor:
-    """Equation 1. Where M is small, K is split so that every processor reads a part of x."""
+    """Equation 1. Where M is small, K is split so that every processor reads parts of x."""
     (M, K), R = x.shape, A.shape[0]
     p, seed = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
 
     def run(tile: Tile) -> Tensor:
         programs = triton.cdiv(M, tile.rows)
-        count, part_columns = tuning.splits(K, max(256, tile.columns), programs, tuning.gpu(x.device).processors)
+        count, part_columns = tuning.splits(K, max(256, tile.columns), programs, 2 * tuning.gpu(x.device).processors)
         parts = new_parts(count, (M, R), A.dtype, x.device)
         project_kernel[(programs, count)](
             x, A, parts, seed, edge(p), keep_scale(p), M, K, R, x.stride(0), part_columns,
             DROP=seed is not None, PRECISION=tuning.precision(x.dtype), BM=tile.rows, BK=tile.columns, BR=tuning.padded_rank(R),
-            num_warps=tile.warps, num_stages=tile.stages,
+            **tile.options(),
         )  # fmt: skip
         return sum_parts((parts, A.dtype))[0]  # type: ignore[return-value]
 
