@@ -8,7 +8,7 @@ import triton_interpreter
 from csrc_emulator import cuda  # noqa: F401
 from kinds import Kind
 
-from lora_kernels import cpu_extension, use_backend
+from lora_kernels import cpu_extension, plan, use_backend
 from lora_kernels.operation import prepared
 from lora_kernels.plan import load
 
@@ -53,6 +53,7 @@ def _nothing_is_replaced() -> Iterator[None]:
     by putting something else in the place of a part of it, is forgotten.
     """
     prepared._kinds.clear()
+    plan.changed()
     yield
     triton = load("triton", "linear")
     if isinstance(triton, ModuleType):

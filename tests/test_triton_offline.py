@@ -123,9 +123,7 @@ def test_compiled_anew_it_is_the_same(written: dict[str, dict], job: tuple) -> N
 def test_the_report_reads_it() -> None:
     rows = kernel_report.kernel_rows()
     assert {row.kernel for row in rows} >= {"project", "prefill", "grad_dy", "grad_x", "lowrank_product_tma", "sum", "drop"}
-    project, grad_dy = (
-        next(row for row in rows if (row.kernel, row.rank) == (name, "r16")) for name in ("project", "grad_dy")
-    )
+    project, grad_dy = (next(row for row in rows if (row.kernel, row.rank) == (name, "r16")) for name in ("project", "grad_dy"))
     assert project.megabytes == pytest.approx(8192 * (4096 + 16) * 2 / 1e6)  # its 256 programs leave nothing to add up
     assert project.h100_us_predicted >= 1e6 * project.megabytes * 1e6 / 3.0e12
     strips, ranges = 8, 32  # of 512 columns and of rows: g and dB in so many parts of 4 bytes, written and read

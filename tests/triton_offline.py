@@ -119,7 +119,7 @@ def capture(capability: int, pairs: tuple[str, ...], ranks: tuple[int, ...]) -> 
         key = f"{name} | {pair} | r{rank} | sm_{capability} | {tile} {form}"
         if key not in launched:
             launched[key] = statistics(kernel, capability, options)
-        return kernel
+        return None  # no kernel, which would be kept and launched
 
     driver.set_active(PretendedDriver(capability))
     triton.JITFunction.run = compile_only
@@ -150,15 +150,18 @@ def calls(pair: str, R: int, capability: int) -> None:
     side kernels. On sm_80 and sm_90 in bfloat16 also the forms that few calls take: a trained bias, only dA or only dx, few
     tokens. Tiles that replace others are compiled once for each class of dtypes.
     """
+    from lora_kernels import plan
     from lora_kernels.backends.triton import tuning
 
     tiles = tuning.tiles
     for best in (True, False) if R == 64 and (pair in SAFE_PAIRS or capability in (86, 89)) else (True,):
         tuning.tiles = lambda *call, best=best: tiles(*call)[:1] if best else tiles(*call)[1:]
+        plan.changed()  # so that tiles are chosen anew
         side_kernels(pair, R, M=8192, dropouts=(0.1, 0.0) if R == 16 else (0.1,))
         if R in (16, 64) and not pair.startswith("fp32"):
             products(pair, R, dropouts=(0.1, 0.0) if R == 16 else (0.1,))
     tuning.tiles = tiles
+    plan.changed()
     if R == 16:
         without_a_rank(pair)
     if R == 16 and pair == "bf16 bf16" and capability in (80, 90):
@@ -229,7 +232,7 @@ def without_a_rank(pair: str) -> None:
     from lora_kernels.backends.triton.kernels import mask, nf4_dequantize
 
     t = tensors(pair, 16, 8192)
-    nf4_dequantize.dequantize(weight_of_4_bits(t["W"]), t["W"].new_empty(1, D * D))
+    nf4_dequantize.dequantize(weight_of_4_bits(t["W"]), torch.empty_like(t["W"]))
     mask.drop(t["x"], 0.1, torch.tensor(1), out=torch.empty(t["x"].shape, dtype=t["A"].dtype))
 
 

@@ -1,7 +1,10 @@
 """Whether these kernels run on a device, and what they had to replace on it."""
 
+import contextlib
+
 import torch
 import triton
+from torch import Tensor
 
 from . import compilation, tuning
 from .kernels.sums import sum_kernel
@@ -20,6 +23,14 @@ def why_not(device: torch.device, setting: str) -> str | None:
     if capability < (8, 0):
         return "needs compute capability 8.0 or newer, got {}.{}".format(*capability)
     return compilation.broken.get(capability)
+
+
+HERE = contextlib.nullcontext()
+
+
+def device_of(t: Tensor) -> contextlib.AbstractContextManager:
+    """torch.cuda.device_of(t), which costs two calls of the driver, only where another device is current."""
+    return HERE if not t.is_cuda or t.get_device() == torch.cuda.current_device() else torch.cuda.device_of(t)
 
 
 def notes(device: torch.device) -> list[str]:

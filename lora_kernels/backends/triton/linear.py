@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...nf4 import NF4Weight
 from ...plan import Call, Plan
+from ...scratch import slices
 from ...values import Dropout, Grads, LoRAWeights, Needs
 from .. import nf4_paths
 from ..products import add_product, weight_gradient
@@ -62,7 +63,7 @@ def _or_pytorch(kernels: Callable[..., Any], otherwise: Callable[..., Any], sett
     def run(first: Any, *rest: Any) -> Any:
         tensor = first[0] if isinstance(first, tuple) else first  # backward's are the gradients of the results
         try:
-            with torch.cuda.device_of(tensor):
+            with gpu.device_of(tensor):
                 return kernels(first, *rest)
         except Exception as error:
             give_up(tensor.device, error, setting)
@@ -76,11 +77,12 @@ def forward(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Equations 1 and 2: y[M,N] in x's dtype, h[M,R] in A's."""
     (W, A, B, c, s), x = members[0], row_major(x)
-    if 0 in (*x.shape, len(B)):
+    if 0 in (*x.shape, *B.shape):
         return pytorch.forward(x, members, dropout)
-    if (isinstance(W, NF4Weight) and nf4_path(x, W, A)[0] == "scratch") or len(A) > tuning.MAX_RANK:
+    wide = A.shape[0] > tuning.MAX_RANK
+    if isinstance(W, NF4Weight) and (wide or nf4_path(x, W, A)[0] == "scratch"):
         W = dense(W, x.dtype)
-    if len(A) > tuning.MAX_RANK:
+    if wide:
         return pytorch.forward(x, (members[0]._replace(weight=W),), dropout, WideMask)
     dropout, s = dropping(dropout), _scaling(s, x.device)
     A, B, c = A.contiguous(), B.contiguous(), None if c is None else c.contiguous()
@@ -90,8 +92,20 @@ def forward(
     elif tuning.dataflow(x, W, "forward") == "lowrank_product":
         y = lowrank_product.forward(x, W, h, B, s, c)
     else:
-        y = add_product(prefill(h, B, s, c, x.dtype), x, W.T)
+        y = _prefilled(x, W, h, B, s, c)
     return (y,), (h,)
+
+
+def _prefilled(x: Tensor, W: Tensor, h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
+    """Equation 2 as y0 = s·h·Bᵀ + c, to which x·Wᵀ is added while y0 is in L2."""
+    (M, _), N = x.shape, B.shape[0]
+    step = tuning.chunk_rows(N, x.element_size(), x.device)
+    if step >= M:
+        return add_product(prefill(h, B, s, c, x.dtype), x, W.T)
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    for rows in slices(M, step):
+        add_product(prefill(h[rows], B, s, c, x.dtype, y[rows]), x[rows], W.T)
+    return y
 
 
 def backward(
@@ -105,7 +119,7 @@ def backward(
     """Equations 3 to 6 for what is wanted, as backends/torch/linear.py; dc is in float32."""
     (W, A, B, _, s), (h,), (wanted,) = members[0], hs, needs.members
     dy, x = row_major(dys[0]), None if x is None else row_major(x)
-    need_A, need_B, need_c = (field in wanted for field in ("lora_A", "lora_B", "bias"))
+    need_A, need_B, need_c = "lora_A" in wanted, "lora_B" in wanted, "bias" in wanted
     R = B.shape[1] if needs.x or need_A else h.shape[1] if need_B else 1
     W = dense(W, dy.dtype)
     if 0 in (*dy.shape, *(() if W is None else W.shape), *(() if x is None else x.shape)):
@@ -113,14 +127,13 @@ def backward(
     if R > tuning.MAX_RANK:
         return pytorch.backward((dy,), x, (members[0]._replace(weight=W),), hs, dropout, needs, WideMask)
     dropout, s = dropping(dropout), _scaling(s, dy.device)
-    A, B, h = (None if t is None else t.contiguous() for t in (A, B, h))
+    A, B, h = [None if t is None else t.contiguous() for t in (A, B, h)]
     g, dB, dc = grad_dy(dy, h, B, s, needs.x or need_A, need_B, need_c)
     if needs.x and tuning.dataflow(dy, W, "backward") == "lowrank_product":
         _, dA = grad_x(x, g, A, dropout, dy.dtype, False, need_A)
         dx = lowrank_product.backward(dy, W, g, A, dropout)
     else:
-        dx, dA = grad_x(x, g, A, dropout, dy.dtype, needs.x, need_A)
-        dx = add_product(dx, dy, W) if needs.x else None
+        dx, dA = grad_x(x, g, A, dropout, dy.dtype, needs.x, need_A, lambda dx, rows: add_product(dx, dy[rows], W))
     found = {"lora_A": dA, "lora_B": dB, "bias": dc}
     if "weight" in wanted:
         found["weight"] = weight_gradient(dy, x)
@@ -168,7 +181,7 @@ def dense(
         return W
     out = torch.empty(W.shape, dtype=dtype, device=W.device)
     if out.numel():
-        dequantize(W, out.view(1, -1))
+        dequantize(W, out)
     return out
 
 

@@ -1,12 +1,14 @@
 """Equations 3 and 6: g, dB and dc in one pass over dy."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from ..compilation import first_that_compiles
+from ..launch import call, dtype_of, two
 from ..tuning import Tile
 from .sums import new_parts, sum_parts
 from .tiles import dot, load_tile, scalar, store_tile
@@ -43,28 +45,53 @@ def grad_dy_kernel(
         tl.store(parts_dc + i_m.to(tl.int64) * N + o_n, acc_dc, mask=o_n < N)
 
 
+Three = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 def grad_dy(
     dy: Tensor, h: Tensor | None, B: Tensor | None, s: float | Tensor, need_g: bool, need_B: bool, need_c: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Three:
     """g = s·dy·B in B's dtype, dB in h's dtype, dc in float32, each if needed."""
     if not (need_g or need_B or need_c):
         return None, None, None
-    M, N = dy.shape
-    adapter = B if need_g else h if need_B else None
+    B, h = B if need_g else None, h if need_B else None
+    adapter = B if h is None else h
     R, dtype = (1, dy.dtype) if adapter is None else (adapter.shape[1], adapter.dtype)
+    key = (
+        dy.device, dy.dtype, dtype, R, dy.shape[1], dy.stride(0), dtype_of(s), need_g, need_B, need_c,
+        tuning.precision(dy.dtype),
+    )  # fmt: skip
+    return call("grad_dy", reductions, key, dy, h, B, s)
 
-    def run(tile: Tile) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        strips = triton.cdiv(N, tile.columns)
-        count, part_rows = tuning.splits(M, tile.rows, strips, 2 * tuning.gpu(dy.device).processors)
-        parts_g = new_parts(strips, (M, R), dtype, dy.device) if need_g else None
-        parts_dB = new_parts(count, (N, R), dtype, dy.device) if need_B else None
-        parts_dc = new_parts(count, (N,), torch.float32, dy.device) if need_c else None
-        grad_dy_kernel[(strips, count)](
-            dy, h, B, parts_g, parts_dB, parts_dc, s, M, N, R, dy.stride(0), part_rows,
-            PRECISION=tuning.precision(dy.dtype), BM=tile.rows, BN=tile.columns, BR=tuning.padded_rank(R),
-            **tile.options(),
-        )  # fmt: skip
-        g, dB, dc = sum_parts((parts_g, dtype), (parts_dB, dtype), (parts_dc, torch.float32))
+
+def reductions(
+    tile: Tile,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    R: int,
+    N: int,
+    stride_dy: int,
+    of_s: torch.dtype | None,
+    need_g: bool,
+    need_B: bool,
+    need_c: bool,
+    precision: str,
+) -> Callable[..., Three]:
+    """run(dy, h, B, s): g, dB and dc with this tile."""
+    launches = two(grad_dy_kernel, tile.options(), PRECISION=precision, BM=tile.rows, BN=tile.columns, BR=tuning.padded_rank(R))
+    strips, programs = -(-N // tile.columns), 2 * tuning.gpu(device).processors
+
+    def run(dy: Tensor, h: Tensor | None, B: Tensor | None, s: float | Tensor) -> Three:
+        M = dy.shape[0]
+        count, part_rows = tuning.splits(M, tile.rows, strips, programs)
+        parts_g = new_parts(strips, M, R, dtype=adapter, device=device) if need_g else None
+        parts_dB = new_parts(count, N, R, dtype=adapter, device=device) if need_B else None
+        parts_dc = new_parts(count, N, dtype=torch.float32, device=device) if need_c else None
+        launches[count > 1]((strips, count), dy, h, B, parts_g, parts_dB, parts_dc, s, M, N, R, stride_dy, part_rows)
+        if strips == 1 == count:
+            return parts_g, parts_dB, parts_dc
+        g, dB, dc = sum_parts((parts_g, strips, adapter), (parts_dB, count, adapter), (parts_dc, count, torch.float32))
         return g, dB, dc
 
-    return first_that_compiles("grad_dy", tuning.arithmetic(dy.dtype, dtype), R, dy.device, run)
+    return run

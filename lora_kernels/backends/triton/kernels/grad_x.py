@@ -1,28 +1,31 @@
 """Equation 5, and dx's low-rank term of 4, in one pass over x with one mask."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ....mask import keep_scale
+from ....scratch import slices
 from ....values import Dropout
 from .. import tuning
-from ..compilation import first_that_compiles
+from ..launch import call, two
 from ..tuning import Tile
 from .mask import edge, keep_tile
 from .sums import new_parts, sum_parts
 from .tiles import dot, load_tile, store_tile
 
 
-@triton.jit(do_not_specialize=["M", "edge"])
+@triton.jit(do_not_specialize=["first_row", "M", "edge"])
 def grad_x_kernel(
-    x, g, A, dx, parts_dA, seed, edge, keep_scale, M, K, R: tl.constexpr, stride_x, part_rows,
+    x, g, A, dx, parts_dA, seed, edge, keep_scale, first_row, M, K, R: tl.constexpr, stride_x, part_rows,
     DROP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """dx = undrop(g·A), dA = gᵀ·drop(x): a strip of BK columns and a range of rows, whose mask serves both.
 
-    parts_dA[i_m, R, K]; dx or parts_dA may be None, and is not computed.
+    parts_dA[i_m, R, K]; dx or parts_dA may be None, and is not computed. Row 0 is row `first_row` of the mask.
     """
     i_k, i_m = tl.program_id(0), tl.program_id(1)
     o_k, o_r = i_k * BK + tl.arange(0, BK), tl.arange(0, BR)
@@ -35,7 +38,7 @@ def grad_x_kernel(
         o_m = m + tl.arange(0, BM)
         b_g = load_tile(g, o_m, o_r, R, M, R)
         if DROP:
-            keep = keep_tile(seed, edge, o_m, i_k * BK, BK)
+            keep = keep_tile(seed, edge, first_row + o_m, i_k * BK, BK)
         if parts_dA is not None:
             b_x = load_tile(x, o_m, o_k, stride_x, M, K)
             if DROP:
@@ -58,24 +61,68 @@ def grad_x(
     dtype: torch.dtype,
     need_x: bool,
     need_A: bool,
+    add: Callable[[Tensor, slice], object] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """undrop(g·A) in `dtype` and dA in g's dtype, each if needed."""
+    """undrop(g·A) in `dtype` and dA in g's dtype, each if needed.
+
+    add(dx[rows], rows) adds what else dx is: of chunks of rows, one after the other, which are still in L2.
+    """
     if not (need_x or need_A):
         return None, None
-    (M, R), K = g.shape, x.shape[1] if need_A else A.shape[1]
-    stride_x = x.stride(0) if need_A else K
-    p, seed = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
+    A, x = A if need_x else None, x if need_A else None
+    K, stride_x = (A.shape[1], 0) if x is None else (x.shape[1], x.stride(0))
+    p, seed = (None, None) if dropout is None else (dropout.p, dropout.seed)
+    key = g.device, dtype, g.dtype, g.shape[1], K, stride_x, p, need_x, need_A, tuning.precision(dtype)
+    return call("grad_x", gradients, key, x, g, A, seed, add if need_x else None)
 
-    def run(tile: Tile) -> tuple[Tensor | None, Tensor | None]:
-        strips = triton.cdiv(K, tile.columns)
-        count, part_rows = tuning.splits(M, tile.rows, strips, 2 * tuning.gpu(g.device).processors)
-        dx = torch.empty(M, K, dtype=dtype, device=g.device) if need_x else None
-        parts_dA = new_parts(count, (R, K), g.dtype, g.device) if need_A else None
-        grad_x_kernel[(strips, count)](
-            x, g, A, dx, parts_dA, seed, edge(p), keep_scale(p), M, K, R, stride_x, part_rows,
-            DROP=seed is not None, PRECISION=tuning.precision(dtype), BM=tile.rows, BK=tile.columns, BR=tuning.padded_rank(R),
-            **tile.options(),
-        )  # fmt: skip
-        return dx, sum_parts((parts_dA, g.dtype))[0]
 
-    return first_that_compiles("grad_x", tuning.arithmetic(dtype, g.dtype), R, g.device, run)
+def gradients(
+    tile: Tile,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    R: int,
+    K: int,
+    stride_x: int,
+    p: float | None,
+    need_x: bool,
+    need_A: bool,
+    precision: str,
+) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
+    """run(x, g, A, seed, add): dx, or its low-rank term without `add`, and dA with this tile."""
+    launches = two(
+        grad_x_kernel, tile.options(), DROP=p is not None, PRECISION=precision, BM=tile.rows, BK=tile.columns,
+        BR=tuning.padded_rank(R),
+    )  # fmt: skip
+    strips, wanted = -(-K // tile.columns), 2 * tuning.gpu(device).processors
+    bits, scale, chunk = edge(p or 0.0), keep_scale(p or 0.0), tuning.chunk_rows(K, dtype.itemsize, device)
+
+    def run(
+        x: Tensor | None, g: Tensor, A: Tensor | None, seed: Tensor | None, add: Callable[[Tensor, slice], object] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        M = g.shape[0]
+        chunks = slices(M, M if add is None else chunk)
+        cuts = [tuning.splits(rows.stop - rows.start, tile.rows, strips, wanted) for rows in chunks]
+        count = sum([parts for parts, _ in cuts])
+        dx = torch.empty(M, K, dtype=dtype, device=device) if need_x else None
+        parts_dA = new_parts(count, R, K, dtype=adapter, device=device) if need_A else None
+        launch, part = launches[count > 1], 0
+        for rows, (parts, part_rows) in zip(chunks, cuts, strict=True):
+            of_rows = x, g, dx, parts_dA
+            if len(chunks) > 1:
+                of_rows = _at(x, rows), g[rows], _at(dx, rows), _at(parts_dA, slice(part, part + parts))
+            x_rows, g_rows, dx_rows, own_parts = of_rows
+            launch(
+                (strips, parts), x_rows, g_rows, A, dx_rows, own_parts, seed, bits, scale, rows.start, rows.stop - rows.start,
+                K, R, stride_x, part_rows,
+            )  # fmt: skip
+            if add is not None:
+                add(dx_rows, rows)
+            part += parts
+        return dx, parts_dA if count == 1 else sum_parts((parts_dA, count, adapter))[0]
+
+    return run
+
+
+def _at(t: Tensor | None, rows: slice) -> Tensor | None:
+    return None if t is None else t[rows]

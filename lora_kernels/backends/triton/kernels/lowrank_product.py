@@ -5,6 +5,8 @@ Both directions are out = low + a·w: forward w = Wᵀ and low = s·h·Bᵀ + c,
 Used only where a measurement says that it beats prefill and the vendor's product (tuning.dataflow).
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ....mask import keep_scale
 from ....values import Dropout
 from .. import tuning
-from ..compilation import first_that_compiles
+from ..launch import Launch, call, dtype_of
 from ..tuning import Tile
 from .mask import edge, keep_tile
 from .tiles import dot, load_tile, scalar, store_tile
@@ -89,16 +91,16 @@ def lowrank_product_tma_kernel(
 
 def forward(x: Tensor, W: Tensor, h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
     """Equation 2 in one kernel, for 16-bit x with dense rows: y[M, N]."""
-    return _product(x, W, h, B, c, s, None, forward=True)
+    return _call(x, W, h, B, c, s, None, forward=True)
 
 
 def backward(dy: Tensor, W: Tensor, g: Tensor, A: Tensor, dropout: Dropout | None) -> Tensor:
     """Equation 4 in one kernel, for 16-bit dy with dense rows: dx[M, K]."""
     scale = 1.0 if dropout is None else keep_scale(dropout.p)
-    return _product(dy, W, g, A, None, scale, dropout, forward=False)
+    return _call(dy, W, g, A, None, scale, dropout, forward=False)
 
 
-def _product(
+def _call(
     a: Tensor,
     W: Tensor,
     u: Tensor,
@@ -109,28 +111,51 @@ def _product(
     *,
     forward: bool,
 ) -> Tensor:
-    (M, C), R = a.shape, u.shape[1]
-    D, gpu = W.shape[0 if forward else 1], tuning.gpu(a.device)
-    p, seed = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
+    C, D = a.shape[1], W.shape[0 if forward else 1]
+    p, seed = (None, None) if dropout is None else (dropout.p, dropout.seed)
+    tma = tuning.gpu(a.device).capability in tuning.TMA_GPUS and tuning.tma_legal(a, W, columns=D)
+    key = (
+        a.device, a.dtype, u.dtype, u.shape[1], C, D, a.stride(0), W.stride(0), dtype_of(s), dtype_of(c), p, forward,
+        tuning.precision(a.dtype),
+    )  # fmt: skip
+    return call("lowrank_product_tma" if tma else "lowrank_product", product, key, a, W, u, V, c, s, seed)
 
-    def run(tile: Tile) -> Tensor:
-        out = torch.empty(M, D, dtype=a.dtype, device=a.device)
-        tiles = triton.cdiv(M, tile.rows) * triton.cdiv(D, tile.columns)
-        rest = (u, V, c, s, seed, edge(p), M, C, D, R)
-        options = {
-            "FORWARD": forward, "DROP": seed is not None, "PRECISION": tuning.precision(a.dtype), "BM": tile.rows,
-            "BD": tile.columns, "BC": tile.depth, "BR": tuning.padded_rank(R),
-            **tile.options(),
-        }  # fmt: skip
-        if not tile.tma:
-            lowrank_product_kernel[(tiles,)](a, W, out, *rest, a.stride(0), W.stride(0), **options)
-            return out
-        W_block = [tile.columns, tile.depth] if forward else [tile.depth, tile.columns]
-        blocks = ((a, [tile.rows, tile.depth]), (W, W_block), (out, [tile.rows, tile.columns // 2]))
-        descriptors = [TensorDescriptor.from_tensor(tensor, block) for tensor, block in blocks]
-        lowrank_product_tma_kernel[(min(tiles, gpu.processors),)](*descriptors, *rest, **options)
+
+def product(
+    tile: Tile,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    R: int,
+    C: int,
+    D: int,
+    stride_a: int,
+    stride_W: int,
+    of_s: torch.dtype | None,
+    of_c: torch.dtype | None,
+    p: float | None,
+    forward: bool,
+    precision: str,
+) -> Callable[..., Tensor]:
+    """run(a, W, u, V, c, s, seed): low + a·w with this tile."""
+    launch = Launch(
+        lowrank_product_tma_kernel if tile.tma else lowrank_product_kernel, tile.options(), FORWARD=forward, DROP=p is not None,
+        PRECISION=precision, BM=tile.rows, BD=tile.columns, BC=tile.depth, BR=tuning.padded_rank(R),
+    )  # fmt: skip
+    column_tiles, processors, bits = -(-D // tile.columns), tuning.gpu(device).processors, edge(p or 0.0)
+    W_block = [tile.columns, tile.depth] if forward else [tile.depth, tile.columns]
+    blocks = [tile.rows, tile.depth], W_block, [tile.rows, tile.columns // 2]
+
+    def run(a: Tensor, W: Tensor, u: Tensor, V: Tensor, c: Tensor | None, s: float | Tensor, seed: Tensor | None) -> Tensor:
+        M = a.shape[0]
+        out = torch.empty(M, D, dtype=dtype, device=device)
+        tiles = -(-M // tile.rows) * column_tiles
+        rest = (u, V, c, s, seed, bits, M, C, D, R)
+        if tile.tma:
+            descriptors = [TensorDescriptor.from_tensor(*pair) for pair in zip((a, W, out), blocks, strict=True)]
+            launch((min(tiles, processors), 1), *descriptors, *rest)
+        else:
+            launch((tiles, 1), a, W, out, *rest, stride_a, stride_W)
         return out
 
-    tma = gpu.capability in tuning.TMA_GPUS and tuning.tma_legal(a, W, columns=D)
-    kernel, kind = "lowrank_product_tma" if tma else "lowrank_product", tuning.arithmetic(a.dtype, u.dtype)
-    return first_that_compiles(kernel, kind, R, a.device, run)
+    return run

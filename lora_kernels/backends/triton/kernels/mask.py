@@ -7,6 +7,7 @@ from torch import Tensor
 from triton.language.random import philox_impl
 
 from ....mask import LANES, PHILOX_ROUNDS, threshold
+from ..launch import Launch, kept
 from ..tuning import ELEMENTWISE
 from .tiles import load_tile, store_tile
 
@@ -46,13 +47,16 @@ def drop_kernel(
 def drop(v: Tensor, p: float, seed: Tensor, *, first_row: int = 0, out: Tensor) -> Tensor:
     """out = v · keep, in out's dtype; `out` may be v itself."""
     M, D = v.shape
-    tile = ELEMENTWISE
-    grid = (triton.cdiv(M, tile.rows), triton.cdiv(D, tile.columns))
-    drop_kernel[grid](
-        v, out, seed, edge(p), first_row, M, D, v.stride(0), out.stride(0),
-        BM=tile.rows, BD=tile.columns, num_warps=tile.warps,
-    )  # fmt: skip
+    grid = -(-M // ELEMENTWISE.rows), -(-D // ELEMENTWISE.columns)
+    launch = drop_launch(v.dtype, out.dtype, D, v.stride(0), out.stride(0))
+    launch(grid, v, out, seed, edge(p), first_row, M, D, v.stride(0), out.stride(0))
     return out
+
+
+@kept
+def drop_launch(dtype: torch.dtype, out: torch.dtype, D: int, stride_v: int, stride_out: int) -> Launch:
+    """The launch of `drop` over tensors of this kind."""
+    return Launch(drop_kernel, {"num_warps": ELEMENTWISE.warps}, BM=ELEMENTWISE.rows, BD=ELEMENTWISE.columns)
 
 
 def drops(p: float) -> bool:

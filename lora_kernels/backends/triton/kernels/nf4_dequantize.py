@@ -4,12 +4,14 @@ A byte is one 8-byte load from the table of its pair of float32 values; times ab
 `enable_fp_fusion` is off wherever absmax is computed, for its product and its sum are rounded apart.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ....nf4 import NF4Weight
 from ....nf4.tables import pair_table
+from ..launch import Launch, kept
 from ..tuning import DEQUANTIZE
 
 
@@ -53,10 +55,30 @@ def nf4_dequantize_kernel(
 
 def dequantize(w: NF4Weight, out: Tensor) -> None:
     """Equations 7 and 8: W's elements, in order, into the rows of out[rows, columns]."""
-    rows, columns = out.shape
-    nf4_dequantize_kernel[(triton.cdiv(len(w.codes), DEQUANTIZE.columns),)](
-        w.codes, *tables(w), out, w.numel(), columns, out.stride(0),
-        BLOCKSIZE=w.blocksize, FLAT=rows == 1, BLOCK=DEQUANTIZE.columns, num_warps=DEQUANTIZE.warps, enable_fp_fusion=False,
+    (rows, columns), elements, stride_out = out.shape, w.numel(), out.stride(0)
+    flat, nested = rows == 1 or stride_out == columns, w.nested_absmax is not None
+    if flat:
+        columns = stride_out = elements
+    launch = dequantization(elements, columns, stride_out, w.blocksize, flat, out.dtype, w.absmax.dtype, nested)
+    programs = -(-w.codes.shape[0] // DEQUANTIZE.columns)
+    launch((programs, 1), w.codes, *tables(w), out, elements, columns, stride_out)
+
+
+@kept
+def dequantization(
+    elements: int,
+    columns: int,
+    stride_out: int,
+    blocksize: int,
+    flat: bool,
+    dtype: torch.dtype,
+    of_absmax: torch.dtype,
+    nested: bool,
+) -> Launch:
+    """The launch of `dequantize` for weights and results of this kind."""
+    return Launch(
+        nf4_dequantize_kernel, {"num_warps": DEQUANTIZE.warps, "enable_fp_fusion": False},
+        BLOCKSIZE=blocksize, FLAT=flat, BLOCK=DEQUANTIZE.columns,
     )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Equation 2 with a 4-bit W, which is decoded inside the product's loop."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from ....nf4 import NF4Weight
 from .. import tuning
-from ..compilation import first_that_compiles
+from ..launch import Launch, call, dtype_of
 from ..tuning import Tile
 from .lowrank_product import low_rank_tile, tile_of
 from .nf4_dequantize import load_absmax, pair_values, tables
@@ -53,15 +55,40 @@ def refusal(x: Tensor, W: NF4Weight, R: int) -> str | None:
 
 def product(x: Tensor, W: NF4Weight, h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
     """Equation 2 in one kernel, for 16-bit x with dense rows: y[M, N]."""
-    (M, K), N, R = x.shape, W.shape[0], h.shape[1]
+    N, K = W.shape
+    kind = W.blocksize, W.absmax.dtype, W.nested_absmax is not None
+    key = (
+        x.device, x.dtype, h.dtype, h.shape[1], K, N, x.stride(0), dtype_of(s), dtype_of(c), kind, tuning.precision(x.dtype)
+    )  # fmt: skip
+    return call("nf4_product", products, key, x, W, h, B, s, c)
 
-    def run(tile: Tile) -> Tensor:
-        y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-        nf4_product_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
-            x, W.codes, *tables(W), y, h, B, c, s, M, K, N, R, x.stride(0),
-            BLOCKSIZE=W.blocksize, PRECISION=tuning.precision(x.dtype), BM=tile.rows, BD=tile.columns, BC=tile.depth,
-            BR=tuning.padded_rank(R), **tile.options(), enable_fp_fusion=False,
-        )  # fmt: skip
+
+def products(
+    tile: Tile,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    R: int,
+    K: int,
+    N: int,
+    stride_x: int,
+    of_s: torch.dtype | None,
+    of_c: torch.dtype | None,
+    kind: tuple[int, torch.dtype, bool],
+    precision: str,
+) -> Callable[..., Tensor]:
+    """run(x, W, h, B, s, c): equation 2 with this tile, for 4-bit weights of a kind (blocksize, absmax's dtype, nested)."""
+    launch = Launch(
+        nf4_product_kernel, tile.options() | {"enable_fp_fusion": False}, BLOCKSIZE=kind[0], PRECISION=precision,
+        BM=tile.rows, BD=tile.columns, BC=tile.depth, BR=tuning.padded_rank(R),
+    )  # fmt: skip
+    column_tiles = -(-N // tile.columns)
+
+    def run(x: Tensor, W: NF4Weight, h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
+        M = x.shape[0]
+        y = torch.empty(M, N, dtype=dtype, device=device)
+        programs = -(-M // tile.rows) * column_tiles
+        launch((programs, 1), x, W.codes, *tables(W), y, h, B, c, s, M, K, N, R, stride_x)
         return y
 
-    return first_that_compiles("nf4_product", tuning.arithmetic(x.dtype, h.dtype), R, x.device, run)
+    return run

@@ -1,12 +1,14 @@
 """The low-rank term of equation 2, to which the base product is then added in place."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from ..compilation import first_that_compiles
+from ..launch import Launch, call, dtype_of
 from ..tuning import Tile
 from .tiles import dot, load_tile, scalar, store_tile
 
@@ -25,16 +27,34 @@ def prefill_kernel(
     store_tile(y, acc, o_m, o_n, N, M, N)
 
 
-def prefill(h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """s·h·Bᵀ + c as [M, N] of `dtype`."""
-    (M, R), N = h.shape, B.shape[0]
+def prefill(h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """s·h·Bᵀ + c as [M, N] of `dtype`, in `out` if given."""
+    N, R = B.shape
+    key = h.device, dtype, B.dtype, R, N, dtype_of(s), dtype_of(c), tuning.precision(dtype)
+    return call("prefill", low_rank_term, key, h, B, s, c, out)
 
-    def run(tile: Tile) -> Tensor:
-        y = torch.empty(M, N, dtype=dtype, device=h.device)
-        prefill_kernel[(triton.cdiv(M, tile.rows), triton.cdiv(N, tile.columns))](
-            h, B, c, y, s, M, N, R, PRECISION=tuning.precision(dtype), BM=tile.rows, BN=tile.columns,
-            BR=tuning.padded_rank(R), **tile.options(),
-        )  # fmt: skip
+
+def low_rank_term(
+    tile: Tile,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    R: int,
+    N: int,
+    of_s: torch.dtype | None,
+    of_c: torch.dtype | None,
+    precision: str,
+) -> Callable[..., Tensor]:
+    """run(h, B, s, c, out): s·h·Bᵀ + c with this tile."""
+    launch = Launch(
+        prefill_kernel, tile.options(), PRECISION=precision, BM=tile.rows, BN=tile.columns, BR=tuning.padded_rank(R)
+    )
+    column_tiles = -(-N // tile.columns)
+
+    def run(h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, out: Tensor | None) -> Tensor:
+        M = h.shape[0]
+        y = torch.empty(M, N, dtype=dtype, device=device) if out is None else out
+        launch((-(-M // tile.rows), column_tiles), h, B, c, y, s, M, N, R)
         return y
 
-    return first_that_compiles("prefill", tuning.arithmetic(dtype, B.dtype), R, h.device, run)
+    return run

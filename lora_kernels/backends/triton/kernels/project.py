@@ -1,5 +1,8 @@
 """Equation 1: h in one pass over x."""
 
+from collections.abc import Callable
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -7,7 +10,7 @@ from torch import Tensor
 from ....mask import keep_scale
 from ....values import Dropout
 from .. import tuning
-from ..compilation import first_that_compiles
+from ..launch import call, two
 from ..tuning import Tile
 from .mask import edge, keep_tile
 from .sums import new_parts, sum_parts
@@ -36,18 +39,37 @@ def project_kernel(
 
 def project(x: Tensor, A: Tensor, dropout: Dropout | None) -> Tensor:
     """Equation 1. Where M is small, K is split so that every processor reads parts of x."""
-    (M, K), R = x.shape, A.shape[0]
-    p, seed = (0.0, None) if dropout is None else (dropout.p, dropout.seed)
+    p, seed = (None, None) if dropout is None else (dropout.p, dropout.seed)
+    R, K = A.shape
+    key = x.device, x.dtype, A.dtype, R, K, x.stride(0), p, tuning.precision(x.dtype)
+    return call("project", projection, key, x, A, seed)
 
-    def run(tile: Tile) -> Tensor:
-        programs = triton.cdiv(M, tile.rows)
-        count, part_columns = tuning.splits(K, max(256, tile.columns), programs, 2 * tuning.gpu(x.device).processors)
-        parts = new_parts(count, (M, R), A.dtype, x.device)
-        project_kernel[(programs, count)](
-            x, A, parts, seed, edge(p), keep_scale(p), M, K, R, x.stride(0), part_columns,
-            DROP=seed is not None, PRECISION=tuning.precision(x.dtype), BM=tile.rows, BK=tile.columns, BR=tuning.padded_rank(R),
-            **tile.options(),
-        )  # fmt: skip
-        return sum_parts((parts, A.dtype))[0]  # type: ignore[return-value]
 
-    return first_that_compiles("project", tuning.arithmetic(x.dtype, A.dtype), R, x.device, run)
+def projection(
+    tile: Tile,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    R: int,
+    K: int,
+    stride_x: int,
+    p: float | None,
+    precision: str,
+) -> Callable[..., Tensor]:
+    """run(x, A, seed): equation 1 with this tile."""
+    launches = two(
+        project_kernel, tile.options(), DROP=p is not None, PRECISION=precision, BM=tile.rows, BK=tile.columns,
+        BR=tuning.padded_rank(R),
+    )  # fmt: skip
+    width, wanted = max(256, tile.columns), 2 * tuning.gpu(device).processors
+    bits, scale = edge(p or 0.0), keep_scale(p or 0.0)
+
+    def run(x: Tensor, A: Tensor, seed: Tensor | None) -> Tensor:
+        M = x.shape[0]
+        programs = -(-M // tile.rows)
+        count, part_columns = tuning.splits(K, width, programs, wanted)
+        parts = new_parts(count, M, R, dtype=adapter, device=device)
+        launches[count > 1]((programs, count), x, A, parts, seed, bits, scale, M, K, R, stride_x, part_columns)
+        return parts if count == 1 else sum_parts((parts, count, adapter))[0]  # type: ignore[return-value]
+
+    return run

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import Launch, kept, specialized
 from ..tuning import SUM
 
 
@@ -37,19 +38,27 @@ def sum_kernel(
         sum_block(parts2, out2, i_block - blocks0 - blocks1, size2, count2, BLOCK, DEPTH)
 
 
-def new_parts(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for `count` partial results in float32; where there is only one, it is the result, in the result's dtype."""
-    return torch.empty(count, *shape, dtype=dtype if count == 1 else torch.float32, device=device)
+def new_parts(count: int, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for `count` partial results [count, *shape] in float32; where there is one, it is the result, in its own dtype."""
+    if count == 1:
+        return torch.empty(*shape, dtype=dtype, device=device)
+    return torch.empty(count, *shape, dtype=torch.float32, device=device)
 
 
-def sum_parts(*sums: tuple[Tensor | None, torch.dtype]) -> list[Tensor | None]:
-    """Σ over the first dimension of each `parts`, in its dtype, in one launch; None stays None."""
-    outs = [None if p is None else p[0] if len(p) == 1 else torch.empty_like(p[0], dtype=d) for p, d in sums]
-    both = [(p, out) for (p, _), out in zip(sums, outs, strict=True) if p is not None and len(p) > 1]
-    jobs = [(p, out, out.numel(), len(p)) for p, out in both]
+def sum_parts(*sums: tuple[Tensor | None, int, torch.dtype]) -> list[Tensor | None]:
+    """Σ over the first dimension of each (parts, count, dtype), in one launch; a single part is its sum, None stays None."""
+    outs = [p if p is None or count == 1 else torch.empty_like(p[0], dtype=dtype) for p, count, dtype in sums]
+    pairs = zip(sums, outs, strict=True)
+    jobs = [(p, out, out.numel(), count) for (p, count, _), out in pairs if p is not None and out is not None and count > 1]
     if jobs:
-        blocks = sum(triton.cdiv(size, SUM.columns) for _, _, size, _ in jobs)
+        blocks = sum([-(-size // SUM.columns) for _, _, size, _ in jobs])
         jobs += [(*jobs[0][:2], 0, 0)] * (3 - len(jobs))  # a job without blocks
-        arguments = [argument for job in jobs for argument in job]
-        sum_kernel[(blocks,)](*arguments, BLOCK=SUM.columns, DEPTH=SUM.rows, num_warps=SUM.warps)
+        key = [(out.dtype, *specialized(size)) for _, out, size, _ in jobs]
+        sums_of(*key)((blocks, 1), *[argument for job in jobs for argument in job])
     return outs
+
+
+@kept
+def sums_of(*jobs: tuple) -> Launch:
+    """The launch of sums of these dtypes and kinds of size."""
+    return Launch(sum_kernel, {"num_warps": SUM.warps}, BLOCK=SUM.columns, DEPTH=SUM.rows)

@@ -77,6 +77,8 @@ def products_of_parts(a, b):
 
 def row_major(t: Tensor) -> Tensor:
     """`t` with contiguous, not overlapping rows: itself where it is a row-strided view, otherwise a copy."""
+    if t.is_contiguous():
+        return t
     rows, columns = t.shape
     dense = (t.stride(1) == 1 or columns == 1) and (t.stride(0) >= columns or rows == 1)
     return t if dense else t.contiguous()
