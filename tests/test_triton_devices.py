@@ -23,17 +23,13 @@ Pretend = Callable[[tuning.Gpu], None]
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
     """pretend(gpu): calls by Triton are this GPU's."""
 
-    def forget() -> None:
-        tuning.chunk_rows.cache_clear()
-        changed()
-
     def become(gpu: tuning.Gpu) -> None:
         monkeypatch.setattr(tuning, "gpu", lambda device: gpu)
-        forget()
+        changed()
 
     with use_backend("triton"):
         yield become
-    forget()
+    changed()
 
 
 @pytest.mark.parametrize("R", [8, 48])
@@ -43,16 +39,15 @@ def test_the_tiles_of_sm_90(adapter: torch.dtype, R: int, pretend: Pretend) -> N
     check_contract(Case(M=150, K=600, N=520, R=R, p=0.3, dtype=BF16, adapter_dtype=adapter).draw())
 
 
-def test_chunks_fill_the_processors_and_half_of_l2(pretend: Pretend) -> None:
+def test_chunks_fill_the_processors_and_half_of_l2() -> None:
+    h100, without_l2 = tuning.Gpu((9, 0), 132, l2=50 << 20), tuning.Gpu((9, 0), 132)
     for columns, itemsize, rows in ((4096, 2, 3072), (14336, 2, 896), (1024, 2, 12672), (4096, 4, 1024)):
-        pretend(tuning.Gpu((9, 0), 132, l2=50 << 20))
-        assert tuning.chunk_rows(columns, itemsize, DEVICE) == rows
+        assert tuning.chunk_rows(columns, itemsize, h100) == rows
         tiles = rows // 128 * columns // 256
         assert tiles / 132 >= 0.95 * -(-tiles // 132)
         assert rows * columns * itemsize <= 25 << 20
-    assert tuning.chunk_rows(28672, 2, DEVICE) == 1 << 31  # one, two or three rows of tiles: 0.85 of a round each
-    pretend(tuning.Gpu((9, 0), 132))
-    assert tuning.chunk_rows(4096, 2, DEVICE) == 1 << 31
+    assert tuning.chunk_rows(28672, 2, h100) == 1 << 31  # one, two or three rows of tiles: 0.85 of a round each
+    assert tuning.chunk_rows(4096, 2, without_l2) == 1 << 31
 
 
 CHUNKED = Case(M=1100, K=40, N=48, R=8, p=0.3, dtype=BF16)

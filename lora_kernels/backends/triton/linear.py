@@ -1,5 +1,6 @@
 """Equations 1 to 6 (reference/linear.py): h in one pass over x; y0 = s·h·Bᵀ + c, to which the vendor's product adds x·Wᵀ in
 place; g, dB and dc in one pass over dy; dA and dx0 = undrop(g·A) in one pass over x, to which dy·W is added in place.
+What products add to is taken in chunks of rows that L2 still holds.
 
 Where a measurement says that it wins, the product and its low-rank term are one kernel. Adapters of a rank above MAX_RANK are
 ordinary products, as PyTorch's backend takes them, over this backend's masks.
@@ -92,14 +93,14 @@ def forward(
     elif tuning.dataflow(x, W, "forward") == "lowrank_product":
         y = lowrank_product.forward(x, W, h, B, s, c)
     else:
-        y = _prefilled(x, W, h, B, s, c)
+        y = prefilled(x, W, h, B, s, c)
     return (y,), (h,)
 
 
-def _prefilled(x: Tensor, W: Tensor, h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
+def prefilled(x: Tensor, W: Tensor, h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
     """Equation 2 as y0 = s·h·Bᵀ + c, to which x·Wᵀ is added while y0 is in L2."""
     (M, _), N = x.shape, B.shape[0]
-    step = tuning.chunk_rows(N, x.element_size(), x.device)
+    step = tuning.chunk_rows(N, x.element_size(), tuning.gpu(x.device))
     if step >= M:
         return add_product(prefill(h, B, s, c, x.dtype), x, W.T)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)

@@ -185,13 +185,13 @@ PRODUCT = (128, 256)  # the tile of a result that a processor computes at a time
 
 
 @functools.cache
-def chunk_rows(columns: int, itemsize: int, device: torch.device) -> int:
+def chunk_rows(columns: int, itemsize: int, here: Gpu) -> int:
     """How many rows of a result [M, columns] to prefill and add the product to before the next ones are.
 
     As many as half of L2 holds, so that the product reads there what the kernel before it wrote, if its tiles fill 95 % of
     their rounds over the processors: a part of a round costs more. H100: 3072 rows of 4096, 896 of 14336. All, if none do.
     """
-    here, (rows, width) = gpu(device), PRODUCT
+    rows, width = PRODUCT
     for down in range(here.l2 // 2 // (rows * columns * itemsize), 0, -1):
         tiles = down * -(-columns // width)
         if tiles >= 0.95 * here.processors * -(-tiles // here.processors):

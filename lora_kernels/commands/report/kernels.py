@@ -50,43 +50,58 @@ def compiled() -> dict[tuple[str, ...], dict]:
 
 
 def kernel_rows(
-    M: int = 8192, K: int = 4096, N: int = 4096, target: str = "sm_90", dtypes: str = "bf16 bf16"
+    M: int = 8192,
+    K: int = 4096,
+    N: int = 4096,
+    target: str = "sm_90",
+    dtypes: str = "bf16 bf16",
+    chunks: dict[str, int] | None = None,
 ) -> list[KernelRow]:
-    """A row per kernel compiled for `target` with these dtypes: what it moves for x[M, K] and W[N, K], and for how long."""
+    """A row per kernel compiled for `target` with these dtypes: what it moves for x[M, K] and W[N, K], and for how long.
+
+    chunks: prefill or grad_x -> rows at a time, where their results stay in L2 for the product that adds to them.
+    """
     rows = []
     for (kernel, types, rank, gpu, form), counts in compiled().items():
         if gpu != target or types != dtypes:
             continue
         data, adapter = (4 if name == "fp32" else 2 for name in dtypes.split()[:2])
-        R, warps = int(rank[1:]), int(re.search(r"w(\d+)s", form)[1])  # type: ignore[index]
+        R, chunk = int(rank[1:]), (chunks or {}).get(kernel, M)
         elements, moved, flops = _work(kernel, M, K, N, R, data, adapter)
-        rows_columns = [int(size) for size in form.split()[0].split("x")]
-        programs, partials = _cut(kernel, M, K, N, R, *rows_columns) if kernel in SIDE_KERNELS else (1 << 30, 0)
-        moved += partials
-        warps *= min(counts["ctas_per_sm"], -(-programs // PROCESSORS))
-        issued = elements * (counts["per_element"] or 0) / ISSUE if kernel in SIDE_KERNELS else 0.0
-        bounds = {"issue": issued, "occupancy": issued / min(1, warps / WARPS), "flops": flops / MATRIX}
-        times = [{"bytes": moved / bandwidth, **bounds} for bandwidth in BANDWIDTH.values()]
+        issued, warps = 0.0, WARPS
+        if kernel in SIDE_KERNELS:
+            programs, partials = _cut(kernel, M, K, N, R, chunk, *[int(size) for size in form.split()[0].split("x")])
+            moved += partials - (data * M * (N if kernel == "prefill" else K) if chunk < M else 0)
+            warps = int(re.findall(r"w(\d+)s", form)[0]) * min(counts["ctas_per_sm"], -(-programs // PROCESSORS))
+            issued = elements * counts["per_element"] / ISSUE
         fields = {name: counts[name] for name in ("registers", "spills", "shared", "ctas_per_sm", "matrix", "per_element")}
-        h100, h200 = (1e6 * max(time.values()) for time in times)
-        bound = max(times[0], key=times[0].__getitem__)  # issue where occupancy costs nothing more
-        rows.append(KernelRow(kernel, rank, form, **fields, megabytes=moved / 1e6,
-                              h100_us_predicted=h100, h200_us_predicted=h200, bound=bound))  # fmt: skip
+        times = _times(moved, issued, warps, flops)
+        rows.append(KernelRow(kernel, rank, form, **fields, megabytes=moved / 1e6, **times))
     return rows
 
 
-def _cut(kernel: str, M: int, K: int, N: int, R: int, rows: int, columns: int) -> tuple[int, int]:
-    """(programs, bytes of partial results written and read again) of a side kernel with this tile on an H100."""
-    strips = -(-(N if kernel == "grad_dy" else K) // columns)
+def _times(moved: int, issued: float, warps: int, flops: int) -> dict[str, Any]:
+    """The predicted microseconds, and what bounds them."""
+    bounds = {"issue": issued, "occupancy": issued / min(1, warps / WARPS), "flops": flops / MATRIX}
+    h100, h200 = ({"bytes": moved / bandwidth, **bounds} for bandwidth in BANDWIDTH.values())
+    bound = max(h100, key=h100.__getitem__)  # issue, where occupancy costs nothing more
+    times = {f"{name}_us_predicted": 1e6 * max(of.values()) for name, of in (("h100", h100), ("h200", h200))}
+    return {**times, "bound": bound}
+
+
+def _cut(kernel: str, M: int, K: int, N: int, R: int, chunk: int, rows: int, columns: int) -> tuple[int, int]:
+    """(programs of a launch, bytes of all partial results written and read again) of a side kernel with this tile."""
+    strips = -(-(N if kernel in ("grad_dy", "prefill") else K) // columns)
     if kernel == "prefill":
-        return -(-M // rows) * -(-N // columns), 0
+        return -(-min(chunk, M) // rows) * strips, 0
     if kernel == "project":
         programs = -(-M // rows)
         count = parts(K, max(256, columns), programs)
         return programs * count, 8 * count * M * R if count > 1 else 0
-    count = parts(M, rows, strips)
-    of_rows = 8 * strips * M * R if kernel == "grad_dy" and strips > 1 else 0
-    return strips * count, of_rows + (8 * count * R * (N if kernel == "grad_dy" else K) if count > 1 else 0)
+    counts = [parts(min(chunk, M - first), rows, strips) for first in range(0, M, chunk)]
+    of_g = 8 * strips * M * R if kernel == "grad_dy" and strips > 1 else 0
+    of_rest = 8 * sum(counts) * R * (N if kernel == "grad_dy" else K) if sum(counts) > 1 else 0
+    return strips * counts[0], of_g + of_rest
 
 
 def parts(width: int, tile: int, programs: int) -> int:

@@ -94,30 +94,29 @@ def gradients(
         grad_x_kernel, tile.options(), DROP=p is not None, PRECISION=precision, BM=tile.rows, BK=tile.columns,
         BR=tuning.padded_rank(R),
     )  # fmt: skip
-    strips, wanted = -(-K // tile.columns), 2 * tuning.gpu(device).processors
-    bits, scale, chunk = edge(p or 0.0), keep_scale(p or 0.0), tuning.chunk_rows(K, dtype.itemsize, device)
+    gpu, strips = tuning.gpu(device), -(-K // tile.columns)
+    bits, scale, chunk = edge(p or 0.0), keep_scale(p or 0.0), tuning.chunk_rows(K, dtype.itemsize, gpu)
 
     def run(
         x: Tensor | None, g: Tensor, A: Tensor | None, seed: Tensor | None, add: Callable[[Tensor, slice], object] | None
     ) -> tuple[Tensor | None, Tensor | None]:
         M = g.shape[0]
         chunks = slices(M, M if add is None else chunk)
-        cuts = [tuning.splits(rows.stop - rows.start, tile.rows, strips, wanted) for rows in chunks]
+        cuts = [tuning.splits(rows.stop - rows.start, tile.rows, strips, 2 * gpu.processors) for rows in chunks]
         count = sum([parts for parts, _ in cuts])
         dx = torch.empty(M, K, dtype=dtype, device=device) if need_x else None
         parts_dA = new_parts(count, R, K, dtype=adapter, device=device) if need_A else None
         launch, part = launches[count > 1], 0
         for rows, (parts, part_rows) in zip(chunks, cuts, strict=True):
-            of_rows = x, g, dx, parts_dA
+            own_x, own_g, own_dx, own_parts = x, g, dx, parts_dA
             if len(chunks) > 1:
-                of_rows = _at(x, rows), g[rows], _at(dx, rows), _at(parts_dA, slice(part, part + parts))
-            x_rows, g_rows, dx_rows, own_parts = of_rows
+                own_x, own_g, own_dx, own_parts = _at(x, rows), g[rows], _at(dx, rows), _at(parts_dA, slice(part, None))
             launch(
-                (strips, parts), x_rows, g_rows, A, dx_rows, own_parts, seed, bits, scale, rows.start, rows.stop - rows.start,
+                (strips, parts), own_x, own_g, A, own_dx, own_parts, seed, bits, scale, rows.start, rows.stop - rows.start,
                 K, R, stride_x, part_rows,
             )  # fmt: skip
             if add is not None:
-                add(dx_rows, rows)
+                add(own_dx, rows)
             part += parts
         return dx, parts_dA if count == 1 else sum_parts((parts_dA, count, adapter))[0]
 
