@@ -1,6 +1,6 @@
 """Host time of a layer's call on Triton's path, µs on one core, without a GPU: tiny CPU tensors and a pretended driver.
 
-    PYTHONPATH=. OMP_NUM_THREADS=1 python bench/host_time_triton.py [repeats]
+    PYTHONPATH=. OMP_NUM_THREADS=1 python bench/host_time_triton.py [seconds for each number]
 
 Everything runs but the kernels and Triton's C launcher (2.3 µs a launch, the driver's own 2.5). Each number is the least of
 many short windows, so that a busy machine shows in none of them. Rows are what a user waits for; parts, what they are made of.
@@ -31,7 +31,7 @@ from lora_kernels.values import Dropout
 
 M, K, N, R = 8, 16, 16, 8
 BF16, FP32 = torch.bfloat16, torch.float32
-WINDOW = 20  # calls, about a millisecond
+WINDOW = 4  # calls, less than a millisecond: a busy machine leaves some of them alone
 launches = 0
 
 
@@ -70,20 +70,19 @@ def pretend() -> None:
     H100 = tuning.Gpu((9, 0), 132)
 
 
-def microseconds(call: Callable[[], object], windows: int) -> float:
+def microseconds(call: Callable[[], object], seconds: float) -> float:
     """The least time of a call over windows of a few calls."""
-    for _ in range(WINDOW):
+    for _ in range(10 * WINDOW):
         call()
-    least = float("inf")
-    for _ in range(windows):
-        start = time.perf_counter()
+    least, end = float("inf"), time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
         for _ in range(WINDOW):
             call()
         least = min(least, time.perf_counter() - start)
     return 1e6 * least / WINDOW
 
 
-def times(layer: nn.Module, windows: int) -> tuple[list[float], list[int]]:
+def times(layer: nn.Module, seconds: float) -> tuple[list[float], list[int]]:
     """µs of forward, backward and both, and the launches of forward and backward."""
     x, dy = torch.randn(M, K, dtype=BF16, requires_grad=True), torch.randn(M, N, dtype=BF16)
     wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
@@ -97,7 +96,7 @@ def times(layer: nn.Module, windows: int) -> tuple[list[float], list[int]]:
         lambda: torch.autograd.grad(layer(x), wanted, dy),
     )
     counts = [middle - before, launches - middle]
-    return [microseconds(call, windows) for call in calls], counts
+    return [microseconds(call, seconds) for call in calls], counts
 
 
 def ours(p: float, adapter: torch.dtype, quantize: str | None = None) -> nn.Module:
@@ -143,7 +142,7 @@ class BareLayer(nn.Module):
         return Bare.apply(x, self.W, self.A, self.B)
 
 
-def parts(windows: int) -> dict[str, float]:
+def parts(seconds: float) -> dict[str, float]:
     """What a call is made of, each alone."""
     x, dy, W = torch.randn(M, K, dtype=BF16), torch.randn(M, N, dtype=BF16), torch.randn(N, K, dtype=BF16)
     A, B, h, y = (torch.randn(shape, dtype=BF16) for shape in ((R, K), (N, R), (M, R), (M, N)))
@@ -168,10 +167,10 @@ def parts(windows: int) -> dict[str, float]:
         "grad_x, p = 0.1": lambda: grad_x(x, h, A, drop, BF16, True, True),
         "nf4_dequantize": lambda: nf4_dequantize.dequantize(W4, out),
     }  # fmt: skip
-    return {name: microseconds(call, windows) for name, call in calls.items()}
+    return {name: microseconds(call, seconds) for name, call in calls.items()}
 
 
-def main(windows: int) -> None:
+def main(seconds: float) -> None:
     torch.set_num_threads(1)
     pretend()
     print(f"{'µs on one core, M, K, N, R = ' + str((M, K, N, R)):42}{'forward':>9}{'backward':>9}{'both':>9}  launches")
@@ -184,12 +183,12 @@ def main(windows: int) -> None:
         rows[f"ours, NF4 and bf16 adapters, p = {p}"] = ours(p, BF16, "nf4")
     with use_backend("triton"):
         for name, layer in rows.items():
-            numbers, counts = times(layer, windows)
+            numbers, counts = times(layer, seconds)
             print(f"{name:42}" + "".join(f"{number:9.1f}" for number in numbers) + f"  {counts[0]} + {counts[1]}", flush=True)
         print()
-        for name, number in parts(windows).items():
+        for name, number in parts(seconds).items():
             print(f"{name:42}{number:9.2f}", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 100)
+    main(float(sys.argv[1]) if len(sys.argv) > 1 else 1.0)

@@ -171,6 +171,7 @@ def other_rows_of_dy() -> None:
 
 def any_number_of_rows() -> None:
     """Packing: no kernel is compiled or bound for another number of rows, but a sum of another kind of size."""
+    from lora_kernels.backends.triton import launch
     from lora_kernels.backends.triton.kernels.grad_dy import grad_dy
     from lora_kernels.backends.triton.kernels.grad_x import grad_x
     from lora_kernels.backends.triton.kernels.prefill import prefill
@@ -198,6 +199,11 @@ def any_number_of_rows() -> None:
     for kernel, _, arguments in launched:
         dtypes = [argument.dtype if isinstance(argument, torch.Tensor) else None for argument in arguments]
         assert seen.setdefault(id(kernel), dtypes) == dtypes, kernel.name
+    limit, launch.LIMIT = launch.LIMIT, 3
+    for width in range(64, 640, 16):
+        project(x[:8, :width], A[:, :width].contiguous(), None)
+        assert len(launch._runs) <= 3
+    launch.LIMIT = limit
 
 
 def many_threads() -> None:

@@ -4,6 +4,7 @@ linear.py nf4.py             what calls come to: which kernels, in which order
 kernels/                     a kernel and its launch each
 tuning.py tuned.py           tiles and dataflows: frozen tables, and what was measured on a GPU
 kernels.json                 what the tiles compile to for every GPU family
+launch.py                    what launches alike have in common, found out once: tile, numbers, compiled kernel
 compilation.py               what did not compile on this machine's GPUs, and what takes its place
 gpu.py                       whether these kernels run on a device
 """

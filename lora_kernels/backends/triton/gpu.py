@@ -29,7 +29,7 @@ HERE = contextlib.nullcontext()
 
 
 def device_of(t: Tensor) -> contextlib.AbstractContextManager:
-    """torch.cuda.device_of(t), which costs two calls of the driver, only where another device is current."""
+    """torch.cuda.device_of(t) only where another device is current: it asks the driver twice."""
     return HERE if not t.is_cuda or t.get_device() == torch.cuda.current_device() else torch.cuda.device_of(t)
 
 
