@@ -115,7 +115,10 @@ def variants(problem: Problem) -> dict[str, tuple[Callable[[], object], int, int
         return add_product(dx, dy, W)
 
     def chunked_backward() -> object:
-        return grad_x(None, h, A, dropout, x.dtype, True, False, lambda dx, rows: add_product(dx, dy[rows], W))
+        def add(dx: Tensor, rows: slice | None) -> Tensor:
+            return add_product(dx, dy if rows is None else dy[rows], W)
+
+        return grad_x(None, h, A, dropout, x.dtype, True, False, add)
 
     return {
         "copy": (lambda: x.clone(), 2 * X, 0),

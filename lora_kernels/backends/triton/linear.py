@@ -134,7 +134,11 @@ def backward(
         _, dA = grad_x(x, g, A, dropout, dy.dtype, False, need_A)
         dx = lowrank_product.backward(dy, W, g, A, dropout)
     else:
-        dx, dA = grad_x(x, g, A, dropout, dy.dtype, needs.x, need_A, lambda dx, rows: add_product(dx, dy[rows], W))
+
+        def add(dx: Tensor, rows: slice | None) -> Tensor:
+            return add_product(dx, dy if rows is None else dy[rows], W)
+
+        dx, dA = grad_x(x, g, A, dropout, dy.dtype, needs.x, need_A, add)
     found = {"lora_A": dA, "lora_B": dB, "bias": dc}
     if "weight" in wanted:
         found["weight"] = weight_gradient(dy, x)

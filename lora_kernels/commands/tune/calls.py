@@ -58,8 +58,8 @@ def flow_calls(direction: str, problem: Problem) -> Iterator[tuple[str, Callable
     x, W, A, B, dy, h, dropout = _tensors(problem)
 
     def backward(in_one_kernel: bool) -> None:
-        def add(dx: torch.Tensor, rows: slice) -> torch.Tensor:
-            return add_product(dx, dy[rows], W)
+        def add(dx: torch.Tensor, rows: slice | None) -> torch.Tensor:
+            return add_product(dx, dy if rows is None else dy[rows], W)
 
         grad_x(x, h, A, dropout, x.dtype, not in_one_kernel, True, add)
         if in_one_kernel:

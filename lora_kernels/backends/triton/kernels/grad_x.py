@@ -53,6 +53,10 @@ def grad_x_kernel(
         store_tile(parts_dA + i_m.to(tl.int64) * R * K, keep_scale * tl.trans(acc_dA), o_r, o_k, K, R, K)
 
 
+Two = tuple[Tensor | None, Tensor | None]
+Add = Callable[[Tensor, slice | None], object]
+
+
 def grad_x(
     x: Tensor | None,
     g: Tensor | None,
@@ -61,11 +65,11 @@ def grad_x(
     dtype: torch.dtype,
     need_x: bool,
     need_A: bool,
-    add: Callable[[Tensor, slice], object] | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+    add: Add | None = None,
+) -> Two:
     """undrop(g·A) in `dtype` and dA in g's dtype, each if needed.
 
-    add(dx[rows], rows) adds what else dx is: of chunks of rows, one after the other, which are still in L2.
+    add(dx[rows], rows) adds what else dx is: of chunks of rows, one after the other, which are still in L2; rows None: of all.
     """
     if not (need_x or need_A):
         return None, None
@@ -88,7 +92,7 @@ def gradients(
     need_x: bool,
     need_A: bool,
     precision: str,
-) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
+) -> Callable[..., Two]:
     """run(x, g, A, seed, add): dx, or its low-rank term without `add`, and dA with this tile."""
     launches = two(
         grad_x_kernel, tile.options(), DROP=p is not None, PRECISION=precision, BM=tile.rows, BK=tile.columns,
@@ -97,31 +101,33 @@ def gradients(
     gpu, strips = tuning.gpu(device), -(-K // tile.columns)
     bits, scale, chunk = edge(p or 0.0), keep_scale(p or 0.0), tuning.chunk_rows(K, dtype.itemsize, gpu)
 
-    def run(
-        x: Tensor | None, g: Tensor, A: Tensor | None, seed: Tensor | None, add: Callable[[Tensor, slice], object] | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def run(x: Tensor | None, g: Tensor, A: Tensor | None, seed: Tensor | None, add: Add | None) -> Two:
         M = g.shape[0]
-        chunks = slices(M, M if add is None else chunk)
-        cuts = [tuning.splits(rows.stop - rows.start, tile.rows, strips, 2 * gpu.processors) for rows in chunks]
-        count = sum([parts for parts, _ in cuts])
+        if add is not None and chunk < M:
+            return in_chunks(x, g, A, seed, add)
+        count, part_rows = tuning.splits(M, tile.rows, strips, 2 * gpu.processors)
         dx = torch.empty(M, K, dtype=dtype, device=device) if need_x else None
         parts_dA = new_parts(count, R, K, dtype=adapter, device=device) if need_A else None
-        launch, part = launches[count > 1], 0
-        for rows, (parts, part_rows) in zip(chunks, cuts, strict=True):
-            own_x, own_g, own_dx, own_parts = x, g, dx, parts_dA
-            if len(chunks) > 1:
-                own_x, own_g, own_dx, own_parts = _at(x, rows), g[rows], _at(dx, rows), _at(parts_dA, slice(part, None))
-            launch(
-                (strips, parts), own_x, own_g, A, own_dx, own_parts, seed, bits, scale, rows.start, rows.stop - rows.start,
-                K, R, stride_x, part_rows,
-            )  # fmt: skip
-            if add is not None:
-                add(own_dx, rows)
-            part += parts
+        launches[count > 1](
+            (strips, count), x, g, A, dx, parts_dA, seed, bits, scale, 0, M, K, R, stride_x, part_rows
+        )  # fmt: skip
+        if add is not None:
+            add(dx, None)
         return dx, parts_dA if count == 1 else sum_parts((parts_dA, count, adapter))[0]
 
+    def in_chunks(x: Tensor | None, g: Tensor, A: Tensor | None, seed: Tensor | None, add: Add) -> Two:
+        chunks, part = slices(len(g), chunk), 0
+        cuts = [tuning.splits(rows.stop - rows.start, tile.rows, strips, 2 * gpu.processors) for rows in chunks]
+        dx, count = torch.empty(len(g), K, dtype=dtype, device=device), sum([parts for parts, _ in cuts])
+        parts_dA = new_parts(count, R, K, dtype=adapter, device=device) if need_A else None
+        for rows, (parts, part_rows) in zip(chunks, cuts, strict=True):
+            own_x, own_parts = (None, None) if x is None or parts_dA is None else (x[rows], parts_dA[part:])
+            launches[1](
+                (strips, parts), own_x, g[rows], A, dx[rows], own_parts, seed, bits, scale, rows.start, rows.stop - rows.start,
+                K, R, stride_x, part_rows,
+            )  # fmt: skip
+            add(dx[rows], rows)
+            part += parts
+        return dx, sum_parts((parts_dA, count, adapter))[0]
+
     return run
-
-
-def _at(t: Tensor | None, rows: slice) -> Tensor | None:
-    return None if t is None else t[rows]
