@@ -30,6 +30,7 @@ from lora_kernels.backends.triton.kernels.grad_dy import grad_dy
 from lora_kernels.backends.triton.kernels.grad_x import grad_x
 from lora_kernels.backends.triton.kernels.prefill import prefill
 from lora_kernels.backends.triton.kernels.project import project
+from lora_kernels.backends.triton.linear import prefilled
 from lora_kernels.cases.linear import Case, Problem, truth, wrong
 from lora_kernels.cases.rule import Results
 from lora_kernels.commands.console import write_whole
@@ -116,6 +117,12 @@ def variants(problem: Problem) -> dict[str, tuple[Callable[[], object], int, int
         dx, _ = grad_x(None, h, A, dropout, x.dtype, need_x=True, need_A=False)
         return add_product(dx, dy, W)
 
+    def chunked_backward() -> object:
+        def add(dx: Tensor, rows: slice | None) -> Tensor:
+            return add_product(dx, dy if rows is None else dy[rows], W)
+
+        return grad_x(None, h, A, dropout, x.dtype, True, False, add)
+
     return {
         "copy": (lambda: x.clone(), 2 * X, 0),
         "project": (lambda: project(x, A, dropout), X + narrow, 0),
@@ -124,9 +131,11 @@ def variants(problem: Problem) -> dict[str, tuple[Callable[[], object], int, int
         "grad_x": (lambda: grad_x(x, h, A, dropout, x.dtype, need_x=True, need_A=True), 2 * X + narrow, 0),
         "forward bare": (lambda: x @ W.T, 0, flops),
         "forward prefill": (lambda: add_product(prefill(h, B, s, None, x.dtype), x, W.T), 0, flops),
+        "forward chunked prefill": (lambda: prefilled(x, W, h, B, s, None), 0, flops),
         "forward lowrank_product": (lambda: lowrank_product.forward(x, W, h, B, s, None), 0, flops),
         "backward bare": (lambda: dy @ W, 0, flops),
         "backward prefill": (prefill_backward, 0, flops),
+        "backward chunked prefill": (chunked_backward, 0, flops),
         "backward lowrank_product": (lambda: lowrank_product.backward(dy, W, h, A, dropout), 0, flops),
     }
 

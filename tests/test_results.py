@@ -83,7 +83,7 @@ def test_predictions_meet_their_measurement(bench, monkeypatch, tmp_path):
     (folder / "run.json").write_text(json.dumps({"kernels": {"rows": [{**row, "timing": {"median": 33e-6}}]}}))
     monkeypatch.setattr(files, "RESULTS", tmp_path)
     line = next(line for line in predictions.page().splitlines() if line.startswith("| project 4096→4096 M=8192 r=16 p=0.1"))
-    assert line.split("|")[4].strip() == "33.0"
+    assert line.split("|")[5].strip() == "33.0"
     layer = next(found for found in predictions.predictions() if found["kernel"].startswith("layer"))
     assert 1.0 < layer["times_bare"]["H200"] < layer["times_bare"]["H100"] < 1.5
 

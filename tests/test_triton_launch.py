@@ -195,6 +195,10 @@ def any_number_of_rows() -> None:
         side_kernels(numbers.randint(1, 5000))
     assert compiled == []
     assert by_binder == []
+    seen: dict[int, list] = {}  # a single part is in the result's dtype, several are in float32
+    for kernel, _, arguments in launched:
+        dtypes = [argument.dtype if isinstance(argument, torch.Tensor) else None for argument in arguments]
+        assert seen.setdefault(id(kernel), dtypes) == dtypes, kernel.name
     limit, launch.LIMIT = launch.LIMIT, 3
     for width in range(64, 640, 16):
         project(x[:8, :width], A[:, :width].contiguous(), None)

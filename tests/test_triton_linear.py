@@ -72,7 +72,7 @@ def test_a_tile_that_does_not_compile_is_replaced_and_reported(
     nothing_rejected_yet: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next tile is taken; where none is left, the call goes to PyTorch, or raises if Triton was asked for."""
-    problem, (best, *rest) = CASE.draw(), tuning.tiles("project", "16", 8)
+    problem, (best, *rest) = CASE.draw(), tuning.tiles("project", "16", 8, tuning.gpu(DEVICE).capability)
     refused, right = {best}, launch.first_that_compiles
 
     def fails(kernel, kind, R, device, run):

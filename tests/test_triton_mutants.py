@@ -20,7 +20,7 @@ FP16, FP32 = torch.float16, torch.float32
 
 @triton.jit
 def dot_one_percent_small(a, b, acc, PRECISION: tl.constexpr):
-    return acc + 0.99 * tl.dot(a.to(tl.float32), b.to(tl.float32))
+    return 0.99 * tl.dot(a.to(tl.float32), b.to(tl.float32)) + (0.0 if acc is None else acc)
 
 
 @triton.jit

@@ -60,7 +60,7 @@ def test_dispatch_follows_the_file(gpu):
     assert tuning.dataflow(torch.empty(64, 5000, dtype=BF16), torch.empty(96, 5000, dtype=BF16), "forward") == "prefill"
     assert tuning.dataflow(x.float(), W.float(), "forward") == "prefill"  # there is no such kernel for float32
     assert tuning.candidates("project", "16", 8, CPU) == (Tile(32, 64, 4, 2), *before)
-    assert tuning.candidates("project", "16", 40, CPU) == tuning.tiles("project", "16", 40)  # another class of ranks
+    assert tuning.candidates("project", "16", 40, CPU)[0] == tuning.TILES["project", "16", 64]  # another class of ranks
 
 
 def test_a_call_takes_the_measured_tile_and_dataflow_and_is_right(gpu, monkeypatch):
@@ -98,11 +98,22 @@ def test_a_bad_file_is_ignored_with_one_warning(gpu, data, reason):
     gpu.parent.mkdir(parents=True)
     gpu.write_text(data if isinstance(data, str) else json.dumps(data))
     with pytest.warns(UserWarning, match="is ignored .*run `lora-kernels tune`") as caught:
-        assert tuning.candidates("project", "16", 8, CPU) == tuning.tiles("project", "16", 8)
+        assert tuning.candidates("project", "16", 8, CPU) == tuning.tiles("project", "16", 8, CAPABILITY)
     assert reason in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tuning.measured(CPU).source == ""  # said once
+
+
+def test_a_limit_of_registers_is_read_and_a_file_without_one_too(gpu):
+    row = {**content()["tiles"][0], "tile": {"rows": 64, "columns": 128, "warps": 8}}
+    write(gpu, content(tiles=[row]))
+    assert tuning.candidates("project", "16", 8, CPU)[0] == Tile(64, 128, 8)
+    limited = Tile(64, 128, 8, maxnreg=128)
+    write(gpu, content(tiles=[{**row, "tile": asdict(limited)}]))
+    assert tuning.candidates("project", "16", 8, CPU)[0] == limited
+    assert limited.options() == {"num_warps": 8, "num_stages": 1, "maxnreg": 128}
+    assert tiles.label(limited) == "64x128 w8s1 r128"
 
 
 def test_the_packages_file_is_read_where_the_user_has_none(gpu, monkeypatch, tmp_path):
@@ -130,6 +141,8 @@ def test_the_interpreter_and_cpus_read_no_file(monkeypatch):
         ("project", "16", Tile(256, 256, 8), "more than 128x256"),
         ("project", "16", Tile(64, 64, 3), "3 warps"),
         ("project", "16", Tile(64, 64, 8, 0), "0 stages"),
+        ("grad_x", "16", Tile(64, 64, 8, maxnreg=100), "limit of 100 registers"),
+        ("grad_x", "16", Tile(64, 64, 8, maxnreg=256), "limit of 256 registers"),
         ("project", "16", Tile(64, 64, 8, 3, 64), "belong to matrix products"),
         ("lowrank_product", "16", Tile(64, 64, 8, 3), "powers of two"),
         ("lowrank_product", "16", Tile(64, 64, 8, 3, 64, True), "belong to matrix products"),
@@ -141,12 +154,12 @@ def test_illegal_tiles(kernel, kind, tile, reason):
 
 
 def test_every_tile_of_the_tables_and_every_candidate_is_legal():
-    for (kernel, kind, _), tile in tuning.TILES.items():
+    for (kernel, kind, _), tile in [*tuning.TILES.items(), *tuning.SM_90.items()]:
         assert tuned.illegal(kernel, kind, tile) is None, (kernel, kind, tile)
     for kernel in tiles.CANDIDATES:
         for kind in calls.DTYPES:
             for rank in tuned.RANKS:
-                options = tiles.candidate_tiles(kernel, kind, rank)
+                options = tiles.candidate_tiles(kernel, kind, rank, CPU)
                 assert options[0] == tuning.TILES[kernel, kind, rank]
                 assert len(options) == len(set(options)) >= 2
 
@@ -183,7 +196,7 @@ def test_choices_follow_the_measurements_and_are_read_back(gpu, monkeypatch):
     assert result == measure()
     write(gpu, result)
     found = tuning.measured(CPU)
-    options = {kernel: tiles.candidate_tiles(kernel, "16", 32) for kernel in ("project", "grad_x", "grad_dy")}
+    options = {kernel: tiles.candidate_tiles(kernel, "16", 32, CPU) for kernel in ("project", "grad_x", "grad_dy")}
     assert found.tile("project", "16", 32) == options["project"][2]
     assert found.tile("grad_x", "16", 32) == options["grad_x"][0]
     assert found.tile("grad_dy", "16", 32) == options["grad_dy"][1]
@@ -194,7 +207,7 @@ def test_choices_follow_the_measurements_and_are_read_back(gpu, monkeypatch):
 
 def test_a_fast_tile_with_wrong_results_is_not_chosen(gpu, monkeypatch):
     monkeypatch.setattr(calls, "DTYPES", {"16": (FP16, FP16)})
-    own, fast, *_ = options = tiles.candidate_tiles("project", "16", 32)
+    own, fast, *_ = options = tiles.candidate_tiles("project", "16", 32, CPU)
     monkeypatch.setattr(tiles, "wrong_results", lambda problem: ["y: wrong"] if tuning.trial["project"] == fast else [])
     row = tiles.choose_tile("project", "16", 32, options, {own: 2e-6, fast: 1e-6}, CPU)
     assert Tile(**row["tile"]) == own

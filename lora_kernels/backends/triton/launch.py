@@ -60,11 +60,6 @@ def _first_call(kernel: str, make: Callable[..., Callable[..., T]], kind: tuple,
     return first_that_compiles(kernel, arithmetic(dtype, adapter), R, device, attempt)
 
 
-def options(tile: Tile) -> dict[str, Any]:
-    """How a tile is compiled."""
-    return {"num_warps": tile.warps, "num_stages": tile.stages}
-
-
 class Launch:
     """kernel[grid](*arguments, **constants, **options) for arguments that differ in addresses and unspecialised numbers alone.
 
@@ -103,6 +98,11 @@ class Launch:
         _, run, function, metadata = found
         stream = active.get_current_stream(device)
         run(*grid, 1, stream, function, metadata, None, None, None, *arguments, *self.constants)
+
+
+def two(kernel: Any, options: dict[str, Any], **constants: Any) -> tuple[Launch, Launch]:
+    """The launches of a kernel that leaves one part, in the result's dtype, and of one that leaves several, in float32."""
+    return Launch(kernel, options, **constants), Launch(kernel, options, **constants)
 
 
 def _tensors(arguments: tuple) -> tuple[int, ...]:

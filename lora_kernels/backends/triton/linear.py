@@ -1,5 +1,6 @@
 """Equations 1 to 6 (reference/linear.py): h in one pass over x; y0 = s·h·Bᵀ + c, to which the vendor's product adds x·Wᵀ in
 place; g, dB and dc in one pass over dy; dA and dx0 = undrop(g·A) in one pass over x, to which dy·W is added in place.
+What products add to is taken in chunks of rows that L2 still holds.
 
 Where a measurement says that it wins, the product and its low-rank term are one kernel. Adapters of a rank above MAX_RANK are
 ordinary products, as PyTorch's backend takes them, over this backend's masks.
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ...nf4 import NF4Weight
 from ...plan import Call, Plan
+from ...scratch import slices
 from ...values import Dropout, Grads, LoRAWeights, Needs
 from .. import nf4_paths
 from ..products import add_product, weight_gradient
@@ -91,8 +93,20 @@ def forward(
     elif tuning.dataflow(x, W, "forward") == "lowrank_product":
         y = lowrank_product.forward(x, W, h, B, s, c)
     else:
-        y = add_product(prefill(h, B, s, c, x.dtype), x, W.T)
+        y = prefilled(x, W, h, B, s, c)
     return (y,), (h,)
+
+
+def prefilled(x: Tensor, W: Tensor, h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
+    """Equation 2 as y0 = s·h·Bᵀ + c, to which x·Wᵀ is added while y0 is in L2."""
+    (M, _), N = x.shape, B.shape[0]
+    step = tuning.chunk_rows(N, x.element_size(), tuning.gpu(x.device))
+    if step >= M:
+        return add_product(prefill(h, B, s, c, x.dtype), x, W.T)
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    for rows in slices(M, step):
+        add_product(prefill(h[rows], B, s, c, x.dtype, y[rows]), x[rows], W.T)
+    return y
 
 
 def backward(
@@ -120,8 +134,11 @@ def backward(
         _, dA = grad_x(x, g, A, dropout, dy.dtype, False, need_A)
         dx = lowrank_product.backward(dy, W, g, A, dropout)
     else:
-        dx, dA = grad_x(x, g, A, dropout, dy.dtype, needs.x, need_A)
-        dx = add_product(dx, dy, W) if needs.x else None
+
+        def add(dx: Tensor, rows: slice | None) -> Tensor:
+            return add_product(dx, dy if rows is None else dy[rows], W)
+
+        dx, dA = grad_x(x, g, A, dropout, dy.dtype, needs.x, need_A, add)
     found = {"lora_A": dA, "lora_B": dB, "bias": dc}
     if "weight" in wanted:
         found["weight"] = weight_gradient(dy, x)

@@ -33,6 +33,11 @@ class Tile:
     stages: int = 1
     depth: int = 0  # of a matrix product's step
     tma: bool = False
+    maxnreg: int = 0  # registers a thread may have; 0: as many as the compiler wants
+
+    def options(self) -> dict[str, int | None]:
+        """How Triton compiles it."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.maxnreg or None}
 
 
 def illegal(kernel: str, arithmetic: str, tile: Tile) -> str | None:
@@ -45,6 +50,8 @@ def illegal(kernel: str, arithmetic: str, tile: Tile) -> str | None:
         return f"{tile.rows}x{tile.columns} is more than 128x256, whose accumulator fills the registers"
     if tile.warps not in (1, 2, 4, 8, 16) or not 1 <= tile.stages <= 8:
         return f"{tile.warps} warps and {tile.stages} stages, expected 1, 2, 4, 8 or 16 warps and 1 to 8 stages"
+    if tile.maxnreg and (tile.maxnreg % 8 or not 32 <= tile.maxnreg <= 248):
+        return f"a limit of {tile.maxnreg} registers, expected a multiple of 8 from 32 to 248, or 0 for none"
     if tile.tma != (kernel == "lowrank_product_tma") or (tile.depth > 0) != product:
         return f"tensor descriptors and a depth belong to matrix products, not to {kernel!r}"
     if tile.tma and arithmetic == "mixed" and tile.rows * tile.columns > 128 * 128:

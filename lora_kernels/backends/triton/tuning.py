@@ -17,6 +17,7 @@ class Gpu(NamedTuple):
     capability: tuple[int, int]
     processors: int
     name: str = ""  # of a real one: what its measurements are filed under
+    l2: int = 0  # bytes
 
 
 INTERPRETED = Gpu((8, 0), 4)  # few processors, so that small tests split their reductions as large calls do
@@ -45,14 +46,14 @@ _SAFE = {  # after the table's own tile: needs little of anything
 TILES: dict[tuple[str, str, int], Tile] = {
     ("project", "16", 32): Tile(64, 128, 8, 4),
     ("project", "16", 64): Tile(64, 64, 8, 4),
-    ("project", "mixed", 32): Tile(64, 64, 8, 3),
+    ("project", "mixed", 32): Tile(128, 64, 8, 3),
     ("project", "mixed", 64): Tile(32, 64, 8, 3),
     ("project", "32", 32): Tile(32, 64, 8, 3),
     ("project", "32", 64): Tile(32, 64, 8, 3),
     ("prefill", "16", 32): Tile(64, 128, 8),
     ("prefill", "16", 64): Tile(64, 128, 8),
-    ("prefill", "mixed", 32): Tile(64, 128, 8),
-    ("prefill", "mixed", 64): Tile(32, 128, 8),
+    ("prefill", "mixed", 32): Tile(64, 128, 4),
+    ("prefill", "mixed", 64): Tile(128, 64, 8),
     ("prefill", "32", 32): Tile(64, 128, 8),
     ("prefill", "32", 64): Tile(64, 64, 8),
     ("grad_dy", "16", 32): Tile(64, 256, 8, 3),
@@ -81,10 +82,29 @@ TILES: dict[tuple[str, str, int], Tile] = {
     ("nf4_product", "mixed", 64): Tile(64, 128, 8, 3, 64),
 }
 
+# wgmma takes its accumulators 16 rows a warp. Where a tile has fewer, the products of a chain get two layouts, and the sum of
+# those before the last goes through shared memory: 21 barriers in a prefill of 64 rows and 8 warps, 9 in one of 4 warps.
+# Two programs of 8 warps share a processor: for grad_x with dropout that takes a limit of 128 registers, from 161.
+SM_90: dict[tuple[str, str, int], Tile] = {
+    ("project", "16", 32): Tile(32, 256, 8, 3),
+    ("project", "16", 64): Tile(64, 128, 8, 3),
+    ("project", "mixed", 64): Tile(128, 32, 8, 3),
+    ("grad_dy", "16", 32): Tile(32, 512, 8, 2),
+    ("grad_dy", "16", 64): Tile(32, 256, 8, 3),
+    ("grad_dy", "mixed", 32): Tile(32, 256, 4, 3),
+    ("grad_dy", "mixed", 64): Tile(32, 128, 8, 2),
+    ("grad_x", "16", 32): Tile(64, 128, 8, 2, maxnreg=128),
+    ("grad_x", "16", 64): Tile(64, 64, 8, 3),
+    ("grad_x", "mixed", 32): Tile(32, 128, 8, 2, maxnreg=128),
+    ("grad_x", "mixed", 64): Tile(64, 64, 4, 2),
+}
 
-def tiles(kernel: str, kind: str, R: int) -> tuple[Tile, ...]:
+
+def tiles(kernel: str, kind: str, R: int, capability: tuple[int, int]) -> tuple[Tile, ...]:
     """The tiles to try without a measurement, best first."""
-    return TILES[kernel, kind, rank_class(R)], _SAFE[kernel]
+    key = kernel, kind, rank_class(R)
+    best = SM_90.get(key) if capability == (9, 0) else None
+    return best or TILES[key], _SAFE[kernel]
 
 
 def rank_class(R: int) -> int:
@@ -129,12 +149,9 @@ def arithmetic(activations: torch.dtype, adapters: torch.dtype) -> str:
 
 
 def precision(activations: torch.dtype) -> str:
-    """`tl.dot`'s input precision for float32 operands: PyTorch's own rule for TF32 over float32 activations.
-
-    Over 16-bit activations float32 adapters lose nothing to speed: three TF32 products carry 22 bits.
-    """
+    """How tiles.dot multiplies: "parts" with 16-bit activations, over float32 ones by PyTorch's own rule for TF32."""
     if activations != torch.float32:
-        return "tf32x3"
+        return "parts"
     matmul = torch.backends.cuda.matmul
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if allowed else "ieee"
@@ -157,7 +174,29 @@ def gpu(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
-    return Gpu((properties.major, properties.minor), properties.multi_processor_count, properties.name)
+    return Gpu(
+        (properties.major, properties.minor), properties.multi_processor_count, properties.name, properties.L2_cache_size
+    )
+
+
+# ---- chunks of rows ----
+
+PRODUCT = (128, 256)  # the tile of a result that a processor computes at a time in the vendor's 16-bit products
+
+
+@functools.cache
+def chunk_rows(columns: int, itemsize: int, here: Gpu) -> int:
+    """How many rows of a result [M, columns] to prefill and add the product to before the next ones are.
+
+    As many as half of L2 holds, so that the product reads there what the kernel before it wrote, if its tiles fill 95 % of
+    their rounds over the processors: a part of a round costs more. H100: 3072 rows of 4096, 896 of 14336. All, if none do.
+    """
+    rows, width = PRODUCT
+    for down in range(here.l2 // 2 // (rows * columns * itemsize), 0, -1):
+        tiles = down * -(-columns // width)
+        if tiles >= 0.95 * here.processors * -(-tiles // here.processors):
+            return down * rows
+    return 1 << 31
 
 
 # ---- what was measured on this machine's GPUs ----
@@ -178,4 +217,4 @@ def candidates(kernel: str, kind: str, R: int, device: torch.device) -> tuple[Ti
     if kernel in trial:
         return (trial[kernel],)
     best = measured(device).tile(kernel, kind, rank_class(R))
-    return (*([best] if best else []), *tiles(kernel, kind, R))
+    return (*([best] if best else []), *tiles(kernel, kind, R, gpu(device).capability))

@@ -27,8 +27,8 @@ GRAPH_TOKENS = 512  # up to so many tokens launches cost more than kernels: on a
 CAPTION = (
     "GB/s: of reading and writing the frozen layers' x, W, y, dy and dx once. x bare: time over the bare frozen linear's. "
     "x PEFT and so on: how many times faster than that row. saved: kept by autograd for the backward pass beyond the inputs, "
-    "parameters and buffers. peak: allocated at once in the call. host: of the same call on 8 tokens of 64 features, where that "
-    "is nothing but what a call costs the host. launches: kernels, on a GPU; g: timed as a CUDA graph."
+    "parameters and buffers. peak: allocated at once in the call. host: of the same call on 8 tokens of 64 features, where "
+    "that is nothing but what a call costs the host. launches: kernels, on a GPU; g: timed as a CUDA graph."
 )
 
 

@@ -1,11 +1,13 @@
 """What is known of the Triton kernels without a GPU: machine code counted, bytes counted, times predicted.
 
 Registers, spills, shared memory and instructions come from offline compilation (backends/triton/kernels.json, written by
-tests/triton_offline.py). Times are predictions, not measurements: the larger of bytes over the device's copy bandwidth and
-instructions over its issue rate, for kernels that reach both. Only the dataflows need Triton to be read.
+tests/triton_offline.py). Times are predictions, not measurements: the larger of bytes over the device's copy bandwidth, sums
+of partial results included, and instructions over its issue rate, for the part of it that the warps on a processor reach.
+Only the dataflows need Triton to be read.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from ...backends import nf4_paths
 from ..console import CommandError, Output
 
 TABLE = Path(__file__).parents[2] / "backends/triton/kernels.json"
-ISSUE = 132 * 128 * 1.7e9  # instructions per second: processors × lanes × clock, H100 and H200
-PRODUCTS = ("lowrank_product", "lowrank_product_tma", "nf4_product")
-LESS_IMPORTANT = ("matrix", "shared", "per element", "spills", "megabytes", "registers", "h200 us predicted")
+PROCESSORS = 132
+ISSUE = PROCESSORS * 128 * 1.7e9  # instructions per second: processors × lanes × clock, H100 and H200
+WARPS = 16  # on a processor, four for each scheduler, that issue without gaps; fewer issue that part of it
+SIDE_KERNELS = ("project", "prefill", "grad_dy", "grad_x")
+LESS_IMPORTANT = ("matrix", "shared", "per element", "spills", "megabytes", "registers", "ctas per sm", "h200 us predicted")
 MATRIX = 790e12  # bf16 multiply-adds ·2 per second that the vendor's product reaches on them
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second of a device copy
 
@@ -31,11 +35,13 @@ class KernelRow:
     registers: int
     spills: int
     shared: int
+    ctas_per_sm: int
     matrix: str
     per_element: float | None
     megabytes: float
     h100_us_predicted: float
     h200_us_predicted: float
+    bound: str  # on an H100: bytes, issue (instructions), occupancy (too few warps to issue them) or flops
 
 
 def compiled() -> dict[tuple[str, ...], dict]:
@@ -44,22 +50,64 @@ def compiled() -> dict[tuple[str, ...], dict]:
 
 
 def kernel_rows(
-    M: int = 8192, K: int = 4096, N: int = 4096, target: str = "sm_90", dtypes: str = "bf16 bf16"
+    M: int = 8192,
+    K: int = 4096,
+    N: int = 4096,
+    target: str = "sm_90",
+    dtypes: str = "bf16 bf16",
+    chunks: dict[str, int] | None = None,
 ) -> list[KernelRow]:
-    """A row per kernel compiled for `target` with these dtypes: what it moves for x[M, K] and W[N, K], and for how long."""
+    """A row per kernel compiled for `target` with these dtypes: what it moves for x[M, K] and W[N, K], and for how long.
+
+    chunks: prefill or grad_x -> rows at a time, where their results stay in L2 for the product that adds to them.
+    """
     rows = []
     for (kernel, types, rank, gpu, form), counts in compiled().items():
         if gpu != target or types != dtypes:
             continue
         data, adapter = (4 if name == "fp32" else 2 for name in dtypes.split()[:2])
-        R = int(rank[1:])
+        R, chunk = int(rank[1:]), (chunks or {}).get(kernel, M)
         elements, moved, flops = _work(kernel, M, K, N, R, data, adapter)
-        issued = elements * (counts["per_element"] or 0) / ISSUE if kernel not in PRODUCTS else 0.0
-        times = [1e6 * max(moved / bandwidth, issued, flops / MATRIX) for bandwidth in BANDWIDTH.values()]
-        fields = {name: counts[name] for name in ("registers", "spills", "shared", "matrix", "per_element")}
-        rows.append(KernelRow(kernel, rank, form, **fields, megabytes=moved / 1e6,
-                              h100_us_predicted=times[0], h200_us_predicted=times[1]))  # fmt: skip
+        issued, warps = 0.0, WARPS
+        if kernel in SIDE_KERNELS:
+            programs, partials = _cut(kernel, M, K, N, R, chunk, *[int(size) for size in form.split()[0].split("x")])
+            moved += partials - (data * M * (N if kernel == "prefill" else K) if chunk < M else 0)
+            warps = int(re.findall(r"w(\d+)s", form)[0]) * min(counts["ctas_per_sm"], -(-programs // PROCESSORS))
+            issued = elements * counts["per_element"] / ISSUE
+        fields = {name: counts[name] for name in ("registers", "spills", "shared", "ctas_per_sm", "matrix", "per_element")}
+        times = _times(moved, issued, warps, flops)
+        rows.append(KernelRow(kernel, rank, form, **fields, megabytes=moved / 1e6, **times))
     return rows
+
+
+def _times(moved: int, issued: float, warps: int, flops: int) -> dict[str, Any]:
+    """The predicted microseconds, and what bounds them."""
+    bounds = {"issue": issued, "occupancy": issued / min(1, warps / WARPS), "flops": flops / MATRIX}
+    h100, h200 = ({"bytes": moved / bandwidth, **bounds} for bandwidth in BANDWIDTH.values())
+    bound = max(h100, key=h100.__getitem__)  # issue, where occupancy costs nothing more
+    times = {f"{name}_us_predicted": 1e6 * max(of.values()) for name, of in (("h100", h100), ("h200", h200))}
+    return {**times, "bound": bound}
+
+
+def _cut(kernel: str, M: int, K: int, N: int, R: int, chunk: int, rows: int, columns: int) -> tuple[int, int]:
+    """(programs of a launch, bytes of all partial results written and read again) of a side kernel with this tile."""
+    strips = -(-(N if kernel in ("grad_dy", "prefill") else K) // columns)
+    if kernel == "prefill":
+        return -(-min(chunk, M) // rows) * strips, 0
+    if kernel == "project":
+        programs = -(-M // rows)
+        count = parts(K, max(256, columns), programs)
+        return programs * count, 8 * count * M * R if count > 1 else 0
+    counts = [parts(min(chunk, M - first), rows, strips) for first in range(0, M, chunk)]
+    of_g = 8 * strips * M * R if kernel == "grad_dy" and strips > 1 else 0
+    of_rest = 8 * sum(counts) * R * (N if kernel == "grad_dy" else K) if sum(counts) > 1 else 0
+    return strips * counts[0], of_g + of_rest
+
+
+def parts(width: int, tile: int, programs: int) -> int:
+    """How many parts a reduction is cut into: tuning.splits, which needs Triton to be imported, for these GPUs."""
+    tiles = -(-width // tile)
+    return -(-tiles // -(-tiles // max(1, min(tiles, 2 * PROCESSORS // programs))))
 
 
 def _work(kernel: str, M: int, K: int, N: int, R: int, data: int, adapter: int) -> tuple[int, int, int]:
@@ -138,7 +186,7 @@ def run(M: int, K: int, N: int, target: str, dtypes: str, out: Output) -> dict[s
     title = f"Triton kernels for {target}, {dtypes}: machine code, and one call with x[{M}, {K}], W[{N}, {K}]"
     cells = [[_cell(value) for value in asdict(row).values()] for row in rows]
     columns = [name.replace("_", " ") for name in KernelRow.__dataclass_fields__]
-    caption = "Compiled, not run: µs are predictions from bytes and instructions."
+    caption = "Compiled, not run: µs are predictions from bytes, instructions and warps."
     out.table(title, columns, cells, caption, LESS_IMPORTANT)
     chosen = choices(target)
     if chosen:

@@ -60,7 +60,7 @@ def tune(
     for kernel in ("project", "prefill", "grad_dy", "grad_x", products):
         for arithmetic in DTYPES:
             for rank in ranks:
-                options = candidate_tiles(kernel, arithmetic, rank)
+                options = candidate_tiles(kernel, arithmetic, rank, device)
                 with output.status(f"{kernel}, {arithmetic}, rank {rank}"):
                     seconds = time_tiles(kernel, arithmetic, rank, options, sizes, device)
                     row = choose_tile(kernel, arithmetic, rank, options, seconds, device)

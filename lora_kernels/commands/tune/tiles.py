@@ -12,23 +12,23 @@ from ..timing import interleaved
 from . import calls
 
 KEEP = 0.98  # another tile than the table's must take at most this part of its time
-FIELDS = ("rows", "columns", "warps", "stages", "depth")  # of the candidates; the table's own tile is always tried too
+FIELDS = ("rows", "columns", "warps", "stages", "depth", "maxnreg")  # of the candidates, beside the table's own tile
 CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
-    "project": ((64, 64, 8, 4), (64, 128, 8, 3), (64, 128, 4, 3), (128, 64, 8, 3), (32, 128, 4, 4), (64, 256, 8, 3)),
+    "project": ((64, 128, 8, 4), (64, 64, 8, 4), (64, 128, 4, 3), (128, 64, 8, 3), (32, 128, 4, 4), (32, 256, 8, 3)),
     "prefill": ((64, 128, 4), (128, 128, 8), (64, 256, 8), (32, 256, 4), (128, 64, 8)),
-    "grad_dy": ((32, 128, 8, 3), (64, 128, 8, 3), (64, 256, 8, 2), (32, 256, 8, 3), (64, 128, 4, 3)),
-    "grad_x": ((32, 128, 8, 3), (64, 128, 8, 2), (64, 64, 8, 3), (32, 256, 8, 2), (64, 128, 4, 2)),
+    "grad_dy": ((32, 512, 8, 2), (64, 128, 8, 3), (64, 256, 8, 2), (32, 256, 8, 3), (64, 128, 4, 3)),
+    "grad_x": ((32, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 2, 0, 128), (64, 64, 8, 3), (64, 64, 4, 2)),
     "lowrank_product": ((128, 128, 8, 4, 32), (128, 256, 8, 3, 64), (64, 256, 8, 3, 64), (64, 128, 4, 4, 64)),
     "lowrank_product_tma": ((128, 256, 8, 4, 64), (128, 128, 8, 4, 64), (256, 128, 8, 3, 64), (128, 128, 4, 4, 64)),
 }
 
 
-def candidate_tiles(kernel: str, arithmetic: str, rank: int) -> list[Any]:
+def candidate_tiles(kernel: str, arithmetic: str, rank: int, device: torch.device) -> list[Any]:
     """The table's own tile, then the others that are legal."""
     from ...backends.triton.tuned import Tile, illegal
-    from ...backends.triton.tuning import TILES
+    from ...backends.triton.tuning import gpu, tiles
 
-    own = TILES[kernel, arithmetic, rank]
+    own, _ = tiles(kernel, arithmetic, rank, gpu(device).capability)
     others = [Tile(**dict(zip(FIELDS, numbers, strict=False)), tma=own.tma) for numbers in CANDIDATES[kernel]]
     return [own, *(tile for tile in others if tile != own and illegal(kernel, arithmetic, tile) is None)]
 
@@ -92,7 +92,8 @@ def choose_tile(
 
 
 def label(tile: Any) -> str:
-    """64x128 w8s4, with a product's depth: 128x256x64 w8s3."""
+    """64x128 w8s4, with a product's depth 128x256x64 w8s3, with a limit of registers 64x128 w8s4 r128."""
     fields = tile if isinstance(tile, dict) else asdict(tile)
     sizes = [fields["rows"], fields["columns"], *([fields["depth"]] if fields["depth"] else [])]
-    return f"{'x'.join(map(str, sizes))} w{fields['warps']}s{fields['stages']}"
+    limit = f" r{fields['maxnreg']}" if fields.get("maxnreg") else ""
+    return f"{'x'.join(map(str, sizes))} w{fields['warps']}s{fields['stages']}{limit}"

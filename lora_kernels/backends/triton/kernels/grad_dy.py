@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from ..launch import Launch, call, dtype_of, options
+from ..launch import call, dtype_of, two
 from ..tuning import Tile
 from .sums import new_parts, sum_parts
 from .tiles import dot, load_tile, scalar, store_tile
@@ -16,7 +16,7 @@ from .tiles import dot, load_tile, scalar, store_tile
 
 @triton.jit(do_not_specialize=["M"])
 def grad_dy_kernel(
-    dy, h, B, parts_g, parts_dB, parts_dc, s, M, N, R, stride_dy, part_rows,
+    dy, h, B, parts_g, parts_dB, parts_dc, s, M, N, R: tl.constexpr, stride_dy, part_rows,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """g = s·dy·B, dB = s·dyᵀ·h, dc = Σ dy: what one program's strip of BN columns and range of rows adds to each.
@@ -33,7 +33,7 @@ def grad_dy_kernel(
         o_m = m + tl.arange(0, BM)
         b_dy = load_tile(dy, o_m, o_n, stride_dy, M, N)
         if parts_g is not None:
-            b_g = s * dot(b_dy, b_B, tl.zeros([BM, BR], tl.float32), PRECISION)
+            b_g = s * dot(b_dy, b_B, None, PRECISION)
             store_tile(parts_g + i_n.to(tl.int64) * M * R, b_g, o_m, o_r, R, M, R)
         if parts_dB is not None:
             acc_dB = dot(b_dy.T, load_tile(h, o_m, o_r, R, M, R), acc_dB, PRECISION)
@@ -79,7 +79,7 @@ def reductions(
     precision: str,
 ) -> Callable[..., Three]:
     """run(dy, h, B, s): g, dB and dc with this tile."""
-    launch = Launch(grad_dy_kernel, options(tile), PRECISION=precision, BM=tile.rows, BN=tile.columns, BR=tuning.padded_rank(R))
+    launches = two(grad_dy_kernel, tile.options(), PRECISION=precision, BM=tile.rows, BN=tile.columns, BR=tuning.padded_rank(R))
     strips, programs = -(-N // tile.columns), 2 * tuning.gpu(device).processors
 
     def run(dy: Tensor, h: Tensor | None, B: Tensor | None, s: float | Tensor) -> Three:
@@ -88,7 +88,7 @@ def reductions(
         parts_g = new_parts(strips, M, R, dtype=adapter, device=device) if need_g else None
         parts_dB = new_parts(count, N, R, dtype=adapter, device=device) if need_B else None
         parts_dc = new_parts(count, N, dtype=torch.float32, device=device) if need_c else None
-        launch((strips, count), dy, h, B, parts_g, parts_dB, parts_dc, s, M, N, R, stride_dy, part_rows)
+        launches[count > 1]((strips, count), dy, h, B, parts_g, parts_dB, parts_dc, s, M, N, R, stride_dy, part_rows)
         if strips == 1 == count:
             return parts_g, parts_dB, parts_dc
         g, dB, dc = sum_parts((parts_g, strips, adapter), (parts_dB, count, adapter), (parts_dc, count, torch.float32))

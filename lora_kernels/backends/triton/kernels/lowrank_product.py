@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ....mask import keep_scale
 from ....values import Dropout
 from .. import tuning
-from ..launch import Launch, call, dtype_of, options
+from ..launch import Launch, call, dtype_of
 from ..tuning import Tile
 from .mask import edge, keep_tile
 from .tiles import dot, load_tile, scalar, store_tile
@@ -33,14 +33,14 @@ def tile_of(i_tile, row_tiles, column_tiles, GROUP: tl.constexpr = 8):
 
 @triton.jit
 def low_rank_tile(
-    u, V, c, s, seed, edge, o_m, column, M, D, R,
+    u, V, c, s, seed, edge, o_m, column, M, D, R: tl.constexpr,
     FORWARD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Forward s·u·Vᵀ + c with u = h, V = B[D, R]; backward undrop(u·V) with u = g, V = A[R, D], s = 1 / (1 - p̂)."""
     o_d, o_r = column + tl.arange(0, BD), tl.arange(0, BR)
     b_V = load_tile(V, o_d, o_r, R, D, R).T if FORWARD else load_tile(V, o_r, o_d, D, R, D)
-    acc = scalar(s) * dot(load_tile(u, o_m, o_r, R, M, R), b_V, tl.zeros([BM, BD], tl.float32), PRECISION)
+    acc = scalar(s) * dot(load_tile(u, o_m, o_r, R, M, R), b_V, None, PRECISION)
     if c is not None:
         acc += tl.load(c + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
     if DROP:
@@ -50,7 +50,7 @@ def low_rank_tile(
 
 @triton.jit(do_not_specialize=["M", "edge"])
 def lowrank_product_kernel(
-    a, W, out, u, V, c, s, seed, edge, M, C, D, R, stride_a, stride_W,
+    a, W, out, u, V, c, s, seed, edge, M, C, D, R: tl.constexpr, stride_a, stride_W,
     FORWARD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def lowrank_product_kernel(
 
 @triton.jit(do_not_specialize=["M", "edge"])
 def lowrank_product_tma_kernel(
-    a, W, out, u, V, c, s, seed, edge, M, C, D, R,
+    a, W, out, u, V, c, s, seed, edge, M, C, D, R: tl.constexpr,
     FORWARD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +139,7 @@ def product(
 ) -> Callable[..., Tensor]:
     """run(a, W, u, V, c, s, seed): low + a·w with this tile."""
     launch = Launch(
-        lowrank_product_tma_kernel if tile.tma else lowrank_product_kernel, options(tile), FORWARD=forward, DROP=p is not None,
+        lowrank_product_tma_kernel if tile.tma else lowrank_product_kernel, tile.options(), FORWARD=forward, DROP=p is not None,
         PRECISION=precision, BM=tile.rows, BD=tile.columns, BC=tile.depth, BR=tuning.padded_rank(R),
     )  # fmt: skip
     column_tiles, processors, bits = -(-D // tile.columns), tuning.gpu(device).processors, edge(p or 0.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ....nf4 import NF4Weight
 from .. import tuning
-from ..launch import Launch, call, dtype_of, options
+from ..launch import Launch, call, dtype_of
 from ..tuning import Tile
 from .lowrank_product import low_rank_tile, tile_of
 from .nf4_dequantize import load_absmax, pair_values, tables
@@ -18,7 +18,7 @@ from .tiles import load_tile, store_tile
 
 @triton.jit(do_not_specialize=["M"])
 def nf4_product_kernel(
-    x, codes, pairs, absmax, nested_absmax, nested_map, nested_offset, y, h, B, c, s, M, K, N, R, stride_x,
+    x, codes, pairs, absmax, nested_absmax, nested_map, nested_offset, y, h, B, c, s, M, K, N, R: tl.constexpr, stride_x,
     BLOCKSIZE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +38,7 @@ def nf4_product_kernel(
         scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BD, BC // SPAN, SPAN // 2)), (BD, BC // 2))
         b_w = tl.interleave(first * scale, second * scale).to(x.dtype.element_ty)
         b_x = load_tile(x, o_m, k + tl.arange(0, BC), stride_x, M, K)
-        acc = tl.dot(b_x, b_w.T, acc, input_precision=PRECISION)
+        acc = tl.dot(b_x, b_w.T, acc)
     store_tile(y, acc, o_m, o_n, N, M, N)
 
 
@@ -79,7 +79,7 @@ def products(
 ) -> Callable[..., Tensor]:
     """run(x, W, h, B, s, c): equation 2 with this tile, for 4-bit weights of a kind (blocksize, absmax's dtype, nested)."""
     launch = Launch(
-        nf4_product_kernel, options(tile) | {"enable_fp_fusion": False}, BLOCKSIZE=kind[0], PRECISION=precision,
+        nf4_product_kernel, tile.options() | {"enable_fp_fusion": False}, BLOCKSIZE=kind[0], PRECISION=precision,
         BM=tile.rows, BD=tile.columns, BC=tile.depth, BR=tuning.padded_rank(R),
     )  # fmt: skip
     column_tiles = -(-N // tile.columns)

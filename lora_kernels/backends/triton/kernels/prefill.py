@@ -15,23 +15,23 @@ from .tiles import dot, load_tile, scalar, store_tile
 
 @triton.jit(do_not_specialize=["M"])
 def prefill_kernel(
-    h, B, c, y, s, M, N, R, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
+    h, B, c, y, s, M, N, R: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr
 ):  # fmt: skip
     """y = s·h·Bᵀ + c, to which the base product is then added in place: the low-rank term is rounded once."""
     o_m, o_n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     o_r = tl.arange(0, BR)
     b_h, b_B = load_tile(h, o_m, o_r, R, M, R), load_tile(B, o_n, o_r, R, N, R)
-    acc = scalar(s) * dot(b_h, b_B.T, tl.zeros([BM, BN], tl.float32), PRECISION)
+    acc = scalar(s) * dot(b_h, b_B.T, None, PRECISION)
     if c is not None:
         acc += tl.load(c + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
     store_tile(y, acc, o_m, o_n, N, M, N)
 
 
-def prefill(h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """s·h·Bᵀ + c as [M, N] of `dtype`."""
+def prefill(h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """s·h·Bᵀ + c as [M, N] of `dtype`, in `out` if given."""
     N, R = B.shape
     key = h.device, dtype, B.dtype, R, N, dtype_of(s), dtype_of(c), tuning.precision(dtype)
-    return call("prefill", low_rank_term, key, h, B, s, c)
+    return call("prefill", low_rank_term, key, h, B, s, c, out)
 
 
 def low_rank_term(
@@ -45,15 +45,15 @@ def low_rank_term(
     of_c: torch.dtype | None,
     precision: str,
 ) -> Callable[..., Tensor]:
-    """run(h, B, s, c): s·h·Bᵀ + c with this tile."""
+    """run(h, B, s, c, out): s·h·Bᵀ + c with this tile."""
     launch = Launch(
-        prefill_kernel, {"num_warps": tile.warps}, PRECISION=precision, BM=tile.rows, BN=tile.columns, BR=tuning.padded_rank(R)
+        prefill_kernel, tile.options(), PRECISION=precision, BM=tile.rows, BN=tile.columns, BR=tuning.padded_rank(R)
     )
     column_tiles = -(-N // tile.columns)
 
-    def run(h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
+    def run(h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, out: Tensor | None) -> Tensor:
         M = h.shape[0]
-        y = torch.empty(M, N, dtype=dtype, device=device)
+        y = torch.empty(M, N, dtype=dtype, device=device) if out is None else out
         launch((-(-M // tile.rows), column_tiles), h, B, c, y, s, M, N, R)
         return y
 

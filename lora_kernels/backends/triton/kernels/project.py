@@ -10,7 +10,7 @@ from torch import Tensor
 from ....mask import keep_scale
 from ....values import Dropout
 from .. import tuning
-from ..launch import Launch, call, options
+from ..launch import call, two
 from ..tuning import Tile
 from .mask import edge, keep_tile
 from .sums import new_parts, sum_parts
@@ -19,7 +19,7 @@ from .tiles import dot, load_tile, store_tile
 
 @triton.jit(do_not_specialize=["M", "edge"])
 def project_kernel(
-    x, A, parts, seed, edge, keep_scale, M, K, R, stride_x, part_columns,
+    x, A, parts, seed, edge, keep_scale, M, K, R: tl.constexpr, stride_x, part_columns,
     DROP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """h = drop(x)·Aᵀ: parts[i_k, M, R] of one range of columns each; a program owns BM rows of one range."""
@@ -38,7 +38,7 @@ def project_kernel(
 
 
 def project(x: Tensor, A: Tensor, dropout: Dropout | None) -> Tensor:
-    """Equation 1. Where M is small, K is split so that every processor reads a part of x."""
+    """Equation 1. Where M is small, K is split so that every processor reads parts of x."""
     p, seed = (None, None) if dropout is None else (dropout.p, dropout.seed)
     R, K = A.shape
     key = x.device, x.dtype, A.dtype, R, K, x.stride(0), p, tuning.precision(x.dtype)
@@ -57,19 +57,19 @@ def projection(
     precision: str,
 ) -> Callable[..., Tensor]:
     """run(x, A, seed): equation 1 with this tile."""
-    launch = Launch(
-        project_kernel, options(tile), DROP=p is not None, PRECISION=precision, BM=tile.rows, BK=tile.columns,
+    launches = two(
+        project_kernel, tile.options(), DROP=p is not None, PRECISION=precision, BM=tile.rows, BK=tile.columns,
         BR=tuning.padded_rank(R),
     )  # fmt: skip
-    width, processors = max(256, tile.columns), tuning.gpu(device).processors
+    width, wanted = max(256, tile.columns), 2 * tuning.gpu(device).processors
     bits, scale = edge(p or 0.0), keep_scale(p or 0.0)
 
     def run(x: Tensor, A: Tensor, seed: Tensor | None) -> Tensor:
         M = x.shape[0]
         programs = -(-M // tile.rows)
-        count, part_columns = tuning.splits(K, width, programs, processors)
+        count, part_columns = tuning.splits(K, width, programs, wanted)
         parts = new_parts(count, M, R, dtype=adapter, device=device)
-        launch((programs, count), x, A, parts, seed, bits, scale, M, K, R, stride_x, part_columns)
+        launches[count > 1]((programs, count), x, A, parts, seed, bits, scale, M, K, R, stride_x, part_columns)
         return parts if count == 1 else sum_parts((parts, count, adapter))[0]  # type: ignore[return-value]
 
     return run

@@ -30,24 +30,49 @@ def scalar(s):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a·b in float32, for activations `a` and adapters `b` of any two dtypes.
+def cut(v):
+    """(high, rest): v is their sum, high in bfloat16 and rest in float32 with 8 bits less."""
+    high = v.to(tl.bfloat16)
+    return high, v.to(tl.float32) - high.to(tl.float32)
 
-    float32 adapters over bfloat16 activations: b is cut exactly into three bfloat16 parts (3·8 = 24 bits), so that the
-    activations are multiplied as they lie. The parts are summed apart from `acc`: tensor cores truncate, so a whole
-    contraction accumulated inside them would bias a float32 sum; that of one tile does not. Others meet in float32.
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a·b in float32, a·b where acc is None, for activations `a` and adapters `b` of any two dtypes.
+
+    "parts", with 16-bit activations: operands of two dtypes are cut exactly into bfloat16 parts, two of float16 (8 + 3 bits),
+    three of float32 (3·8). Products of parts below 2^-24 are left out; where both are float32 adapters (h·Bᵀ, g·A), whose
+    result becomes 16 bits, those below 2^-16. Triton's own 3xTF32 and 3xBF16 look for NaN in every partial result, a third
+    of a prefill's instructions; here inf gives NaN.
+    The parts are summed apart from `acc`: tensor cores truncate, so a whole contraction accumulated inside them would bias
+    a float32 sum; that of one tile does not.
     """
-    if a.dtype == b.dtype:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    elif a.dtype == tl.bfloat16 and b.dtype == tl.float32:
-        high = b.to(tl.bfloat16)
-        rest = b - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc += tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low)))
+    if a.dtype == b.dtype and a.dtype != tl.float32:
+        return tl.dot(a, b, acc)
+    elif PRECISION != "parts":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
     else:
-        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
-    return acc
+        product = products_of_parts(a, b)
+        return product if acc is None else acc + product
+
+
+@triton.jit
+def products_of_parts(a, b):
+    """a·b, the smallest products first."""
+    a0, a_rest = cut(a)
+    b0, b_rest = cut(b)
+    b1, b_last = cut(b_rest)
+    a1, b2 = a_rest.to(tl.bfloat16), b_last.to(tl.bfloat16)
+    product = None
+    if a.dtype != tl.float32 and b.dtype == tl.float32:
+        if a.dtype == tl.float16:
+            product = tl.dot(a1, b1)
+        product = tl.dot(a0, b2, product)
+    if a.dtype != tl.bfloat16:
+        product = tl.dot(a1, b0, product)
+    if b.dtype != tl.bfloat16:
+        product = tl.dot(a0, b1, product)
+    return tl.dot(a0, b0, product)
 
 
 def row_major(t: Tensor) -> Tensor:
