@@ -1,6 +1,6 @@
 """lora_kernels._cpu (csrc/cpu/), where the package was built with it: loops that PyTorch operations do in many passes.
 
-dropout.py and nf4_codec.py compute the same bits without it, in several times the time.
+mask.py and backends/torch/nf4.py compute the same bits without it, in several times the time.
 """
 
 import importlib

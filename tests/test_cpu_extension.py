@@ -93,11 +93,10 @@ def test_bad_dtype(extension):
         extension.nf4_decode(weight, out.data_ptr(), "int8", 8, 2, 8, 0, 8, 1)
     with pytest.raises(ValueError, match="got elements of 2 bytes, expected 4 or 8"):
         extension.drop_rows(out.data_ptr(), out.data_ptr(), 8, 2, 2, 8, 100, 1.0, 0, 0, 1)
-    layer = extension.SmallLayer(*[0] * 8, 1.0, 1.0, 0, 0, 0)
-    with pytest.raises(ValueError, match="small_forward: got elements of 2 bytes"):
-        extension.small_forward(layer, 0, 0, 0, 2)
-    with pytest.raises(ValueError, match="small_backward: got elements of 2 bytes"):
-        extension.small_backward(layer, *[0] * 6, 2)
+    with pytest.raises(ValueError, match="low_rank_forward: got elements of 2 bytes"):
+        extension.low_rank_forward(*[0] * 7, 1.0, 1.0, 0, 0, 0, 2, 0, 0)
+    with pytest.raises(ValueError, match="low_rank_backward: got elements of 2 bytes"):
+        extension.low_rank_backward(*[0] * 7, 1.0, 1.0, 0, 0, 0, 2, *[0] * 7)
 
 
 # ---- 4-bit weights ----

@@ -11,7 +11,7 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace lora_kernels::cpu;
   using py::arg;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  m.doc() = "Loops over addresses in a CPU's memory, for lora_kernels/dropout.py and nf4_codec.py.";
+  m.doc() = "Loops over addresses in a CPU's memory, for lora_kernels/mask.py, backends/torch.";
   m.attr("interface") = INTERFACE;
 
   py::class_<Weight>(m, "Weight", py::module_local(), "A weight in 4 bits; `values` of the 16 codes.")
@@ -23,17 +23,24 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("drop_rows", &drop_rows, Unlocked(), "out[M, K] = in * keep(seed, i, k) * scale.", arg("out"), arg("in"),
         arg("in_stride"), arg("itemsize"), arg("M"), arg("K"), arg("threshold"), arg("scale"), arg("seed"), arg("offset"),
         arg("threads"));
-  py::class_<SmallLayer>(m, "SmallLayer", py::module_local(), "A layer whose products take less time than PyTorch's way to them.")
-      .def(py::init([](Address x, Address W, Address A, Address B, std::int64_t M, std::int64_t K, std::int64_t N, std::int64_t R,
-                       double s, double scale, std::int32_t threshold, std::int64_t seed, std::uint64_t offset) {
-             return SmallLayer{x, W, A, B, M, K, N, R, s, scale, threshold, seed, offset};
-           }),
-           arg("x"), arg("W"), arg("A"), arg("B"), arg("M"), arg("K"), arg("N"), arg("R"), arg("s"), arg("scale"),
-           arg("threshold"), arg("seed"), arg("offset"));
-  m.def("small_forward", &small_forward, "y and h of a small layer.", arg("layer"), arg("c"), arg("y"), arg("h"),
-        arg("itemsize"));
-  m.def("small_backward", &small_backward, "The gradients of a small layer, each unless its address is 0.", arg("layer"),
-        arg("dy"), arg("h"), arg("dx"), arg("dA"), arg("dB"), arg("dc"), arg("itemsize"));
+  m.def(
+      "low_rank_forward",
+      [](Address x, Address A, Address B, std::int64_t M, std::int64_t K, std::int64_t N, std::int64_t R, double s, double scale,
+         std::int32_t threshold, std::int64_t seed, std::uint64_t offset, int itemsize, Address y, Address h) {
+        low_rank_forward({x, A, B, M, K, N, R, s, scale, threshold, seed, offset, itemsize}, y, h);
+      },
+      Unlocked(), "h, and y += s * h * B^T.", arg("x"), arg("A"), arg("B"), arg("M"), arg("K"), arg("N"), arg("R"), arg("s"),
+      arg("scale"), arg("threshold"), arg("seed"), arg("offset"), arg("itemsize"), arg("y"), arg("h"));
+  m.def(
+      "low_rank_backward",
+      [](Address x, Address A, Address B, std::int64_t M, std::int64_t K, std::int64_t N, std::int64_t R, double s, double scale,
+         std::int32_t threshold, std::int64_t seed, std::uint64_t offset, int itemsize, Address W, Address dy, Address h,
+         Address dx, Address dA, Address dB, Address dc) {
+        low_rank_backward({x, A, B, M, K, N, R, s, scale, threshold, seed, offset, itemsize}, W, dy, h, dx, dA, dB, dc);
+      },
+      Unlocked(), "dx (+)= dy * W + undrop(g * A), dA, dB, dc, each unless it is 0.", arg("x"), arg("A"), arg("B"), arg("M"),
+      arg("K"), arg("N"), arg("R"), arg("s"), arg("scale"), arg("threshold"), arg("seed"), arg("offset"), arg("itemsize"),
+      arg("W"), arg("dy"), arg("h"), arg("dx"), arg("dA"), arg("dB"), arg("dc"));
   m.def("nf4_decode", &nf4_decode, Unlocked(), "out[i, j] = element start + i * step + j of the weight.", arg("weight"),
         arg("out"), arg("dtype"), arg("out_stride"), arg("rows"), arg("columns"), arg("start"), arg("step"), arg("threads"));
 }

@@ -9,7 +9,7 @@ constexpr int INTERFACE = 2;  // of lora_kernels/cpu_extension.py: one more when
 
 using Address = std::uintptr_t;
 
-// out[M, K] = keep(seed, first + i, k) of lora_kernels/dropout.py as ones and zeros of `dtype`.
+// out[M, K] = keep(seed, first + i, k) of lora_kernels/mask.py as ones and zeros of `dtype`.
 void keep_rows(Address out, const std::string& dtype, std::int64_t first, std::int64_t M, std::int64_t K, std::int32_t threshold,
                std::int64_t seed, std::uint64_t offset, int threads);
 
@@ -18,23 +18,25 @@ void keep_rows(Address out, const std::string& dtype, std::int64_t first, std::i
 void drop_rows(Address out, Address in, std::int64_t in_stride, int itemsize, std::int64_t M, std::int64_t K,
                std::int32_t threshold, double scale, std::int64_t seed, std::uint64_t offset, int threads);
 
-// A linear layer with a low-rank adapter, of matrices with adjacent rows, and the mask of its dropout, with threshold 0 none.
-struct SmallLayer {
-  Address x, W, A, B;  // [M, K], [N, K], [R, K], [N, R]
+// The low-rank part of a linear layer, of matrices with adjacent rows, and the mask of its dropout, with threshold 0 none.
+struct LowRank {
+  Address x, A, B;  // [M, K], [R, K], [N, R]
   std::int64_t M, K, N, R;
   double s, scale;  // scale: of the values that dropout keeps
   std::int32_t threshold;
   std::int64_t seed;
   std::uint64_t offset;
+  int itemsize;  // of all elements: 4 (float) or 8 (double)
 };
 
-// y[M, N] = x * W^T + s * h * B^T + c, h[M, R] = drop(x) * A^T, for elements of `itemsize` 4 (float) or 8 (double); c may be 0.
-void small_forward(const SmallLayer& layer, Address c, Address y, Address h, int itemsize);
+// h[M, R] = drop(x) * A^T, y[M, N] += s * h * B^T.
+void low_rank_forward(const LowRank& term, Address y, Address h);
 
-// dx[M, K], dA[R, K], dB[N, R] and dc[N], each unless it is 0.
-void small_backward(const SmallLayer& layer, Address dy, Address h, Address dx, Address dA, Address dB, Address dc, int itemsize);
+// dx[M, K] = dy * W + undrop(g * A), to which dx is only added up if W is 0; dA[R, K], dB[N, R] and dc[N]; each unless its own
+// address is 0. g = s * dy * B.
+void low_rank_backward(const LowRank& term, Address W, Address dy, Address h, Address dx, Address dA, Address dB, Address dc);
 
-// W of lora_kernels/nf4.py, flattened, in blocks of `blocksize`.
+// W of lora_kernels/nf4/weight.py, flattened, in blocks of `blocksize`.
 struct Weight {
   Address codes;                                     // uint8, two codes each, the first in the high half
   Address absmax;                                    // float per block; uint8 where nested

@@ -1,4 +1,4 @@
-// The rows of a dropout mask, bit for bit those of lora_kernels/dropout.py, whose docstring is the specification. PyTorch operations
+// The rows of a dropout mask, bit for bit those of lora_kernels/mask.py, whose docstring is the specification. PyTorch operations
 // need sixty passes over memory for a mask; here a tile of it stays in registers and cache.
 #include <algorithm>
 #include <cstdint>

@@ -1,4 +1,4 @@
-// A part of a 4-bit weight, bit for bit that of lora_kernels/nf4.py: equations 7 and 8, each product and sum rounded to float by
+// A part of a 4-bit weight, bit for bit that of lora_kernels/nf4/weight.py: equations 7 and 8, each product and sum rounded to float by
 // itself, which needs -ffp-contract=off, then W once to its dtype. A block has 16 different values: only they are computed.
 #include <algorithm>
 #include <cmath>

@@ -1,49 +1,50 @@
-"""Equations 1 to 6 (reference/linear.py) of one small layer on a CPU, in one call of csrc/cpu each way; else as in whole.py.
+"""Equations 1 to 6 (reference/linear.py) of one layer on a CPU whose low-rank part is small: one call of csrc/cpu each way.
 
-PyTorch takes 30 to 100 µs for the way to the products of x[8, 32], the products themselves take 5.
+PyTorch takes 20 to 60 µs for the way to the low-rank products of x[8, 32], the products themselves take 3. The base product is
+its own, so that with B = 0 the result is the base layer's, bit for bit.
 """
 
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import cpu_extension
 from ...mask import keep_scale, threshold
 from ...nf4 import NF4Weight
-from ...plan import Call, Layout
+from ...plan import PLAIN, Call, Layout
 from ...values import Dropout, Grads, LoRAWeights, Needs
+from ..products import weight_gradient
 from . import whole
 from .nf4 import one_tile
 
-PRODUCT = 1 << 17  # M·K·N up to which the calls are faster than PyTorch's operations: 8 x 128 x 128 takes 19 and 16 µs
+LIMIT = 1 << 17  # multiplications up to which csrc/cpu is faster than PyTorch's operations: M·R·(K + N), M·K·N
 
 
 def fits(call: Call) -> bool:
     """Whether a call that is whole is small too, and csrc/cpu can address all its matrices, with adjacent rows."""
     if len(call.members) != 1 or call.device.type != "cpu" or cpu_extension.extension is None:
         return False
-    layouts = [layout for layout in (call.x, *call.members[0][:4]) if layout is not None]
-    size = whole.rows_of_kind(call) * call.members[0].weight.shape.numel()
-    return size <= PRODUCT and all(layout.plain and _adjacent(layout) for layout in layouts)
+    weight, A, B, _, _ = call.members[0]
+    size = whole.rows_of_kind(call) * A.shape[0] * sum(weight.shape)
+    return size <= LIMIT and all(t.plain and _adjacent(t) for t in (call.x, A, B))
 
 
 def _adjacent(layout: Layout) -> bool:
-    return layout.quant_type is not None or layout.stride in ((layout.shape[-1], 1), (1,))
+    return layout.stride == (layout.shape[1], 1)
 
 
 def forward(
     x: Tensor, members: tuple[LoRAWeights, ...], dropout: Dropout | None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Equations 1 and 2: y[M,N] and h[M,R]."""
-    W, A, B, c, s = members[0]
-    if isinstance(W, NF4Weight):
-        W = one_tile(W, x.dtype)
-    M, (N, R), dtype, device = x.shape[0], B.shape, x.dtype, x.device
-    y, h = torch.empty((M, N), dtype=dtype, device=device), torch.empty((M, R), dtype=dtype, device=device)
-    csrc, mask = cpu_extension.extension, NO_MASK if dropout is None else mask_of(dropout)
-    layer = csrc.SmallLayer(x.data_ptr(), W.data_ptr(), A.data_ptr(), B.data_ptr(), M, A.shape[1], N, R, s, *mask)
-    csrc.small_forward(layer, 0 if c is None else c.data_ptr(), y.data_ptr(), h.data_ptr(), dtype.itemsize)
+    (W, A, B, c, s), M, (N, R), dtype = members[0], x.shape[0], members[0].lora_B.shape, x.dtype
+    y = F.linear(x, one_tile(W, dtype) if isinstance(W, NF4Weight) else W, c)
+    h = torch.empty((M, R), dtype=dtype, device=x.device)
+    read, mask = (x.data_ptr(), A.data_ptr(), B.data_ptr()), NO_MASK if dropout is None else mask_of(dropout)
+    sizes, written = (M, A.shape[1], N, R), (y.data_ptr(), h.data_ptr())
+    cpu_extension.extension.low_rank_forward(*read, *sizes, float(s), *mask, dtype.itemsize, *written)
     return (y,), (h,)
 
 
@@ -55,29 +56,34 @@ def backward(
     dropout: Dropout | None,
     needs: Needs,
 ) -> Grads:
-    """Equations 3 to 6, as linear.backward in this folder; dW, and of a dy whose rows lie apart, as in whole.py."""
+    """Equations 3 to 6, as linear.backward in this folder; those of a dy whose rows lie apart as in whole.py."""
     (W, A, B, _, s), dy, h, wanted = members[0], dys[0], hs[0], needs.members[0]
-    if "weight" in wanted or type(dy) is not Tensor or not dy.is_contiguous():
+    if type(dy) is not Tensor or not dy.is_contiguous():
         return whole.backward(dys, x, members, hs, dropout, needs)
-    if isinstance(W, NF4Weight):
-        W = one_tile(W, dy.dtype)
     (M, N), dtype, device = dy.shape, dy.dtype, dy.device
     R = 0 if B is None and h is None else (h if B is None else B).shape[1]
     K = W.shape[1] if needs.x else x.shape[1] if "lora_A" in wanted else 0
-    dx = dA = dB = dc = None
+    dx, found, W_address = None, {}, 0
     if needs.x:
-        dx = torch.empty((M, K), dtype=dtype, device=device)
-    found = {}
+        W = one_tile(W, dtype) if isinstance(W, NF4Weight) else W
+        if M * N * K <= LIMIT and W.is_contiguous() and type(W) in PLAIN:
+            dx, W_address = torch.empty((M, K), dtype=dtype, device=device), W.data_ptr()
+        else:
+            dx = dy @ W
     if "lora_A" in wanted:
-        dA = found["lora_A"] = torch.empty((R, K), dtype=dtype, device=device)
+        found["lora_A"] = torch.empty((R, K), dtype=dtype, device=device)
     if "lora_B" in wanted:
-        dB = found["lora_B"] = torch.empty((N, R), dtype=dtype, device=device)
+        found["lora_B"] = torch.empty((N, R), dtype=dtype, device=device)
     if "bias" in wanted:
-        dc = found["bias"] = torch.empty((N,), dtype=dtype, device=device)
-    read, written = [0 if t is None else t.data_ptr() for t in (x, W, A, B, h)], (dx, dA, dB, dc)
-    csrc, mask = cpu_extension.extension, NO_MASK if dropout is None else mask_of(dropout)
-    layer = csrc.SmallLayer(*read[:4], M, K, N, R, s, *mask)
-    csrc.small_backward(layer, dy.data_ptr(), read[4], *[0 if t is None else t.data_ptr() for t in written], dtype.itemsize)
+        found["bias"] = torch.empty((N,), dtype=dtype, device=device)
+    read, written = (x, A, B, h), (dx, found.get("lora_A"), found.get("lora_B"), found.get("bias"))
+    *own, h_address = [0 if t is None else t.data_ptr() for t in read]
+    gradients, mask = [0 if t is None else t.data_ptr() for t in written], NO_MASK if dropout is None else mask_of(dropout)
+    cpu_extension.extension.low_rank_backward(
+        *own, M, K, N, R, float(s), *mask, dtype.itemsize, W_address, dy.data_ptr(), h_address, *gradients
+    )
+    if "weight" in wanted:
+        found["weight"] = weight_gradient(dy, x)
     return Grads(dx, (found,))
 
 

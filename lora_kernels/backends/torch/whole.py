@@ -15,15 +15,17 @@ from .nf4 import one_tile, tile_size
 
 
 def fits(call: Call) -> bool:
-    """Whether every call of this one's kind, of up to the next power of two rows, is whole: float32 or float64, s a number."""
+    """Whether every call of this one's kind, of up to the next power of two rows, is whole: float32 or float64."""
     return call.dtype.itemsize >= 4 and call.rows > 0 and all(_fits(member, call) for member in call.members)
 
 
 def _fits(member: LoRAWeights, call: Call) -> bool:
     layouts: tuple[Layout | None, ...] = member[:4]  # type: ignore[assignment]
     weight, A, B, c = layouts
-    if weight is None or A is None or B is None or not isinstance(member.scaling, (int, float)):
+    if weight is None or A is None or B is None:
         return False  # of a backward pass in a compiled graph, which has no more than its gradients read
+    if not isinstance(member.scaling, (int, float)) and call.device.type != "cpu":
+        return False  # a number would have to wait for the device
     rows, widest, size = rows_of_kind(call), max(weight.shape), weight.shape.numel()  # type: ignore[attr-defined]
     packed = weight.quant_type is not None
     if size == 0 or rows * widest > chunk_elements(call.device) or (packed and size > tile_size(call.device)):
@@ -48,7 +50,7 @@ def _forward_of(x: Tensor, member: LoRAWeights, dropout: Dropout | None, number:
     W, A, B, c, s = member
     h = F.linear(x if dropout is None else _dropped(x, dropout, number), A)  # 1
     y = F.linear(x, one_tile(W, x.dtype) if isinstance(W, NF4Weight) else W, c)
-    return y.addmm_(h, B.T, alpha=s), h  # 2
+    return y.addmm_(h, B.T, alpha=float(s)), h  # 2
 
 
 def backward(
@@ -81,7 +83,7 @@ def _backward_of(
     number: int,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """(one member's part of dx, its wanted gradients)."""
-    W, A, B, _, s = member
+    (W, A, B, _, _), s = member, float(member.scaling)
     dx, found = None, {}
     if need_x or "lora_A" in wanted:
         g = product(dy, columns_together(B, dy), s)  # 3

@@ -61,8 +61,9 @@ def _computed(layer: Any, parts: Parts, x: Tensor) -> Tensor | str:
     tensors = tensors_of(parts)
     if torch.compiler.is_compiling() or not is_plain(layer, parts, tensors, x):
         return why_not_tensors(layer, parts, x) or compute(x, parts, tensors)
+    W, c, A, B, _ = tensors
     try:
-        return compute(x, parts, tensors)
+        return lora_linear(x, W, A, B, c, scaling=parts.scaling, dropout_p=_dropout_p(dropout))
     except (TypeError, ValueError):  # arguments that do not fit: only now is it worth its time to look at each
         if (reason := why_not_tensors(layer, parts, x)) is None:
             raise
@@ -81,9 +82,13 @@ def compute(x: Tensor, parts: Parts, tensors: tuple[Any, ...]) -> Tensor:
         B,
         c if b is None else bias_sum(c, b, scaling, weight.dtype),
         scaling=scaling,
-        dropout_p=dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
+        dropout_p=_dropout_p(dropout),
     )
     return y.to(x.dtype) if four_bit else y  # Linear4bit returns x's dtype under autocast too
+
+
+def _dropout_p(dropout: nn.Module) -> float:
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
 def nf4_weight(base: Any) -> NF4Weight:

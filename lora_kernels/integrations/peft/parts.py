@@ -24,7 +24,7 @@ def fast_parts(layer: Any) -> Parts | str:
     """What `compute` takes, or the reason in the layer's present state why PEFT's own forward has to compute."""
     if layer.disable_adapters:
         return "adapters are disabled"
-    if layer.merged:
+    if layer.merged_adapters:
         return "adapters are merged"
     modules, active = layer._modules, layer.active_adapter  # nn.Module's own look-up takes a µs for each attribute
     adapters = modules["lora_A"]._modules

@@ -36,7 +36,7 @@ def _brought_to(parts: Parts) -> dict[int, torch.device]:
 
 
 def is_plain(layer: Any, parts: Parts, tensors: tuple[Any, ...], x: Tensor) -> bool:
-    """Whether lora_linear refuses whatever may be wrong with the tensors: then nobody has to look at each of them before."""
+    """Whether lora_linear takes the tensors as they are, and refuses whatever may be wrong with them."""
     W, c, A, B, b = tensors
     return (
         type(x) in PLAIN
@@ -49,7 +49,7 @@ def is_plain(layer: Any, parts: Parts, tensors: tuple[Any, ...], x: Tensor) -> b
         and parts.lora_A.bias is None
         and (x.dtype == A.dtype or layer.cast_input_dtype_enabled)
         and not torch._C._are_functorch_transforms_active()
-        and not is_linear4bit(parts.base)
+        and type(parts.base).forward is nn.Linear.forward
     )
 
 

@@ -1,5 +1,5 @@
-// Equations 1 to 6 (lora_kernels/reference/linear.py) of a layer so small that PyTorch's way to each product takes longer than the
-// product: each direction is one call, on one thread. All matrices have adjacent rows.
+// The low-rank part of equations 1 to 6 (lora_kernels/reference/linear.py) where it is so small that PyTorch's way to each product
+// takes longer than the product: each direction is one call, on one thread. All matrices have adjacent rows.
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -84,8 +84,8 @@ INLINE void by_columns(T* out, Factor<T> a, const T* b, std::int64_t rows, std::
 }
 
 template <typename T>
-struct Layer {
-  const T *x, *W, *A, *B;
+struct Term {
+  const T *x, *A, *B;
   std::int64_t M, K, N, R;
   T s, scale;  // scale: of the values that dropout keeps
   Mask mask;
@@ -93,28 +93,25 @@ struct Layer {
 
 // drop(v), or undrop(v), which is the same; v itself without dropout.
 template <typename T>
-INLINE const T* dropped(std::vector<T>& room, const T* v, const Layer<T>& layer) {
-  if (layer.mask.threshold == 0) return v;
-  room.resize(layer.M * layer.K);
-  for (std::int64_t i = 0; i < layer.M; ++i)
-    drop_row(room.data() + i * layer.K, v + i * layer.K, layer.scale, layer.K, static_cast<std::uint32_t>(i), layer.mask);
+INLINE const T* dropped(std::vector<T>& room, const T* v, const Term<T>& term) {
+  if (term.mask.threshold == 0) return v;
+  room.resize(term.M * term.K);
+  for (std::int64_t i = 0; i < term.M; ++i)
+    drop_row(room.data() + i * term.K, v + i * term.K, term.scale, term.K, static_cast<std::uint32_t>(i), term.mask);
   return room.data();
 }
 
 template <typename T>
-INLINE void forward(const Layer<T>& layer, const T* c, T* y, T* h) {
-  const auto [x, W, A, B, M, K, N, R, s, scale, mask] = layer;
+INLINE void forward(const Term<T>& term, T* y, T* h) {
+  const auto [x, A, B, M, K, N, R, s, scale, mask] = term;
   std::vector<T> room;
-  rows_by_rows<false>(h, dropped(room, x, layer), A, M, R, K, T{1});  // 1
-  rows_by_rows<false>(y, x, W, M, N, K, T{1});
-  rows_by_rows<true>(y, h, B, M, N, R, s);  // 2
-  for (std::int64_t i = 0; c && i < M; ++i)
-    for (std::int64_t j = 0; j < N; ++j) y[i * N + j] += c[j];
+  rows_by_rows<false>(h, dropped(room, x, term), A, M, R, K, T{1});  // 1
+  rows_by_rows<true>(y, h, B, M, N, R, s);                           // 2
 }
 
 template <typename T>
-INLINE void backward(const Layer<T>& layer, const T* dy, const T* h, T* dx, T* dA, T* dB, T* dc) {
-  const auto [x, W, A, B, M, K, N, R, s, scale, mask] = layer;
+INLINE void backward(const Term<T>& term, const T* W, const T* dy, const T* h, T* dx, T* dA, T* dB, T* dc) {
+  const auto [x, A, B, M, K, N, R, s, scale, mask] = term;
   std::vector<T> g, room;
   if (dx || dA) {
     g.resize(M * R);
@@ -122,13 +119,13 @@ INLINE void backward(const Layer<T>& layer, const T* dy, const T* h, T* dx, T* d
   }
   if (dx) {
     std::vector<T> low_rank(M * K);
-    by_columns(dx, {dy, N, 1}, W, M, K, N, T{1});
+    if (W) by_columns(dx, {dy, N, 1}, W, M, K, N, T{1});
     by_columns(low_rank.data(), {g.data(), R, 1}, A, M, K, R, T{1});
-    const T* undropped = dropped(room, low_rank.data(), layer);
+    const T* undropped = dropped(room, low_rank.data(), term);
     for (std::int64_t i = 0; i < M * K; ++i) dx[i] += undropped[i];  // 4
   }
-  if (dA) by_columns(dA, {g.data(), 1, R}, dropped(room, x, layer), R, K, M, T{1});  // 5
-  if (dB) by_columns(dB, {dy, 1, N}, h, N, R, M, s);                                 // 6
+  if (dA) by_columns(dA, {g.data(), 1, R}, dropped(room, x, term), R, K, M, T{1});  // 5
+  if (dB) by_columns(dB, {dy, 1, N}, h, N, R, M, s);                                // 6
   if (dc)
     for (std::int64_t j = 0; j < N; ++j) {
       dc[j] = 0;
@@ -136,13 +133,13 @@ INLINE void backward(const Layer<T>& layer, const T* dy, const T* h, T* dx, T* d
     }
 }
 
-#define SMALL_LINEAR(T, forward_of, backward_of)                                                                        \
-  FOR_EACH_CPU void forward_of(const Layer<T>& layer, const T* c, T* y, T* h) { forward(layer, c, y, h); }              \
-  FOR_EACH_CPU void backward_of(const Layer<T>& layer, const T* dy, const T* h, T* dx, T* dA, T* dB, T* dc) { \
-    backward(layer, dy, h, dx, dA, dB, dc);                                                                             \
+#define LOW_RANK(T, forward_of, backward_of)                                                                               \
+  FOR_EACH_CPU void forward_of(const Term<T>& term, T* y, T* h) { forward(term, y, h); }                                   \
+  FOR_EACH_CPU void backward_of(const Term<T>& term, const T* W, const T* dy, const T* h, T* dx, T* dA, T* dB, T* dc) { \
+    backward(term, W, dy, h, dx, dA, dB, dc);                                                                              \
   }
-SMALL_LINEAR(float, forward_of_floats, backward_of_floats)
-SMALL_LINEAR(double, forward_of_doubles, backward_of_doubles)
+LOW_RANK(float, forward_of_floats, backward_of_floats)
+LOW_RANK(double, forward_of_doubles, backward_of_doubles)
 
 template <typename T>
 T* at(Address address) {
@@ -150,28 +147,28 @@ T* at(Address address) {
 }
 
 template <typename T>
-Layer<T> as(const SmallLayer& l) {
+Term<T> as(const LowRank& l) {
   const auto t = [](Address address) { return at<const T>(address); };
   const auto n = [](double number) { return static_cast<T>(number); };
-  return {t(l.x), t(l.W), t(l.A), t(l.B), l.M, l.K, l.N, l.R, n(l.s), n(l.scale), mask_of(l.threshold, l.seed, l.offset)};
+  return {t(l.x), t(l.A), t(l.B), l.M, l.K, l.N, l.R, n(l.s), n(l.scale), mask_of(l.threshold, l.seed, l.offset)};
 }
 
 }  // namespace
 
-void small_forward(const SmallLayer& l, Address c, Address y, Address h, int itemsize) {
-  if (itemsize == sizeof(float)) return forward_of_floats(as<float>(l), at<float>(c), at<float>(y), at<float>(h));
-  if (itemsize == sizeof(double)) return forward_of_doubles(as<double>(l), at<double>(c), at<double>(y), at<double>(h));
-  throw std::invalid_argument("small_forward: got elements of " + std::to_string(itemsize) + " bytes, expected 4 or 8");
+void low_rank_forward(const LowRank& l, Address y, Address h) {
+  if (l.itemsize == sizeof(float)) return forward_of_floats(as<float>(l), at<float>(y), at<float>(h));
+  if (l.itemsize == sizeof(double)) return forward_of_doubles(as<double>(l), at<double>(y), at<double>(h));
+  throw std::invalid_argument("low_rank_forward: got elements of " + std::to_string(l.itemsize) + " bytes, expected 4 or 8");
 }
 
-void small_backward(const SmallLayer& l, Address dy, Address h, Address dx, Address dA, Address dB, Address dc, int itemsize) {
-  const auto run = [&](auto* backward, auto layer, auto one) {
+void low_rank_backward(const LowRank& l, Address W, Address dy, Address h, Address dx, Address dA, Address dB, Address dc) {
+  const auto run = [&](auto* backward, auto term, auto one) {
     using T = decltype(one);
-    backward(layer, at<T>(dy), at<T>(h), at<T>(dx), at<T>(dA), at<T>(dB), at<T>(dc));
+    backward(term, at<T>(W), at<T>(dy), at<T>(h), at<T>(dx), at<T>(dA), at<T>(dB), at<T>(dc));
   };
-  if (itemsize == sizeof(float)) return run(&backward_of_floats, as<float>(l), 1.0f);
-  if (itemsize == sizeof(double)) return run(&backward_of_doubles, as<double>(l), 1.0);
-  throw std::invalid_argument("small_backward: got elements of " + std::to_string(itemsize) + " bytes, expected 4 or 8");
+  if (l.itemsize == sizeof(float)) return run(&backward_of_floats, as<float>(l), 1.0f);
+  if (l.itemsize == sizeof(double)) return run(&backward_of_doubles, as<double>(l), 1.0);
+  throw std::invalid_argument("low_rank_backward: got elements of " + std::to_string(l.itemsize) + " bytes, expected 4 or 8");
 }
 
 }  // namespace lora_kernels::cpu
