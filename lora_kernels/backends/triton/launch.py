@@ -68,10 +68,11 @@ class Launch:
     kernel's last parameters, in any order; an argument that is None or a float in one call is so in all.
     """
 
-    __slots__ = ("constants", "kept", "kernel", "named")
+    __slots__ = ("compiles", "constants", "kept", "kernel", "named")
 
     def __init__(self, kernel: Any, options: dict[str, Any], **constants: Any):
         self.kernel, self.named = kernel, {**constants, **options}
+        self.compiles = isinstance(kernel, triton.JITFunction)  # the interpreter does not
         names = kernel.arg_names[-len(constants) :]
         if set(names) != set(constants):
             raise TypeError(
@@ -81,13 +82,12 @@ class Launch:
         self.kept: dict[int, tuple] = {}  # device -> what Triton launches, and which arguments are tensors
 
     def __call__(self, grid: tuple[int, int], *arguments: Any) -> None:
-        if not isinstance(self.kernel, triton.JITFunction) or _watched(self.kernel):
+        if not self.compiles or _watched(self.kernel):
             self.kernel[grid](*arguments, **self.named)
             return
-        active = driver.active
+        active, addresses = driver.active, 0
         device = active.get_current_device()
         found = self.kept.get(device)
-        addresses = 0
         for i in _tensors(arguments) if found is None else found[0]:
             addresses |= arguments[i].data_ptr()
         if found is None or addresses & 15:

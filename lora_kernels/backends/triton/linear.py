@@ -28,7 +28,7 @@ from .kernels.grad_x import grad_x
 from .kernels.mask import drop, drops
 from .kernels.prefill import prefill
 from .kernels.project import project
-from .kernels.tiles import row_major
+from .kernels.tiles import adjacent, row_major
 
 FIELDS = frozenset({"weight", "lora_A", "lora_B", "bias", "scaling"})
 notes = gpu.notes
@@ -64,7 +64,9 @@ def _or_pytorch(kernels: Callable[..., Any], otherwise: Callable[..., Any], sett
     def run(first: Any, *rest: Any) -> Any:
         tensor = first[0] if isinstance(first, tuple) else first  # backward's are the gradients of the results
         try:
-            with gpu.device_of(tensor):
+            if gpu.is_here(tensor):
+                return kernels(first, *rest)
+            with torch.cuda.device_of(tensor):
                 return kernels(first, *rest)
         except Exception as error:
             give_up(tensor.device, error, setting)
@@ -85,8 +87,8 @@ def forward(
         W = dense(W, x.dtype)
     if wide:
         return pytorch.forward(x, (members[0]._replace(weight=W),), dropout, WideMask)
-    dropout, s = dropping(dropout), _scaling(s, x.device)
-    A, B, c = A.contiguous(), B.contiguous(), None if c is None else c.contiguous()
+    dropout, s = dropping(dropout), s if s.__class__ is float else _scaling(s, x.device)
+    A, B, c = adjacent(A), adjacent(B), adjacent(c)
     h = project(x, A, dropout)
     if isinstance(W, NF4Weight):
         y = nf4_product.product(x, W, h, B, s, c)
@@ -127,8 +129,8 @@ def backward(
         return pytorch.backward(dys, x, (members[0]._replace(weight=W),), hs, dropout, needs)
     if R > tuning.MAX_RANK:
         return pytorch.backward((dy,), x, (members[0]._replace(weight=W),), hs, dropout, needs, WideMask)
-    dropout, s = dropping(dropout), _scaling(s, dy.device)
-    A, B, h = [None if t is None else t.contiguous() for t in (A, B, h)]
+    dropout, s = dropping(dropout), s if s.__class__ is float else _scaling(s, dy.device)
+    A, B, h = adjacent(A), adjacent(B), adjacent(h)
     g, dB, dc = grad_dy(dy, h, B, s, needs.x or need_A, need_B, need_c)
     if needs.x and tuning.dataflow(dy, W, "backward") == "lowrank_product":
         _, dA = grad_x(x, g, A, dropout, dy.dtype, False, need_A)

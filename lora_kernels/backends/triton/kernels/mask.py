@@ -1,5 +1,7 @@
 """keep(seed, row, column) of lora_kernels.mask inside Triton kernels: the same bits in any tiling."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -59,6 +61,7 @@ def drop_launch(dtype: torch.dtype, out: torch.dtype, D: int, stride_v: int, str
     return Launch(drop_kernel, {"num_warps": ELEMENTWISE.warps}, BM=ELEMENTWISE.rows, BD=ELEMENTWISE.columns)
 
 
+@functools.lru_cache
 def drops(p: float) -> bool:
     """Whether any element is dropped: a p below 2^-17 rounds to threshold 0."""
     return threshold(p) > 0

@@ -1,5 +1,7 @@
 """What every kernel shares: tiles of row-major matrices and dot products of two dtypes."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -82,3 +84,8 @@ def row_major(t: Tensor) -> Tensor:
     rows, columns = t.shape
     dense = (t.stride(1) == 1 or columns == 1) and (t.stride(0) >= columns or rows == 1)
     return t if dense else t.contiguous()
+
+
+def adjacent(t: Any) -> Any:
+    """t.contiguous(), or None; asked first, because the call itself takes a µs for a parameter."""
+    return t if t is None or t.is_contiguous() else t.contiguous()
