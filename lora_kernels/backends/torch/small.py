@@ -26,9 +26,9 @@ def fits(call: Call) -> bool:
     """Whether a call that is whole is small too, and csrc/cpu can address all its matrices, with adjacent rows."""
     if len(call.members) != 1 or call.device.type != "cpu" or cpu_extension.extension is None:
         return False
-    weight, A, B, _, _ = call.members[0]
-    size = whole.rows_of_kind(call) * A.shape[0] * sum(weight.shape)
-    return size <= LIMIT and all(t.plain and _adjacent(t) for t in (call.x, A, B))
+    member = call.members[0]
+    size = whole.rows_of_kind(call) * member.lora_A.shape[0] * sum(member.weight.shape)
+    return size <= LIMIT and all(t.plain and _adjacent(t) for t in (call.x, member.lora_A, member.lora_B))
 
 
 def _adjacent(layout: Layout) -> bool:
