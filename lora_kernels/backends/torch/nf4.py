@@ -18,6 +18,7 @@ from ...scratch import scratch, slices
 CHUNK = 1 << 18  # elements decoded or encoded at a time: their scratch stays in a CPU's cache
 GPU_CHUNK = 1 << 26
 TILE = 1 << 20  # elements of a tile of rows of W
+FRESH = 1 << 14  # elements for which fresh memory costs less than the way to memory that is kept
 
 
 def why_not(t: Tensor) -> None:
@@ -88,10 +89,15 @@ def tiles(w: NF4Weight, dtype: torch.dtype, work: torch.dtype) -> Iterator[tuple
 
 
 def one_tile(w: NF4Weight, dtype: torch.dtype) -> Tensor:
-    """The whole of a small W in `dtype`, until the next tile."""
-    tile = scratch("nf4 tile", w.numel(), dtype, w.codes)
-    decode_into(tile, w, 0, w.numel())
-    return tile.view(w.shape)
+    """The whole of a small matrix W in `dtype`, until the next tile."""
+    size = w.numel()
+    if size <= FRESH:
+        tile = torch.empty(w.shape, dtype=dtype, device=w.device)
+    else:
+        tile = scratch("nf4 tile", size, dtype, w.codes).view(w.shape)
+    if not decoded_by_extension(tile, w, 0, w.shape[1]):
+        decode_into(tile.view(-1), w, 0, size)
+    return tile
 
 
 def column_tiles(w: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -131,10 +137,12 @@ def _matrix(w: NF4Weight) -> tuple[int, int]:
 def decoded_by_extension(out: Tensor, w: NF4Weight, start: int, step: int = 0) -> bool:
     """out[i, j] = element start + i·step + j, rounded to out's dtype, by csrc/cpu; False, and nothing, where it cannot."""
     tensors = w.codes, w.absmax, w.nested_absmax, w.nested_map, w.nested_offset
-    if not cpu_extension.takes(out, *tensors) or out.stride(1) != 1 or not all(t is None or t.is_contiguous() for t in tensors):
+    if not cpu_extension.takes(out, *tensors) or out.stride(1) != 1:
         return False
-    addresses = (0 if t is None else t.data_ptr() for t in (*tensors, code_values(w.quant_type)))
-    weight = cpu_extension.extension.Weight(*addresses, w.blocksize)
+    addresses = [0 if t is None else t.data_ptr() if t.is_contiguous() else None for t in tensors]
+    if None in addresses:
+        return False
+    weight = cpu_extension.extension.Weight(*addresses, code_values(w.quant_type).data_ptr(), w.blocksize)
     size = out.stride(0), *out.shape
     cpu_extension.extension.nf4_decode(
         weight, out.data_ptr(), dtype_name(out.dtype), *size, start, step, torch.get_num_threads()
