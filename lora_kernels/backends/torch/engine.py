@@ -1,6 +1,7 @@
 """How PyTorch's operations compute a layer: in which dtypes; masks by chunks of rows, 4-bit weights by tiles."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,8 +9,8 @@ from torch import Tensor
 from ...mask import KeepRows
 from ...nf4 import NF4Weight
 from ...scratch import slices
-from ...values import Dropout
-from ..products import accumulate, add_product, product_dtype
+from ...values import Dropout, Grads, LoRAWeights, Needs
+from ..products import accumulate, add_product, product_dtype, weight_gradient
 from .nf4 import column_tiles, tiles
 
 WIDE_ELEMENTS = 5 << 18  # of x or dx that are held in float32 at a time: with tiles and the mask, below 16 MiB
@@ -32,6 +33,33 @@ class ChunkMask:
     def dropped(self, v: Tensor) -> Tensor:
         """v · keep, where the mask was."""
         return self._rows.mul_(v)
+
+
+def members_backward(
+    dys: tuple[Tensor | None, ...],
+    x: Tensor | None,
+    members: tuple[LoRAWeights, ...],
+    hs: tuple[Tensor | None, ...],
+    needs: Needs,
+    backward_of: Callable[..., tuple[Tensor | None, dict[str, Tensor]]],
+) -> Grads:
+    """Equations 3 to 6 of every member, and dx, the sum of their parts.
+
+    backward_of(dy, x, member, h, need_x, wanted, number): one member's part of dx and its wanted gradients but W's. A member
+    whose y was not used, with None for its dy, gets no gradients and adds nothing to dx.
+    """
+    dx: Tensor | None = None
+    grads: list[dict[str, Tensor]] = []
+    for i, (dy, member, h, wanted) in enumerate(zip(dys, members, hs, needs.members, strict=True)):
+        if dy is None:
+            grads.append({})
+            continue
+        part, found = backward_of(dy, x, member, h, needs.x, wanted, i)
+        dx = part if dx is None else dx.add_(part)
+        if "weight" in wanted:
+            found["weight"] = weight_gradient(dy, x)
+        grads.append(found)
+    return Grads(dx, tuple(grads))
 
 
 def total(sum_so_far: Tensor | None, part: Tensor) -> Tensor:

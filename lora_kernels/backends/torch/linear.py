@@ -4,6 +4,8 @@ In 2 and 4 the low-rank term is written first and the base product is added to i
 rounded once. x is never copied whole. The factor 1 / (1 - p̂) of dropout is applied on the R-wide side.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,9 +14,19 @@ from ... import cpu_extension
 from ...mask import keep_scale, row_chunks
 from ...plan import Call, Plan
 from ...values import Dropout, Grads, LoRAWeights, Needs
-from ..products import columns_together, transposed_product, weight_gradient
+from ..products import columns_together, transposed_product
 from . import small, whole
-from .engine import ChunkMask, add_backward_product, add_forward_product, part, sum_dtype, to, total, work_dtype
+from .engine import (
+    ChunkMask,
+    add_backward_product,
+    add_forward_product,
+    members_backward,
+    part,
+    sum_dtype,
+    to,
+    total,
+    work_dtype,
+)
 
 FIELDS = frozenset({"weight", "lora_A", "lora_B", "bias", "scaling"})
 
@@ -81,23 +93,13 @@ def backward(
     needs: Needs,
     mask: type[ChunkMask] = ChunkMask,
 ) -> Grads:
-    """Equations 3 to 6. A member whose y was not used, with None for its dy, gets no gradients and adds nothing to dx.
+    """Equations 3 to 6, as engine.members_backward.
 
     What no wanted gradient reads may be None: dx reads W, A and B; dA reads x and B; dB reads h. dx has dy's dtype, dA and dB
     have the adapter's, dc is in float32 or wider.
     """
-    dx: Tensor | None = None
-    grads: list[dict[str, Tensor]] = []
-    for i, (dy, member, h, wanted) in enumerate(zip(dys, members, hs, needs.members, strict=True)):
-        if dy is None:
-            grads.append({})
-            continue
-        part, found = _backward_of(dy, x, member, h, dropout, needs.x, wanted, i, mask)
-        dx = part if dx is None else dx.add_(part)
-        if "weight" in wanted:
-            found["weight"] = weight_gradient(dy, x)
-        grads.append(found)
-    return Grads(dx, tuple(grads))
+    backward_of = functools.partial(_backward_of, dropout=dropout, mask=mask)
+    return members_backward(dys, x, members, hs, needs, backward_of)
 
 
 def _backward_of(
@@ -105,10 +107,10 @@ def _backward_of(
     x: Tensor | None,
     member: LoRAWeights,
     h: Tensor | None,
-    dropout: Dropout | None,
     need_x: bool,
     wanted: tuple[str, ...],
     number: int,
+    dropout: Dropout | None,
     mask: type[ChunkMask],
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """(one member's part of dx, its wanted gradients but W's)."""

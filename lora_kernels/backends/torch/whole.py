@@ -3,6 +3,8 @@
 Operations, and not bytes, are what such a call costs: at x[8, 32] each of them takes 4 to 8 µs of a CPU's thread.
 """
 
+import functools
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,7 +12,8 @@ from ...mask import chunk_elements, drop
 from ...nf4 import NF4Weight
 from ...plan import Call, Layout
 from ...values import Dropout, Grads, LoRAWeights, Needs
-from ..products import columns_together, product, transposed_product, weight_gradient
+from ..products import columns_together, product, transposed_product
+from .engine import members_backward
 from .nf4 import one_tile, tile_size
 
 
@@ -62,14 +65,7 @@ def backward(
     needs: Needs,
 ) -> Grads:
     """Equations 3 to 6, as linear.backward in this folder."""
-    dx: Tensor | None = None
-    grads: list[dict[str, Tensor]] = []
-    for i, (dy, member, h, wanted) in enumerate(zip(dys, members, hs, needs.members, strict=True)):
-        part, found = (None, {}) if dy is None else _backward_of(dy, x, member, h, dropout, needs.x, wanted, i)
-        if part is not None:
-            dx = part if dx is None else dx.add_(part)
-        grads.append(found)
-    return Grads(dx, tuple(grads))
+    return members_backward(dys, x, members, hs, needs, functools.partial(_backward_of, dropout=dropout))
 
 
 def _backward_of(
@@ -77,12 +73,12 @@ def _backward_of(
     x: Tensor | None,
     member: LoRAWeights,
     h: Tensor | None,
-    dropout: Dropout | None,
     need_x: bool,
     wanted: tuple[str, ...],
     number: int,
+    dropout: Dropout | None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """(one member's part of dx, its wanted gradients)."""
+    """(one member's part of dx, its wanted gradients but W's)."""
     (W, A, B, _, _), s = member, float(member.scaling)
     dx, found = None, {}
     if need_x or "lora_A" in wanted:
@@ -100,8 +96,6 @@ def _backward_of(
         found["lora_B"] = transposed_product(dy, h, s).contiguous()  # 6
     if "bias" in wanted:
         found["bias"] = dy.sum(0)  # 6
-    if "weight" in wanted:
-        found["weight"] = weight_gradient(dy, x)
     return dx, found
 
 

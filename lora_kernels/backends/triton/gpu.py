@@ -1,5 +1,7 @@
 """Whether these kernels run on a device, and what they had to replace on it."""
 
+import contextlib
+
 import torch
 import triton
 from torch import Tensor
@@ -23,9 +25,12 @@ def why_not(device: torch.device, setting: str) -> str | None:
     return compilation.broken.get(capability)
 
 
-def is_here(t: Tensor) -> bool:
-    """Whether t's device is the current one: then torch.cuda.device_of(t), which asks the driver twice, is not needed."""
-    return not t.is_cuda or t.get_device() == torch.cuda.current_device()
+HERE = contextlib.nullcontext()
+
+
+def device_of(t: Tensor) -> contextlib.AbstractContextManager:
+    """torch.cuda.device_of(t) only where another device is current: it asks the driver twice."""
+    return HERE if not t.is_cuda or t.get_device() == torch.cuda.current_device() else torch.cuda.device_of(t)
 
 
 def notes(device: torch.device) -> list[str]:

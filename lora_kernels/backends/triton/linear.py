@@ -64,9 +64,7 @@ def _or_pytorch(kernels: Callable[..., Any], otherwise: Callable[..., Any], sett
     def run(first: Any, *rest: Any) -> Any:
         tensor = first[0] if isinstance(first, tuple) else first  # backward's are the gradients of the results
         try:
-            if gpu.is_here(tensor):
-                return kernels(first, *rest)
-            with torch.cuda.device_of(tensor):
+            with gpu.device_of(tensor):
                 return kernels(first, *rest)
         except Exception as error:
             give_up(tensor.device, error, setting)

@@ -1,12 +1,12 @@
 """4-bit weights in one launch; where that does not compile, by PyTorch operations."""
 
-import torch
 from torch import Tensor
 
 from ...nf4 import NF4Weight
 from ...plan import use_backend
 from ..torch import nf4 as pytorch
 from .compilation import give_up
+from .gpu import device_of
 from .gpu import why_not as why_not_device
 from .kernels import nf4_dequantize
 
@@ -19,7 +19,7 @@ def why_not(t: Tensor) -> str | None:
 def dequantize(w: NF4Weight, out: Tensor) -> None:
     """W's elements, in order, into the rows of out[rows, columns]."""
     try:
-        with torch.cuda.device_of(w.codes):
+        with device_of(w.codes):
             nf4_dequantize.dequantize(w, out)
     except Exception as error:
         give_up(w.device, error, use_backend.current)

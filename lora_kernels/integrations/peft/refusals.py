@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from ...dtypes import FLOATS, autocast_dtype
 from ...layers.frozen_weight import is_linear4bit
 from ...layers.offload import execution_device, offloading_hooks
+from ...plan import PLAIN
 from .parts import Parts, fast_parts, quant_state, tensors_of
 
-PLAIN = (Tensor, nn.Parameter)
 EMPTY: dict[int, torch.device] = {}
 
 
