@@ -186,7 +186,8 @@ class LoRALinear(AdaptedWeight):
         if name is None or self._unmerged:
             return self._base_forward(x)
         W, A, B, c, scaling = self._weights(name)
-        return lora_linear(x, W, A, B, c, scaling=scaling, dropout_p=self.adapters[name].lora_dropout if self.training else 0.0)
+        p = self.adapters[name].lora_dropout if self.training else 0.0
+        return lora_linear(x, W, A, B, c, scaling=scaling, dropout_p=p)  # type: ignore[arg-type]
 
     def _weights(self, name: str) -> LoRAWeights:
         """The layer with adapter `name`; its bias is c + s·b."""

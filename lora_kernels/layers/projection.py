@@ -1,13 +1,14 @@
 """What a layer computes at present as one member of an operation on several (lora_linear_group, lora_glu_mlp).
 
-A class of layers with adapters says so by its method `projection(x) -> Projection | str`, and may have `count_fused()`, which is
-called where such an operation has computed the layer. Plain linear layers are known here.
+A class of layers with adapters says so by its method `projection(x) -> Projection | str`, and may have `count_fused()`, which
+is called where such an operation has computed the layer. Plain linear layers are known here.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..dtypes import FLOATS
 from ..plan import PLAIN
@@ -59,7 +60,7 @@ def _plain(weight: Any, bias: Tensor | None) -> LoRAWeights:
 
 def why_not_together(x: Any, members: list[Projection]) -> str | None:
     """Why one operation cannot compute the members of x: the tensors that it would be given."""
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func transforms, or forward-mode AD"
     adapted = [member for member in members if member.weights.lora_A is not None]
     if not adapted:
