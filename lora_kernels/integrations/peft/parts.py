@@ -62,8 +62,3 @@ def tensors_of(parts: Parts) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Ten
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
     A, B = lora_A.weight if A is None else A, lora_B.weight if B is None else B  # FSDP1 makes them plain attributes
     return base.weight, base.bias, A, B, lora_B.bias
-
-
-def quant_state(base: Any) -> Any:
-    """Of a Linear4bit: at its weight, or where FSDP has replaced that, at the layer. None before it is quantised."""
-    return getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
