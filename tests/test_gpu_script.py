@@ -215,14 +215,22 @@ def test_the_smoke_test_fails_for_wrong_results_and_rejected_tiles(
     monkeypatch.setattr(sys, "argv", ["smoke.py", "--device", "cpu", "--json", str(file)])
     assert smoke.main() == 0
     assert "no tile was rejected" in capsys.readouterr().out
-    assert len(json.loads(file.read_text())["rows"]) == 4
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["case"] for row in rows[4:]] == 2 * [
+        "q 32→32 k 32→16 v 32→16 M=17", "gate 32→72 up 32→72 down 72→32 M=17"
+    ]  # fmt: skip
+    assert [row["weight"] for row in rows] == 2 * ["dense"] + 2 * ["nf4"] + 2 * ["dense"] + 2 * ["nf4"]
     problem = next(smoke.cases(device)).draw()
-    exact = smoke.truth(problem)
+    exact = smoke.linear.truth(problem)
     assert not smoke.check(problem, exact, "triton")["wrong"]
     right = linear.ours
     monkeypatch.setattr(linear, "ours", lambda problem: {**(found := right(problem)), "dA": 1.02 * found["dA"]})
     assert smoke.check(problem, exact, "triton")["wrong"]
     monkeypatch.setattr(linear, "ours", right)
+    problem = next(smoke.blocks(device)).draw()
+    exact = smoke.members.truth(problem)
+    assert not smoke.check(problem, exact, "triton")["wrong"]
+    assert smoke.check(problem, {**exact, "dk.lora_A": 1.02 * exact["dk.lora_A"]}, "triton")["wrong"]
     compilation = smoke.load("triton", "linear").gpu.compilation
     monkeypatch.setattr(compilation, "rejected", {"project, a tile": "OutOfResources"})
     assert smoke.main() == 1
