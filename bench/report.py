@@ -200,7 +200,7 @@ def refusal_line(refusal: dict[str, Any]) -> str:
 
 def readme_block(folder: Path) -> str:
     """README's table of the CPU, from the newest file with float32 layers: stage "layer", every other one where PEFT is faster,
-    blocks and the model steps.
+    fused blocks, and the model steps.
     """
     for name, data in newest_first(folder):
         layers = [(stage, row) for stage, run in runs(data) if kind(run) == "layer" for row in run["rows"]]
@@ -213,7 +213,7 @@ def readme_block(folder: Path) -> str:
         rows += [row for row in _readme_rows([row for stage, row in layers if stage != "layer"]) if row[3].startswith("**")]
         columns = ["layer", "× bare linear", "PEFT × bare", "faster than PEFT", "saved beyond x (PEFT; bare)"]
         steps = [row for _, run in runs(data) if kind(run) == "model" for row in run["rows"]]
-        rows += _readme_rows(blocks) + _readme_rows(steps)
+        rows += _readme_rows(blocks, OURS_FUSED) + _readme_rows(steps, OURS, OURS_FUSED)
         source = f"From [{name}](bench/results/{folder.name}/{name}); all rows, spreads and plots: "
         source += f"[bench/results/{folder.name}](bench/results/{folder.name}/README.md). "
         plots = [(stage, plot) for stage, run in runs(data) if stage in README_PLOTS for plot in plot_names(name, stage, run)]
@@ -234,8 +234,8 @@ def _without_bf16(run: dict[str, Any] | None) -> str:
     )
 
 
-def _readme_rows(rows: Rows) -> list[list[str]]:
-    return [row for _, case in cases(rows) for name in (OURS, OURS_FUSED) if (row := _readme_row(case, name))]
+def _readme_rows(rows: Rows, *variants: str) -> list[list[str]]:
+    return [row for _, case in cases(rows) for name in variants or (OURS,) if (row := _readme_row(case, name))]
 
 
 def _readme_row(case: Rows, variant: str = OURS) -> list[str] | None:

@@ -1,9 +1,9 @@
 """Each operation forward and backward by each GPU backend by name, before anything longer runs: a layer in three
 shapes and with two p, and q, k and v, and an MLP, in one; dense and NF4.
 
-Results and every gradient are held to the one rule against float64 truth on the same device, once per case. Fails if a result is
-wrong, if a kernel did not compile and another tile took its place, or if Triton cannot be used; what was rejected is printed.
-The JSON file is complete after each case.
+Results and every gradient are held to the one rule against float64 truth on the same device, once per case. Fails if one
+is wrong, if a kernel did not compile and another tile took its place, or if Triton cannot be used; what was rejected is
+printed. The JSON file is complete after each case.
 
     PYTHONPATH=. python bench/smoke.py [--json FILE] [--device cpu|cuda]
 

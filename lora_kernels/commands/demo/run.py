@@ -1,8 +1,8 @@
 """`lora-kernels demo`: fine-tune a causal language model on real text, beside PEFT, and read the adapter back.
 
 The order is: check the input; adapt the model and fuse its blocks; measure one training step of it and of PEFT over the same
-frozen weights; train; compare held-out loss and a sample before and after; write the adapter, read it back here and with PEFT, and require
-the same logits (round_trip.py).
+frozen weights; train; compare held-out loss and a sample before and after; write the adapter, read it back here and with
+PEFT, and require the same logits (round_trip.py).
 """
 
 import time
