@@ -23,8 +23,8 @@ from .mlps import Wiring, computed
 
 NO_MLP = "no MLP"  # although it has the children of one: attention with one projection of q, k and v may
 ROWS = (2, 3)
-# Of |a| + |gate·up|/1000. In float32 an erf is 1e-4 off in the tail, in 16 bits a is 4e-3 off; gelu and its tanh approximation
-# differ there by 5e-2.
+# Of |a| + |gate·up|/1000, by the coarser dtype of a and x, as which an activation's result may be rounded. In float32 an erf is
+# 1e-4 off in the tail, in 16 bits a is 4e-3 off; gelu and its tanh approximation differ there by 5e-2.
 TOLERANCE = {torch.float64: 2e-4, torch.float32: 2e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 # Of the result's norm, on the weights themselves: the wiring is known by then, and only gross differences are left
 RESULT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-2, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -171,11 +171,14 @@ def _read(run: Run, training: bool) -> Wiring | str:
         return NO_MLP
     dropout, factor_y = None, run.linears[down].outputs[0]
     for name, probe in run.dropouts.items() if training else ():
-        if len(probe.inputs) != 1 or probe.inputs[0] is not factor_y:
+        if len(probe.inputs) > 1 or (probe.inputs and probe.inputs[0] is not factor_y):
             return f"{name}, an nn.Dropout, does not come last"
-        dropout, factor_y = name, probe.outputs[0]
+        if probe.inputs:
+            dropout, factor_y = name, probe.outputs[0]
     if not isinstance(run.y, Tensor):
         return f"its result is a {type(run.y).__name__}"
+    if run.y.numel() == factor_y.numel():  # it may have been computed as rows
+        factor_y = factor_y.reshape(run.y.shape)
     if (off := _off(run.y, factor_y)) > TOLERANCE.get(run.y.dtype, 0):
         return f"its result is not that of {down}: it is off by {off:.2g} of it"
     return _activation(run, of_x, down, dropout)
@@ -196,7 +199,7 @@ def _activation(run: Run, of_x: tuple[str, ...], down: str, dropout: str | None)
             wiring = Wiring(members, activation, gate if split else None, dropout)
             tried.append((_off(a, act(e, activation) * u, e * u), wiring))
     off, nearest = min(tried, key=lambda each: each[0])
-    if off <= TOLERANCE.get(a.dtype, 0.0):
+    if off <= max(TOLERANCE.get(t.dtype, 0.0) for t in (a, run.x)):
         return nearest
     form = f"{nearest.activation}(gate)·up" if len(half) == 2 else f"{nearest.activation}(up)"
     return f"what {down} is given is none of {', '.join(ACTIVATIONS)}; the nearest, {form}, is off by {off:.2g} of it"
@@ -209,12 +212,16 @@ def _same(given: Any, x: Tensor) -> bool:
 
 
 def _off(got: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
-    """The largest difference, of the value itself; near a zero, of a thousandth of `scale`. Infinite for NaN."""
+    """The largest difference, of the value itself; near a zero, of a thousandth of `scale`. Infinite for NaN.
+
+    Or ten times the mean of value/expected, if that is more: rounding has none, a factor has.
+    """
     if got.shape != expected.shape:
         return math.inf
     near_zero = 0.0 if scale is None else scale.abs() / 1000
-    off = ((got.double() - expected).abs() / (expected.abs() + near_zero + 1e-30)).max().item()
-    return math.inf if math.isnan(off) else off
+    off = (got.double() - expected) / (expected.abs() + near_zero + 1e-30)
+    most = max(off.abs().max().item(), 10 * abs((off * expected.sign()).mean().item()))
+    return math.inf if math.isnan(most) else most
 
 
 # ---- the results themselves ----
