@@ -179,8 +179,8 @@ def _read(run: Run, training: bool) -> Wiring | str:
         return f"its result is a {type(run.y).__name__}"
     if run.y.numel() == factor_y.numel():  # it may have been computed as rows
         factor_y = factor_y.reshape(run.y.shape)
-    if (off := _off(run.y, factor_y)) > TOLERANCE.get(run.y.dtype, 0):
-        return f"its result is not that of {down}: it is off by {off:.2g} of it"
+    if not (off := _off(run.y, factor_y)).within(TOLERANCE.get(run.y.dtype, 0.0)):
+        return f"its result is not that of {down}: it is off by {off.most:.2g} of it"
     return _activation(run, of_x, down, dropout)
 
 
@@ -188,7 +188,7 @@ def _activation(run: Run, of_x: tuple[str, ...], down: str, dropout: str | None)
     a, outputs = run.linears[down].inputs[0], [run.linears[name].outputs[0] for name in of_x]
     split = len(of_x) == 1 and outputs[0].shape[-1] == 2 * a.shape[-1]
     half = outputs[0].chunk(2, -1) if split else outputs
-    tried: list[tuple[float, Wiring]] = []
+    tried: list[tuple[Off, Wiring]] = []
     for activation in ACTIVATIONS:
         if len(half) == 1:
             tried.append((_off(a, act(half[0], activation), half[0]), Wiring((*of_x, down), activation, None, dropout)))
@@ -198,11 +198,11 @@ def _activation(run: Run, of_x: tuple[str, ...], down: str, dropout: str | None)
             members = (*of_x, down) if split else (of_x[gate], of_x[1 - gate], down)
             wiring = Wiring(members, activation, gate if split else None, dropout)
             tried.append((_off(a, act(e, activation) * u, e * u), wiring))
-    off, nearest = min(tried, key=lambda each: each[0])
-    if off <= max(TOLERANCE.get(t.dtype, 0.0) for t in (a, run.x)):
+    off, nearest = min(tried, key=lambda each: each[0].most)
+    if off.within(max(TOLERANCE.get(t.dtype, 0.0) for t in (a, run.x))):
         return nearest
     form = f"{nearest.activation}(gate)·up" if len(half) == 2 else f"{nearest.activation}(up)"
-    return f"what {down} is given is none of {', '.join(ACTIVATIONS)}; the nearest, {form}, is off by {off:.2g} of it"
+    return f"what {down} is given is none of {', '.join(ACTIVATIONS)}; the nearest, {form}, is off by {off.most:.2g} of it"
 
 
 def _same(given: Any, x: Tensor) -> bool:
@@ -211,17 +211,23 @@ def _same(given: Any, x: Tensor) -> bool:
     return torch.equal(given.reshape(x.shape), x)
 
 
-def _off(got: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
-    """The largest difference, of the value itself; near a zero, of a thousandth of `scale`. Infinite for NaN.
+class Off(NamedTuple):
+    """The largest difference and the mean one, of the value itself; near a zero, of a thousandth of `scale`."""
 
-    Or ten times the mean of value/expected, if that is more: rounding has none, a factor has.
-    """
+    most: float
+    mean: float
+
+    def within(self, tolerance: float) -> bool:
+        """Rounding has hardly a mean; a factor has. NaN is not within."""
+        return self.most <= tolerance and abs(self.mean) <= tolerance / 10
+
+
+def _off(got: Tensor, expected: Tensor, scale: Tensor | None = None) -> Off:
     if got.shape != expected.shape:
-        return math.inf
+        return Off(math.inf, math.inf)
     near_zero = 0.0 if scale is None else scale.abs() / 1000
     off = (got.double() - expected) / (expected.abs() + near_zero + 1e-30)
-    most = max(off.abs().max().item(), 10 * abs((off * expected.sign()).mean().item()))
-    return math.inf if math.isnan(most) else most
+    return Off(off.abs().max().item(), (off * expected.sign()).mean().item())
 
 
 # ---- the results themselves ----
