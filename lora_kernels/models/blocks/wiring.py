@@ -83,8 +83,8 @@ def _probed(module: nn.Module, names: tuple[str, ...], training: bool, seed: int
     device, dtype = device_of(module), dtype_of(module, names)
 
     def random(shape: tuple[int, ...]) -> Tensor:  # a few far out, where something may clamp
-        v = 2 * torch.randn(*shape, generator=generator, dtype=torch.float64)
-        return (v * torch.where(torch.rand(shape, generator=generator) < 0.05, 20, 1)).to(device)
+        v = torch.randn(2, *shape, generator=generator, dtype=torch.float64, device="cpu")
+        return (2 * v[0] * torch.where(v[1] > 1.6, 20, 1)).to(device)
 
     linears = {name: Probe(_results_of(random, features(module._modules[name])[1])) for name in names}
     children = {name: child for name, child in module._modules.items() if name not in names and child is not None}
@@ -96,9 +96,13 @@ def _probed(module: nn.Module, names: tuple[str, ...], training: bool, seed: int
     probes = {name: quiet(module._modules[name]) for name in (*linears, *dropouts)}
     for name, probe in (linears | dropouts).items():
         probes[name].__dict__["forward"] = probe
-    rest = {name: _copied(child).train(training) for name, child in children.items() if name not in dropouts}
-    twin = with_children(module, probes | rest)
-    twin.training = training
+
+    def twin() -> nn.Module:
+        rest = {name: _copied(child).train(training) for name, child in children.items() if name not in dropouts}
+        found = with_children(module, probes | rest)
+        found.training = training
+        return found
+
     x = random((*ROWS, features(module._modules[names[0]])[0])).to(dtype)
     y = run_quietly(twin, x)
     return y if isinstance(y, str) else Run(x, y, linears, dropouts)
@@ -128,11 +132,14 @@ def with_children(module: nn.Module, children: dict[str, nn.Module]) -> nn.Modul
     return twin
 
 
-def run_quietly(module: nn.Module, x: Tensor) -> Any:
-    """forward(x) without gradients, autocast and a change of torch's generators; what it raises becomes a reason."""
+def run_quietly(make: Callable[[], nn.Module], x: Tensor) -> Any:
+    """forward(x) of make()'s module, without gradients, autocast and a change of torch's generators; what it raises becomes a
+    reason.
+    """
     devices = [x.device] if x.device.type == "cuda" else []
     try:
         with torch.no_grad(), without_autocast(x.device), torch.random.fork_rng(devices):
+            module = make()
             return type(module).forward(module, x)
     except Exception as error:  # of code that is not ours
         return f"its forward does more than an MLP's: it raises {type(error).__name__} for a random tensor"
@@ -236,7 +243,7 @@ def _off(got: Tensor, expected: Tensor, scale: Tensor | None = None) -> Off:
 def why_results_differ(module: nn.Module, wiring: Wiring) -> str | None:
     """Compare module(x) with lora_glu_mlp over its weights, in evaluation on a few rows in their dtype."""
     names = wiring.members
-    x = torch.randn(*ROWS, features(module._modules[names[0]])[0], generator=torch.Generator().manual_seed(5))
+    x = torch.randn(*ROWS, features(module._modules[names[0]])[0], generator=torch.Generator().manual_seed(5), device="cpu")
     x = x.to(device_of(module), dtype_of(module, names))
     twin = with_children(module, {name: quiet(module._modules[name]) for name in names})
     modes = [(part, part.training) for part in {*module.modules(), *twin.modules()}]
@@ -245,7 +252,7 @@ def why_results_differ(module: nn.Module, wiring: Wiring) -> str | None:
             part.__dict__["training"] = False
         with torch.no_grad(), without_autocast(x.device):
             ours = computed(twin, wiring, x)
-        theirs = run_quietly(twin, x)
+        theirs = run_quietly(lambda: twin, x)
     finally:
         for part, training in modes:
             part.__dict__["training"] = training
