@@ -206,10 +206,12 @@ class LoRALinear(AdaptedWeight):
         name = self.active_adapter
         if "_hf_hook" in self.__dict__ or "_hf_hook" in self._modules["lora_A"].__dict__:
             return "accelerate's hooks move the layer's tensors"
-        if name is None or self._unmerged:
-            return "no active adapter" if name is None else "the adapter is merged"
+        if self._unmerged or (name is None and self.initial_term is not None):
+            return "an adapter is merged" if self._unmerged else "what an initialisation took out of the weight is missing"
         if self.compute_dtype is not None and x.dtype == torch.float32 and autocast_dtype(x.device) is None:
             return "the 4-bit layer's compute_dtype is not x's dtype"
+        if name is None:
+            return Projection(LoRAWeights(self.matrix, None, None, self.bias))
         return Projection(self._weights(name), self.adapters[name].lora_dropout if self.training else 0.0)
 
     def _base_forward(self, x: Tensor) -> Tensor:

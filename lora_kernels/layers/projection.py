@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
 
 from ..dtypes import FLOATS
 from ..plan import PLAIN
 from ..values import LoRAWeights
 from . import linear_4bit
 from .frozen_weight import is_conv1d, is_linear4bit
+from .offload import forward_is_replaced
 
 
 class Projection(NamedTuple):
@@ -56,6 +58,16 @@ def projection(module: Any, x: Tensor) -> Projection | str:
 
 def _plain(weight: Any, bias: Tensor | None) -> LoRAWeights:
     return LoRAWeights(weight, None, None, bias)  # type: ignore[arg-type]
+
+
+def why_not_called(module: nn.Module) -> str | None:
+    """Why a member has to be called as a module: what its call does beside its class's forward."""
+    own = module.__dict__
+    if "forward" in own and forward_is_replaced(module):
+        return "a member's forward was replaced on the instance"
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "a member has hooks"
+    return "global module hooks" if torch_module._has_any_global_hook() else None
 
 
 def why_not_together(x: Any, members: list[Projection]) -> str | None:

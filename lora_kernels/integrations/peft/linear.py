@@ -18,9 +18,9 @@ from ...layers.frozen_weight import is_linear4bit
 from ...layers.linear import bias_sum
 from ...layers.linear_4bit import nf4_weight
 from ...layers.offload import call_onloaded, forward_is_replaced
-from ...layers.projection import Projection
+from ...layers.projection import Projection, projection, why_not_called
 from ...values import LoRAWeights
-from .parts import Parts, fast_parts, tensors_of
+from .parts import NONE_ACTIVE, Parts, fast_parts, tensors_of
 from .refusals import is_plain, why_not_input, why_not_parameters, why_not_tensors
 
 FAST = "fast"
@@ -46,6 +46,8 @@ class Accelerated:
     def projection(self: Any, x: Tensor) -> Projection | str:
         """What `forward` computes of such an x, or the reason why PEFT's own forward has to, or alone can."""
         parts = fast_parts(self)
+        if parts == NONE_ACTIVE:  # a plain layer
+            return why_not_called(self.base_layer) or projection(self.base_layer, x)
         if isinstance(parts, str):
             return parts
         if any("forward" in m.__dict__ and forward_is_replaced(m) for m in parts[:4]):

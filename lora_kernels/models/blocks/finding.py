@@ -66,6 +66,12 @@ def _plain(name: str) -> str:
     return name
 
 
+def parameters_beside(parent: nn.Module, members: Mapping[str, Any]) -> bool:
+    """Whether children other than the members have parameters."""
+    others = [child for name, child in parent._modules.items() if child is not None and name not in members]
+    return any(list(child.parameters()) for child in others)
+
+
 def has_activation(parent: nn.Module) -> bool:
     """Whether one of its own functions or modules is an activation that an MLP's operation knows."""
     v = torch.linspace(-3, 3, 13, dtype=torch.float64)

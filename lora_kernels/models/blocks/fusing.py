@@ -76,7 +76,8 @@ def _fuse_mlp(
     """Whether the parent is an MLP whose forward is one operation now; the reason, if it is one and cannot be, is reported."""
     names, argument = finding.mlp_members(members), argument_of(parent)
     if names is None or argument is None:
-        if (names is not None or len(members) == 1) and finding.has_activation(parent):
+        half = len(members) == 1 and not finding.parameters_beside(parent, members)
+        if (names is not None or half) and finding.has_activation(parent):
             report.skipped[path] = IN_TWO if names is None else "its MLP is a part of a forward of several tensors"
         return False
     reason = finding.why_not_joined(parent, names, in_several) or _why_not_run(parent)
@@ -100,7 +101,10 @@ def _why_not_run(parent: nn.Module) -> str | None:
     for module in parent.modules():
         if "_hf_hook" in module.__dict__:
             return "accelerate's hooks move its tensors"
-    for tensor in parent.parameters():
+    parameters = list(parent.parameters())
+    if not parameters:
+        return "its weights are no parameters of its own, as in FullyShardedDataParallel"
+    for tensor in parameters:
         if tensor.is_meta:
             return "its weights are on the meta device, and have no values to compare results with"
         if hasattr(tensor, "full_tensor"):

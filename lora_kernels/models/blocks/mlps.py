@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from ...functional.glu_mlp import lora_glu_mlp
-from ...layers.offload import change_class, forward_is_replaced
-from ...layers.projection import Projection, projection, why_not_together
+from ...layers.offload import change_class
+from ...layers.projection import Projection, projection, why_not_called, why_not_together
 from ...nf4 import NF4Weight
 from .groups import ARGUMENTS, FUSED, UNFIT
 
@@ -138,7 +137,9 @@ def computed(module: Any, wiring: Wiring, x: Any) -> Tensor | str:
     found: list[Projection] = []
     for name in wiring.members:
         member = module._modules.get(name)
-        own = _why_not_called(member) or projection(member, x)
+        if member is None:
+            return "a member was taken away"
+        own = why_not_called(member) or projection(member, x)
         if isinstance(own, str):
             return own
         found.append(own)
@@ -157,18 +158,6 @@ def computed(module: Any, wiring: Wiring, x: Any) -> Tensor | str:
     except (TypeError, ValueError):
         return UNFIT
     return y.to(x.dtype) if returns_x_dtype else y
-
-
-def _why_not_called(member: nn.Module | None) -> str | None:
-    """Why a member has to be called as a module: what its call would do beside its forward."""
-    if member is None:
-        return "a member was taken away"
-    own = member.__dict__
-    if "forward" in own and forward_is_replaced(member):
-        return "a member's forward was replaced on the instance"
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return "a member has hooks"
-    return "global module hooks" if torch_module._has_any_global_hook() else None
 
 
 def _halves(member: Projection) -> list[Any] | str:
