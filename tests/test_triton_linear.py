@@ -63,9 +63,8 @@ def test_what_the_kernels_have_no_numbers_for_is_refused() -> None:
     problem = CASE.draw()
     call = describe("linear", "triton", torch.float16, problem.x, (problem.member(),), problem.dropout(), ())
     assert choose(call).backend == "triton"
-    for changes, words in (({"offset": 3}, "begin at offset 0"), ({"x": call.x._replace(shape=(1 << 31, 48))}, "31 bits")):
-        with pytest.raises(RuntimeError, match=words):
-            choose(call._replace(**changes))
+    with pytest.raises(RuntimeError, match="31 bits"):
+        choose(call._replace(x=call.x._replace(shape=(1 << 31, 48))))
 
 
 def test_a_tile_that_does_not_compile_is_replaced_and_reported(
@@ -100,7 +99,7 @@ def test_a_tile_that_does_not_compile_is_replaced_and_reported(
 
 def _gives_up(problem) -> None:
     """Under "auto" the same call is PyTorch's, and right."""
-    plan = triton.plan_of("triton", _call(problem), triton.forward, triton.backward)
+    plan = triton.plan_of("triton", _call(problem), (triton.forward, triton.backward), (pytorch.forward, pytorch.backward))
     arguments = problem.x, (problem.member(),), problem.dropout()
     with torch.no_grad():
         (y,), (h,) = plan.forward(*arguments)

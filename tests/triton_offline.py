@@ -111,7 +111,7 @@ def capture(capability: int, pairs: tuple[str, ...], ranks: tuple[int, ...]) -> 
     run, pair, rank = triton.JITFunction.run, "", 0
 
     def compile_only(self, *args, grid, warmup, **options):
-        if "R" not in self.arg_names and rank != 16:
+        if not {"R", "R0"} & set(self.arg_names) and rank != 16:
             return None  # it has no rank: compiled once
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         tile = "x".join(str(options[k]) for k in ("BM", "BK", "BN", "BD", "BC", "BLOCK") if k in options)
@@ -138,8 +138,9 @@ def form_of(arguments: dict[str, Any], options: dict[str, Any]) -> str:
     form = [f"w{options['num_warps']}s{options.get('num_stages', '-')}"]
     form += [f"r{options['maxnreg']}"] if options.get("maxnreg") else []
     form += [k.lower() for k in ("DROP", "FORWARD") if options.get(k)]
+    form += [f"x{members}"] if (members := sum(arguments.get(f"A{i}") is not None for i in range(3))) > 1 else []
     form += ["dc"] if arguments.get("parts_dc") is not None else []
-    form += [only for missing, only in (("dx", "dA"), ("parts_dA", "dx")) if arguments.get(missing, 0) is None]
+    form += [only for missing, only in (("dx", "dA"), ("parts_dA0", "dx")) if arguments.get(missing, 0) is None]
     return " ".join(form + (["few"] if arguments.get("M") == FEW else []))
 
 
@@ -158,6 +159,8 @@ def calls(pair: str, R: int, capability: int) -> None:
         tuning.tiles = lambda *call, best=best: tiles(*call)[:1] if best else tiles(*call)[1:]
         plan.changed()  # so that tiles are chosen anew
         side_kernels(pair, R, M=8192, dropouts=(0.1, 0.0) if R == 16 else (0.1,))
+        if R in (16, 64):
+            group_kernels(pair, R, dropouts=(0.1, 0.0) if R == 16 else (0.1,))
         if R in (16, 64) and not pair.startswith("fp32"):
             products(pair, R, dropouts=(0.1, 0.0) if R == 16 else (0.1,))
     tuning.tiles = tiles
@@ -193,10 +196,26 @@ def side_kernels(pair: str, R: int, M: int, dropouts: tuple[float, ...]) -> None
     t = tensors(pair, R, M)
     for p in dropouts:
         dropout = Dropout(p, torch.tensor(1)) if p else None
-        project(t["x"], t["A"], dropout)
-        grad_x(t["x"], t["h"], t["A"], dropout, t["x"].dtype, need_x=True, need_A=True)
+        project(t["x"], (t["A"],), dropout)
+        grad_x(t["x"], (t["h"],), (t["A"],), dropout, t["x"].dtype, need_x=True, need_As=(True,))
     prefill(t["h"], t["B"], 2.0, t["c"], t["x"].dtype)
     grad_dy(t["dy"], t["h"], t["B"], 2.0, need_g=True, need_B=True, need_c=False)
+
+
+def group_kernels(pair: str, R: int, dropouts: tuple[float, ...]) -> None:
+    """Two and three members over one x."""
+    import torch
+
+    from lora_kernels.backends.triton.kernels.grad_x import grad_x
+    from lora_kernels.backends.triton.kernels.project import project
+    from lora_kernels.values import Dropout
+
+    t = tensors(pair, R, 8192)
+    for n in (2, 3):
+        for p in dropouts:
+            dropout = Dropout(p, torch.tensor(1)) if p else None
+            project(t["x"], (t["A"],) * n, dropout)
+            grad_x(t["x"], (t["h"],) * n, (t["A"],) * n, dropout, t["x"].dtype, need_x=True, need_As=(True,) * n)
 
 
 def rare_forms(pair: str, R: int) -> None:
@@ -209,7 +228,7 @@ def rare_forms(pair: str, R: int) -> None:
     t, dropout = tensors(pair, R, 8192), Dropout(0.1, torch.tensor(1))
     grad_dy(t["dy"], t["h"], t["B"], 2.0, need_g=True, need_B=True, need_c=True)
     for need_x in (True, False):
-        grad_x(t["x"], t["h"], t["A"], dropout, t["x"].dtype, need_x=need_x, need_A=not need_x)
+        grad_x(t["x"], (t["h"],), (t["A"],), dropout, t["x"].dtype, need_x=need_x, need_As=(not need_x,))
 
 
 def products(pair: str, R: int, dropouts: tuple[float, ...]) -> None:
