@@ -33,7 +33,7 @@ def plan(call: Call) -> Plan | str:
         return "its kernels are for 4-bit weights, those for others are Triton's"
     if len(call.members) != 1:
         return f"its kernels compute one projection a call, this one has {len(call.members)}"
-    if call.members[0].lora_A is None:
+    if weights[0] is not None and call.members[0].lora_A is None:
         return "there are no adapters in this call"
     if (reason := extension.why_not(call.device, call.setting)) is not None:
         return reason
@@ -44,7 +44,7 @@ def plan(call: Call) -> Plan | str:
 
 def forward(
     x: Tensor, members: tuple[LoRAWeights, ...], dropout: Dropout | None
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """Equations 1 and 2: y[M,N] in x's dtype, h[M,R] in A's."""
     (W, A, B, c, s), x = members[0], row_major(x)
     path = path_of(x, W, A)[0] if x.numel() and len(B) else "scratch"
