@@ -11,6 +11,7 @@ from lora_kernels.backends.torch import linear as pytorch
 from lora_kernels.backends.triton import compilation, gpu, launch, tuning
 from lora_kernels.backends.triton import linear as triton
 from lora_kernels.backends.triton.kernels import project
+from lora_kernels.backends.triton.planning import plan_of
 from lora_kernels.plan import changed, choose, describe
 
 CASE = Case(M=40, K=48, N=56, R=8, p=0.3, dtype=torch.float16, device=DEVICE)
@@ -99,7 +100,7 @@ def test_a_tile_that_does_not_compile_is_replaced_and_reported(
 
 def _gives_up(problem) -> None:
     """Under "auto" the same call is PyTorch's, and right."""
-    plan = triton.plan_of("triton", _call(problem), (triton.forward, triton.backward), (pytorch.forward, pytorch.backward))
+    plan = plan_of("triton", _call(problem), (triton.forward, triton.backward), (pytorch.forward, pytorch.backward))
     arguments = problem.x, (problem.member(),), problem.dropout()
     with torch.no_grad():
         (y,), (h,) = plan.forward(*arguments)

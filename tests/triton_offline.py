@@ -161,6 +161,7 @@ def calls(pair: str, R: int, capability: int) -> None:
         side_kernels(pair, R, M=8192, dropouts=(0.1, 0.0) if R == 16 else (0.1,))
         if R in (16, 64):
             group_kernels(pair, R, dropouts=(0.1, 0.0) if R == 16 else (0.1,))
+            mlp_kernels(pair, R, dropouts=(0.1, 0.0) if R == 16 else (0.1,))
         if R in (16, 64) and not pair.startswith("fp32"):
             products(pair, R, dropouts=(0.1, 0.0) if R == 16 else (0.1,))
     tuning.tiles = tiles
@@ -216,6 +217,22 @@ def group_kernels(pair: str, R: int, dropouts: tuple[float, ...]) -> None:
             dropout = Dropout(p, torch.tensor(1)) if p else None
             project(t["x"], (t["A"],) * n, dropout)
             grad_x(t["x"], (t["h"],) * n, (t["A"],) * n, dropout, t["x"].dtype, need_x=True, need_As=(True,) * n)
+
+
+def mlp_kernels(pair: str, R: int, dropouts: tuple[float, ...], activation: str = "silu", need_c: bool = False) -> None:
+    """Both passes of a gated MLP, over [M, D] too."""
+    import torch
+
+    from lora_kernels.backends.triton.kernels.glu import glu
+    from lora_kernels.backends.triton.kernels.glu_backward import Down, Entry, glu_backward
+    from lora_kernels.values import Dropout
+
+    t = tensors(pair, R, 8192)
+    for p in dropouts:
+        dropout = Dropout(p, torch.tensor(1)) if p else None
+        glu(t["x"], t["dy"], t["A"], dropout, activation)
+        entry = Entry(True, t["h"], t["B"], 2.0, True, True, need_c)
+        glu_backward(t["dy"], t["x"], t["dy"], Down(t["h"], t["A"], dropout, True), entry, entry, activation)
 
 
 def rare_forms(pair: str, R: int) -> None:

@@ -16,6 +16,7 @@ from ..triton import tuning
 from ..triton.compilation import NothingCompilesError
 from ..triton.kernels.project import project
 from ..triton.kernels.tiles import row_major
+from ..triton.planning import plan_of
 from . import extension
 from .extension import DTYPES, C, address, descriptor, stream
 from .nf4 import dequantize
@@ -39,7 +40,7 @@ def plan(call: Call) -> Plan | str:
         return reason
     if isinstance(found := triton.plan(call), str):
         return found
-    return triton.plan_of("cuda", call, (forward, backward), (pytorch.forward, pytorch.backward))
+    return plan_of("cuda", call, (forward, backward), (pytorch.forward, pytorch.backward))
 
 
 def forward(

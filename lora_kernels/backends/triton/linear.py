@@ -7,7 +7,7 @@ ordinary products, as PyTorch's backend takes them, over this backend's masks.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from ..products import add_product, weight_gradient
 from ..torch import linear as pytorch
 from ..torch.engine import ChunkMask
 from . import gpu, tuning
-from .compilation import give_up
 from .kernels import lowrank_product, nf4_dequantize, nf4_product
 from .kernels.grad_dy import grad_dy
 from .kernels.grad_x import grad_x
@@ -30,6 +29,7 @@ from .kernels.members import MEMBERS
 from .kernels.prefill import prefill
 from .kernels.project import project
 from .kernels.tiles import adjacent, row_major
+from .planning import plan_of, refusal
 
 FIELDS = frozenset({"weight", "lora_A", "lora_B", "bias", "scaling"})
 notes = gpu.notes
@@ -37,40 +37,7 @@ notes = gpu.notes
 
 def plan(call: Call) -> Plan | str:
     """The kernels for this call, or the reason why there are none."""
-    if (reason := gpu.why_not(call.device, call.setting)) is not None:
-        return reason
-    tensors = [(name, getattr(member, name)) for member in call.members for name in ("weight", "lora_A", "lora_B")]
-    for name, tensor in (("x", call.x), *tensors):
-        if tensor is not None and tensor.dtype == torch.float64:
-            return f"{name} is float64, for which there are no kernels"
-    if call.rows >= 1 << 31:
-        return f"got {call.rows} rows, kernels count them in 31 bits"
-    return plan_of("triton", call, (forward, backward), (pytorch.forward, pytorch.backward))
-
-
-Functions = tuple[Callable[..., Any], Callable[..., Any]]
-
-
-def plan_of(backend: str, call: Call, kernels: Functions, otherwise: Functions) -> Plan:
-    """The plan of forward and backward over kernels, with PyTorch's in their place where kernels do not compile."""
-    why = "the first that can compute this call"
-    forward, backward = [_or_pytorch(*pair, call.setting) for pair in zip(kernels, otherwise, strict=True)]
-    return Plan(backend, why, forward, backward)
-
-
-def _or_pytorch(kernels: Callable[..., Any], otherwise: Callable[..., Any], setting: str) -> Callable[..., Any]:
-    """`kernels`, or `otherwise` from the moment that some kernel has no tile left that compiles; a request by name raises."""
-
-    def run(first: Any, *rest: Any) -> Any:
-        tensor = first[0] if isinstance(first, tuple) else first  # backward's are the gradients of the results
-        try:
-            with gpu.device_of(tensor):
-                return kernels(first, *rest)
-        except Exception as error:
-            give_up(tensor.device, error, setting)
-            return otherwise(first, *rest)
-
-    return run
+    return refusal(call) or plan_of("triton", call, (forward, backward), (pytorch.forward, pytorch.backward))
 
 
 def forward(
@@ -117,9 +84,8 @@ def by_pytorch(x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: 
 
 def output(x: Tensor, member: LoRAWeights, h: Tensor) -> Tensor:
     """Equation 2: y[M,N] in x's dtype."""
-    W, A, B, c, s = member
-    s = s if s.__class__ is float else _scaling(s, x.device)
-    B, c = adjacent(B), adjacent(c)
+    W, A, B, c, _ = member
+    s, B, c = scaling_of(member, x.device), adjacent(B), adjacent(c)
     if isinstance(W, NF4Weight):
         if nf4_path(x, W, A)[0] != "scratch":
             return nf4_product.product(x, W, h, B, s, c)
@@ -151,25 +117,24 @@ def backward(
 ) -> Grads:
     """Equations 3 to 6 for what is wanted, as backends/torch/linear.py; dc is in float32."""
     x, dropout = None if x is None else row_major(x), dropping(dropout)
-    grads: list[dict[str, Tensor]] = [{} for _ in members]
     shares: dict[int, Share] = {}
-    apart: Tensor | None = None  # dx of members that the kernels do not take
+    grads: dict[int, dict[str, Tensor]] = {}
+    apart: Tensor | None = None  # dx of the members that the kernels do not take
     for i, (dy, member, h, wanted) in enumerate(zip(dys, members, hs, needs.members, strict=True)):
         if dy is None:
             continue
         dy = row_major(dy)
-        if not backward_in_kernels(dy, x, member, h):
-            W = dense(member.weight, dy.dtype)
-            own = (dy,), x, (member._replace(weight=W),), (h,), following(dropout, i), Needs(needs.x, (wanted,))
-            dx, (grads[i],) = pytorch.backward(*own, WideMask)
-            apart = dx if apart is None else apart.add_(dx)
+        if backward_in_kernels(dy, x, member, h):
+            shares[i] = Share(dy, member, *reductions(dy, member, h, wanted, needs.x), wanted)
+            grads[i] = shares[i].grads
             continue
-        g, grads[i] = reductions(dy, member, h, wanted, needs.x)
-        if "weight" in wanted:
-            grads[i]["weight"] = weight_gradient(dy, x)
-        shares[i] = Share(dy, member, g, "lora_A" in wanted)
-    dx = input_gradients(x, shares, dropout, needs.x, grads)
-    return Grads(dx if apart is None else apart if dx is None else dx.add_(apart), tuple(grads))
+        member, own = member._replace(weight=dense(member.weight, dy.dtype)), following(dropout, i)
+        dx, (grads[i],) = pytorch.backward((dy,), x, (member,), (h,), own, Needs(needs.x, (wanted,)), WideMask)
+        apart = dx if apart is None else apart.add_(dx)
+    dx = input_gradients(x, shares, dropout, needs.x)
+    if apart is not None:
+        dx = apart if dx is None else dx.add_(apart)
+    return Grads(dx, tuple([grads.get(i, {}) for i in range(len(members))]))
 
 
 def backward_in_kernels(dy: Tensor, x: Tensor | None, member: LoRAWeights, h: Tensor | None) -> bool:
@@ -185,30 +150,35 @@ def reductions(
     dy: Tensor, member: LoRAWeights, h: Tensor | None, wanted: tuple[str, ...], need_x: bool
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Equations 3 and 6 of one member: (g where dx or dA needs it, those of dB and dc that are wanted)."""
-    B, s = member.lora_B, member.scaling
-    need_g, need_B, need_c = B is not None and (need_x or "lora_A" in wanted), "lora_B" in wanted, "bias" in wanted
-    s = s if s.__class__ is float else _scaling(s, dy.device)
-    g, dB, dc = grad_dy(dy, adjacent(h), adjacent(B), s, need_g, need_B, need_c)
-    found = {"lora_B": dB, "bias": dc}
-    return g, {field: grad for field, grad in found.items() if grad is not None}
+    B, need_B, need_c = member.lora_B, "lora_B" in wanted, "bias" in wanted
+    need_g = B is not None and (need_x or "lora_A" in wanted)
+    g, dB, dc = grad_dy(dy, adjacent(h), adjacent(B), scaling_of(member, dy.device), need_g, need_B, need_c)
+    return g, sums_of(dB, dc)
+
+
+def sums_of(dB: Tensor | None, dc: Tensor | None) -> dict[str, Tensor]:
+    """Those that are there, by field."""
+    return {field: grad for field, grad in (("lora_B", dB), ("bias", dc)) if grad is not None}
 
 
 class Share(NamedTuple):
-    """What a member adds to dx, dy·W + undrop(g·A), and whether its dA is wanted; g is None without adapters."""
+    """What a member adds to dx, dy·W + undrop(g·A), g None without adapters; and its gradients, those that read x to come."""
 
     dy: Tensor
     member: LoRAWeights
     g: Tensor | None
-    need_A: bool
+    grads: dict[str, Tensor]
+    wanted: tuple[str, ...]
 
 
-def input_gradients(
-    x: Tensor | None, shares: dict[int, Share], dropout: Dropout | None, need_x: bool, grads: list[dict[str, Tensor]]
-) -> Tensor | None:
-    """Equations 4 and 5 of members by number: dx is returned, each dA goes to its member's gradients.
+def input_gradients(x: Tensor | None, shares: dict[int, Share], dropout: Dropout | None, need_x: bool) -> Tensor | None:
+    """Equations 4 and 5 of members by number: dx is returned, each dA, and dW, goes to its member's gradients.
 
     Three members share a pass over x, in whose chunks every dy·W is added in place.
     """
+    for share in shares.values():
+        if "weight" in share.wanted:
+            share.grads["weight"] = weight_gradient(share.dy, x)
     low_rank = tuple([i for i, share in shares.items() if share.g is not None])
     together, later = products(list(shares.values())) if need_x else ([], [])
     in_one_kernel = need_x and len(shares) == len(low_rank) == 1 and tuning.dataflow(*together[0], "backward") != "prefill"
@@ -221,13 +191,16 @@ def input_gradients(
     for first in range(0, len(low_rank), MEMBERS):
         three = low_rank[first : first + MEMBERS]
         dtype, gs = shares[three[0]].dy.dtype, tuple([shares[i].g for i in three])
-        As, need_As = tuple([adjacent(shares[i].member.lora_A) for i in three]), tuple([shares[i].need_A for i in three])
+        As, need_As = (
+            tuple([adjacent(shares[i].member.lora_A) for i in three]),
+            tuple(["lora_A" in shares[i].wanted for i in three]),
+        )
         own_x = need_x and not in_one_kernel
         part, dAs = grad_x(x, gs, As, dropout, dtype, own_x, need_As, add if dx is None else None, three)
         dx = part if dx is None or part is None else dx.add_(part)
         for i, dA in zip(three, dAs, strict=True):
             if dA is not None:
-                grads[i]["lora_A"] = dA
+                shares[i].grads["lora_A"] = dA
     if in_one_kernel:
         return lowrank_product.backward(*together[0], gs[0], As[0], following(dropout, three[0]))
     if together and dx is None:
@@ -240,7 +213,10 @@ def input_gradients(
     return dx
 
 
-def products(shares: list[Share]) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, NF4Weight]]]:
+Pairs = list[tuple[Tensor, Tensor | NF4Weight]]
+
+
+def products(shares: list[Share]) -> tuple[Pairs, Pairs]:
     """The (dy, W) whose products dx takes chunk by chunk, and those that follow: of 4-bit weights one is dense at a time."""
     pairs = [(share.dy, share.member.weight) for share in shares]
     now, later = ([pair for pair in pairs if isinstance(pair[1], NF4Weight) == four_bits] for four_bits in (False, True))
@@ -305,6 +281,7 @@ def following(dropout: Dropout | None, number: int) -> Dropout | None:
     return dropout if dropout is None else dropout._replace(offset=dropout.offset + number)
 
 
-def _scaling(s: float | Tensor, device: torch.device) -> float | Tensor:
+def scaling_of(member: LoRAWeights, device: torch.device) -> float | Tensor:
     """A tensor on the device is read by the kernels; anything else is a number, and its value is at hand."""
-    return s if isinstance(s, Tensor) and s.device == device else float(s)
+    s = member.scaling
+    return s if s.__class__ is float or (isinstance(s, Tensor) and s.device == device) else float(s)

@@ -22,7 +22,7 @@ from .tiles import load_tile, store_tile
 
 @triton.jit(do_not_specialize=["M", "edge"])
 def glu_kernel(
-    e, u, a, A, parts, seed, edge, keep_scale, M, I, stride_e, stride_u, part_columns,
+    e, u, a, A, parts, seed, edge, keep_scale, M, D, stride_e, stride_u, part_columns,
     ACT: tl.constexpr, DROP: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -35,15 +35,15 @@ def glu_kernel(
     acc = tl.zeros([BM, BR], tl.float32)
     if DROP:
         seed = tl.load(seed)
-    for n in range(i_n * part_columns, tl.minimum(I, (i_n + 1) * part_columns), BN):
+    for n in range(i_n * part_columns, tl.minimum(D, (i_n + 1) * part_columns), BN):
         o_n = n + tl.arange(0, BN)
         b_e = None
         if e is not None:
-            b_e = load_tile(e, o_m, o_n, stride_e, M, I)
-        b_a = gated(b_e, load_tile(u, o_m, o_n, stride_u, M, I), ACT).to(a.dtype.element_ty)
-        store_tile(a, b_a, o_m, o_n, I, M, I)
+            b_e = load_tile(e, o_m, o_n, stride_e, M, D)
+        b_a = gated(b_e, load_tile(u, o_m, o_n, stride_u, M, D), ACT).to(a.dtype.element_ty)
+        store_tile(a, b_a, o_m, o_n, D, M, D)
         if A is not None:
-            acc = add_projection(acc, b_a, A, seed, edge, o_m, o_n, n, I, R, OFFSET, DROP, PRECISION, BN, BR)
+            acc = add_projection(acc, b_a, A, seed, edge, o_m, o_n, n, D, R, OFFSET, DROP, PRECISION, BN, BR)
     if A is not None:
         store_tile(parts + i_n.to(tl.int64) * M * R, acc * keep_scale, o_m, tl.arange(0, BR), R, M, R)
 
@@ -68,7 +68,7 @@ def gates(
     adapter: torch.dtype,
     R: int,
     plain: bool,
-    I: int,  # noqa: E741  # the intermediate size, in the alphabet of every file
+    D: int,
     stride_e: int | None,
     stride_u: int,
     p: float | None,
@@ -87,11 +87,11 @@ def gates(
     def run(e: Tensor | None, u: Tensor, A: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
         M = u.shape[0]
         programs = -(-M // tile.rows)
-        count, part_columns = tuning.splits(I, width, programs, wanted)
-        a = torch.empty(M, I, dtype=dtype, device=device)
+        count, part_columns = tuning.splits(D, width, programs, wanted)
+        a = torch.empty(M, D, dtype=dtype, device=device)
         parts = None if plain else new_parts(count, M, R, dtype=adapter, device=device)
         launches[count > 1](
-            (programs, count), e, u, a, A, parts, seed, bits, scale, M, I, stride_e or 0, stride_u, part_columns
+            (programs, count), e, u, a, A, parts, seed, bits, scale, M, D, stride_e or 0, stride_u, part_columns
         )  # fmt: skip
         return a, sum_parts((parts, count, adapter))[0]
 

@@ -15,7 +15,7 @@ from ..launch import call, dtype_of, two
 from ..tuning import Tile
 from .activation import gate_of, slope_of
 from .grad_dy import Three, add_reductions, store_reductions
-from .grad_x import member_gradients, store_dA
+from .grad_x import member_gradients, store_part
 from .mask import edge
 from .members import Kinds, constants, most, words
 from .sums import new_parts, sum_parts
@@ -25,7 +25,7 @@ from .tiles import load_tile, scalar, store_tile
 @triton.jit(do_not_specialize=["M", "edge"])
 def glu_backward_kernel(
     da, e, u, de, du, g, A, parts_dA, h_gate, B_gate, parts_g_gate, parts_dB_gate, parts_dc_gate, s_gate,
-    h_up, B_up, parts_g_up, parts_dB_up, parts_dc_up, s_up, seed, edge, keep_scale, M, I, stride_e, stride_u, part_rows,
+    h_up, B_up, parts_g_up, parts_dB_up, parts_dc_up, s_up, seed, edge, keep_scale, M, D, stride_e, stride_u, part_rows,
     ACT: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     OFFSET0: tl.constexpr, OFFSET1: tl.constexpr, OFFSET2: tl.constexpr,
@@ -42,11 +42,11 @@ def glu_backward_kernel(
         seed = tl.load(seed)
     b_A, b_B_gate, b_B_up = None, None, None
     if A is not None:
-        b_A = load_tile(A, tl.arange(0, BR0), o_n, I, R0, I)
+        b_A = load_tile(A, tl.arange(0, BR0), o_n, D, R0, D)
     if parts_g_gate is not None:
-        b_B_gate = load_tile(B_gate, o_n, tl.arange(0, BR1), R1, I, R1)
+        b_B_gate = load_tile(B_gate, o_n, tl.arange(0, BR1), R1, D, R1)
     if parts_g_up is not None:
-        b_B_up = load_tile(B_up, o_n, tl.arange(0, BR2), R2, I, R2)
+        b_B_up = load_tile(B_up, o_n, tl.arange(0, BR2), R2, D, R2)
     s_gate, s_up = scalar(s_gate), scalar(s_up)
     acc_dA = tl.zeros([BN, BR0], tl.float32)
     dB_gate, dc_gate = tl.zeros([BN, BR1], tl.float32), tl.zeros([BN], tl.float32)
@@ -54,9 +54,9 @@ def glu_backward_kernel(
     for m in range(i_m * part_rows, tl.minimum(M, (i_m + 1) * part_rows), BM):
         o_m = m + tl.arange(0, BM)
         if u is not None:
-            b_u = load_tile(u, o_m, o_n, stride_u, M, I)
+            b_u = load_tile(u, o_m, o_n, stride_u, M, D)
         if e is not None:
-            b_v = load_tile(e, o_m, o_n, stride_e, M, I).to(tl.float32)
+            b_v = load_tile(e, o_m, o_n, stride_e, M, D).to(tl.float32)
         else:
             b_v = b_u.to(tl.float32)
         gate = gate_of(b_v, ACT)
@@ -72,28 +72,28 @@ def glu_backward_kernel(
                 DROP, PRECISION, BN, BR0,
             )  # fmt: skip
         if da is not None:
-            b_da = load_tile(da, o_m, o_n, I, M, I).to(tl.float32) + low_rank
+            b_da = load_tile(da, o_m, o_n, D, M, D).to(tl.float32) + low_rank
             if e is None:
                 b_du = (b_da * slope_of(b_v, gate, ACT)).to(du.dtype.element_ty)
             elif du is not None:
                 b_du = (b_da * b_v * gate).to(du.dtype.element_ty)
             if de is not None:
                 b_de = (b_da * b_u.to(tl.float32) * slope_of(b_v, gate, ACT)).to(de.dtype.element_ty)
-                store_tile(de, b_de, o_m, o_n, I, M, I)
+                store_tile(de, b_de, o_m, o_n, D, M, D)
                 dB_gate, dc_gate = add_reductions(
                     b_de, h_gate, b_B_gate, parts_g_gate, parts_dB_gate, parts_dc_gate, dB_gate, dc_gate, s_gate,
                     i_n, o_m, M, R1, PRECISION, BR1,
                 )  # fmt: skip
             if du is not None:
-                store_tile(du, b_du, o_m, o_n, I, M, I)
+                store_tile(du, b_du, o_m, o_n, D, M, D)
                 dB_up, dc_up = add_reductions(
                     b_du, h_up, b_B_up, parts_g_up, parts_dB_up, parts_dc_up, dB_up, dc_up, s_up,
                     i_n, o_m, M, R2, PRECISION, BR2,
                 )  # fmt: skip
     if parts_dA is not None:
-        store_dA(parts_dA, acc_dA, keep_scale, i_m, o_n, I, R0, BR0)
-    store_reductions(parts_dB_gate, parts_dc_gate, dB_gate, dc_gate, s_gate, i_m, o_n, I, R1, BR1)
-    store_reductions(parts_dB_up, parts_dc_up, dB_up, dc_up, s_up, i_m, o_n, I, R2, BR2)
+        store_part(parts_dA, acc_dA, keep_scale, i_m, o_n, D, R0, BR0)
+    store_reductions(parts_dB_gate, parts_dc_gate, dB_gate, dc_gate, s_gate, i_m, o_n, D, R1, BR1)
+    store_reductions(parts_dB_up, parts_dc_up, dB_up, dc_up, s_up, i_m, o_n, D, R2, BR2)
 
 
 class Down(NamedTuple):
@@ -138,16 +138,16 @@ class Found(NamedTuple):
 def glu_backward(
     da: Tensor | None, e: Tensor | None, u: Tensor | None, down: Down, gate: Entry, up: Entry, activation: str
 ) -> Found:
-    """The gradients of a = act(e)·u (act(u) where e is None), and what they and a are read for. da[M, I] is written to."""
+    """The gradients of a = act(e)·u (act(u) where e is None), and what they and a are read for. da[M, D] is written to."""
     first = e if u is None else u
-    device, dtype, I = first.device, first.dtype, first.shape[1]  # noqa: E741
+    device, dtype, D = first.device, first.dtype, first.shape[1]
     p, seed, offset = words(down.dropout)
     own = None if down.g is None else (down.g.shape[1], down.g.dtype)
     kinds = tuple([kind or (1, dtype) for kind in (own, gate.kind, up.kind)])
     strides = tuple([None if t is None else t.stride(0) for t in (e, u)])
     flags = tuple([(entry.needed, *entry[4:], dtype_of(entry.s)) for entry in (gate, up)])
     key = (
-        device, dtype, *most(dtype, kinds), kinds, I, strides, p, offset, activation, da is None, own is None, down.A is None,
+        device, dtype, *most(dtype, kinds), kinds, D, strides, p, offset, activation, da is None, own is None, down.A is None,
         down.need_A, flags, tuning.precision(dtype),
     )  # fmt: skip
     return call("glu_backward", gate_gradients, key, da, e, u, down, gate, up, seed)
@@ -160,7 +160,7 @@ def gate_gradients(
     adapter: torch.dtype,
     R: int,
     kinds: Kinds,
-    I: int,  # noqa: E741
+    D: int,
     strides: tuple[int | None, int | None],
     p: float | None,
     offset: int,
@@ -172,15 +172,15 @@ def gate_gradients(
         glu_backward_kernel, tile.options(), ACT=activation, DROP=p is not None, PRECISION=forms[-1], BM=tile.rows,
         BN=tile.columns, **constants(kinds, (offset, 0, 0)),
     )  # fmt: skip
-    strips, programs = -(-I // tile.columns), 2 * tuning.gpu(device).processors
+    strips, programs = -(-D // tile.columns), 2 * tuning.gpu(device).processors
     bits, scale = edge(p or 0.0), keep_scale(p or 0.0)
     (R, of_A), *of_entries = kinds
 
     def parts_of(entry: Entry, kind: tuple[int, torch.dtype], M: int, count: int) -> tuple:
         (R, own), room = kind, {"device": device}
         parts_g = new_parts(strips, M, R, dtype=own, **room) if entry.need_g else None
-        parts_dB = new_parts(count, I, R, dtype=own, **room) if entry.need_B else None
-        return parts_g, parts_dB, new_parts(count, I, dtype=torch.float32, **room) if entry.need_c else None
+        parts_dB = new_parts(count, D, R, dtype=own, **room) if entry.need_B else None
+        return parts_g, parts_dB, new_parts(count, D, dtype=torch.float32, **room) if entry.need_c else None
 
     def run(
         da: Tensor | None, e: Tensor | None, u: Tensor | None, down: Down, gate: Entry, up: Entry, seed: Tensor | None
@@ -190,12 +190,12 @@ def gate_gradients(
         de, du = da if gate.needed else None, None
         if up.needed:
             du = da if de is None else torch.empty_like(da)
-        parts_dA = new_parts(count, R, I, dtype=of_A, device=device) if down.need_A else None
+        parts_dA = new_parts(count, R, D, dtype=of_A, device=device) if down.need_A else None
         parts = [parts_of(entry, kind, M, count) for entry, kind in zip((gate, up), of_entries, strict=True)]
         sides = [(entry.h if entry.need_B else None, entry.B if entry.need_g else None) for entry in (gate, up)]
         launches[count > 1](
             (strips, count), da, e, u, de, du, down.g, down.A, parts_dA, *sides[0], *parts[0], gate.s, *sides[1], *parts[1],
-            up.s, seed, bits, scale, M, I, strides[0] or 0, strides[1] or 0, part_rows,
+            up.s, seed, bits, scale, M, D, strides[0] or 0, strides[1] or 0, part_rows,
         )  # fmt: skip
         of_parts = [(parts_dA, count, of_A)]
         for (parts_g, parts_dB, parts_dc), (_, own) in zip(parts, of_entries, strict=True):

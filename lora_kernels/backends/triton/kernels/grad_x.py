@@ -43,15 +43,15 @@ def member_gradients(
 
 
 @triton.jit
-def store_dA(parts_dA, acc_dA, keep_scale, i_m, o_k, K, R: tl.constexpr, BR: tl.constexpr):
+def store_part(parts_dA, acc_dA, keep_scale, i_m, o_k, K, R: tl.constexpr, BR: tl.constexpr):
     """parts_dA[i_m, R, K] of one member."""
     store_tile(parts_dA + i_m.to(tl.int64) * R * K, keep_scale * tl.trans(acc_dA), tl.arange(0, BR), o_k, K, R, K)
 
 
 @triton.jit(do_not_specialize=["first_row", "M", "edge"])
 def grad_x_kernel(
-    x, dx, g0, A0, parts_dA0, g1, A1, parts_dA1, g2, A2, parts_dA2, seed, edge, keep_scale, first_row, M, K, stride_x, part_rows,
-    DROP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    x, dx, g0, A0, parts_dA0, g1, A1, parts_dA1, g2, A2, parts_dA2, seed, edge, keep_scale, first_row, M, K, stride_x,
+    part_rows, DROP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     OFFSET0: tl.constexpr, OFFSET1: tl.constexpr, OFFSET2: tl.constexpr,
     BR0: tl.constexpr, BR1: tl.constexpr, BR2: tl.constexpr,
@@ -98,11 +98,11 @@ def grad_x_kernel(
         if dx is not None:
             store_tile(dx, b_dx, o_m, o_k, K, M, K)
     if parts_dA0 is not None:
-        store_dA(parts_dA0, acc0, keep_scale, i_m, o_k, K, R0, BR0)
+        store_part(parts_dA0, acc0, keep_scale, i_m, o_k, K, R0, BR0)
     if parts_dA1 is not None:
-        store_dA(parts_dA1, acc1, keep_scale, i_m, o_k, K, R1, BR1)
+        store_part(parts_dA1, acc1, keep_scale, i_m, o_k, K, R1, BR1)
     if parts_dA2 is not None:
-        store_dA(parts_dA2, acc2, keep_scale, i_m, o_k, K, R2, BR2)
+        store_part(parts_dA2, acc2, keep_scale, i_m, o_k, K, R2, BR2)
 
 
 Result = tuple[Tensor | None, list[Tensor | None]]

@@ -15,7 +15,7 @@ Kinds = tuple[tuple[int, torch.dtype], ...]
 
 def constants(kinds: Kinds, offsets: tuple[int, ...]) -> dict[str, int]:
     """R, OFFSET and BR of each member; of an absent one the least, so that all launches of fewer members are one kernel."""
-    found = {}
+    found: dict[str, int] = {}
     for i in range(MEMBERS):
         R, offset = (kinds[i][0], offsets[i]) if i < len(kinds) else (1, 0)
         found |= {f"R{i}": R, f"OFFSET{i}": offset, f"BR{i}": padded_rank(R)}

@@ -62,9 +62,7 @@ def project_kernel(
         store_tile(parts2 + part * R2, acc2 * keep_scale, o_m, tl.arange(0, BR2), R2, M, R2)
 
 
-def project(
-    x: Tensor, As: tuple[Tensor, ...], dropout: Dropout | None, numbers: tuple[int, ...] = (0, 1, 2)
-) -> list[Tensor]:
+def project(x: Tensor, As: tuple[Tensor, ...], dropout: Dropout | None, numbers: tuple[int, ...] = (0, 1, 2)) -> list[Tensor]:
     """Equation 1 of up to three members, h each. Where M is small, K is split so that every processor reads parts of x.
 
     numbers: the members', which their masks follow.
@@ -107,6 +105,6 @@ def projections(
         )  # fmt: skip
         if count == 1:
             return parts
-        return sum_parts(*[(part, count, adapter) for part, (_, adapter) in zip(parts, kinds, strict=True)])
+        return sum_parts(*[(part, count, adapter) for part, (_, adapter) in zip(parts, kinds, strict=True)])  # type: ignore[return-value]
 
     return run

@@ -46,7 +46,7 @@ def new_parts(count: int, *shape: int, dtype: torch.dtype, device: torch.device)
 
 
 def sum_parts(*sums: tuple[Tensor | None, int, torch.dtype]) -> list[Tensor | None]:
-    """Σ over the first dimension of each (parts, count, dtype), three in a launch; a single part is its sum, None stays None."""
+    """Σ over the first dimension of each (parts, count, dtype), three in a launch; one part is its sum, None stays None."""
     outs = [p if p is None or count == 1 else torch.empty_like(p[0], dtype=dtype) for p, count, dtype in sums]
     pairs = zip(sums, outs, strict=True)
     jobs = [(p, out, out.numel(), count) for (p, count, _), out in pairs if p is not None and out is not None and count > 1]
