@@ -118,7 +118,9 @@ class Drawn:
         b = self.block
 
         def compute(x: Tensor, members: Any) -> tuple[Tensor, ...]:
-            dropout = Dropout(b.p, torch.tensor(b.seed, device=DEVICE), 3 - len(members) if b.activation else 0) if b.p else None
+            dropout = (
+                Dropout(b.p, torch.tensor(b.seed, device=DEVICE), 3 - len(members) if b.activation else 0) if b.p else None
+            )
             if b.activation is None:
                 return linear.forward(x, members, dropout)[0]
             return glu_mlp.forward(x, members, dropout, b.activation)[0]

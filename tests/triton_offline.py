@@ -139,7 +139,9 @@ def form_of(arguments: dict[str, Any], options: dict[str, Any]) -> str:
     form += [f"r{options['maxnreg']}"] if options.get("maxnreg") else []
     form += [k.lower() for k in ("DROP", "FORWARD") if options.get(k)]
     form += [f"x{members}"] if (members := sum(arguments.get(f"A{i}") is not None for i in range(3))) > 1 else []
-    form += ["dc"] if arguments.get("parts_dc") is not None else []
+    form += [options["ACT"]] if options.get("ACT", "silu") != "silu" else []
+    form += ["ungated"] if "e" in arguments and arguments["e"] is None else []
+    form += ["dc"] if any(arguments.get(name) is not None for name in ("parts_dc", "parts_dc_up")) else []
     form += [only for missing, only in (("dx", "dA"), ("parts_dA0", "dx")) if arguments.get(missing, 0) is None]
     return " ".join(form + (["few"] if arguments.get("M") == FEW else []))
 
@@ -171,6 +173,8 @@ def calls(pair: str, R: int, capability: int) -> None:
     if R == 16 and pair == "bf16 bf16" and capability in (80, 90):
         side_kernels(pair, R, M=FEW, dropouts=(0.1,))
         rare_forms(pair, R)
+        for activation in ("gelu", "gelu_tanh", "relu2"):
+            mlp_kernels(pair, R, dropouts=(0.1,), activation=activation, gated=activation == "gelu_tanh")
 
 
 def tensors(pair: str, R: int, M: int) -> dict[str, Any]:
@@ -219,20 +223,21 @@ def group_kernels(pair: str, R: int, dropouts: tuple[float, ...]) -> None:
             grad_x(t["x"], (t["h"],) * n, (t["A"],) * n, dropout, t["x"].dtype, need_x=True, need_As=(True,) * n)
 
 
-def mlp_kernels(pair: str, R: int, dropouts: tuple[float, ...], activation: str = "silu", need_c: bool = False) -> None:
-    """Both passes of a gated MLP, over [M, D] too."""
+def mlp_kernels(pair: str, R: int, dropouts: tuple[float, ...], activation: str = "silu", gated: bool = True) -> None:
+    """Both passes of an MLP over e and u of [M, D]; without a gate with biases that are trained, as such models have them."""
     import torch
 
     from lora_kernels.backends.triton.kernels.glu import glu
-    from lora_kernels.backends.triton.kernels.glu_backward import Down, Entry, glu_backward
+    from lora_kernels.backends.triton.kernels.glu_backward import NOTHING, Down, Entry, glu_backward
     from lora_kernels.values import Dropout
 
     t = tensors(pair, R, 8192)
     for p in dropouts:
         dropout = Dropout(p, torch.tensor(1)) if p else None
-        glu(t["x"], t["dy"], t["A"], dropout, activation)
-        entry = Entry(True, t["h"], t["B"], 2.0, True, True, need_c)
-        glu_backward(t["dy"], t["x"], t["dy"], Down(t["h"], t["A"], dropout, True), entry, entry, activation)
+        e, up = t["x"] if gated else None, Entry(True, t["h"], t["B"], 2.0, True, True, not gated)
+        glu(e, t["dy"], t["A"], dropout, activation)
+        down = Down(t["h"], t["A"], dropout, True)
+        glu_backward(t["dy"], e, t["dy"], down, up if gated else NOTHING, up, activation)
 
 
 def rare_forms(pair: str, R: int) -> None:

@@ -46,7 +46,7 @@ def activated(
     outputs: tuple[Tensor, ...], down: LoRAWeights, dropout: Dropout | None, activation: str
 ) -> tuple[Tensor, Tensor | None]:
     """(a, down's h, None where the kernels do not multiply its adapters)."""
-    *gate, u = outputs
+    *gate, u = [adjacent(output) for output in outputs]
     if not u.numel():
         return torch.empty_like(u), None
     A = adjacent(down.lora_A) if linear.in_kernels(u, down) else None
@@ -64,7 +64,8 @@ def backward(
 ) -> Grads:
     """Equations 10, and 3 to 6 of every member. What no wanted gradient reads may be None: see functional/glu_mlp.py."""
     count, dropout = len(members) - 1, linear.dropping(dropout)
-    outputs, hs, of_inner, u = saved[:count], saved[count:], needs.members[:count], saved[count - 1]
+    outputs, hs, of_inner = tuple([adjacent(t) for t in saved[:count]]), saved[count:], needs.members[:count]
+    u = outputs[-1]
     if 0 in (dys[0].numel(), 1 if u is None else u.numel()):
         return pytorch.backward(pytorch_linear, dys, x, members, saved, dropout, needs, activation)
     through = needs.x or any(of_inner)

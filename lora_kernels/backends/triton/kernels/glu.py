@@ -22,7 +22,7 @@ from .tiles import load_tile, store_tile
 
 @triton.jit(do_not_specialize=["M", "edge"])
 def glu_kernel(
-    e, u, a, A, parts, seed, edge, keep_scale, M, D, stride_e, stride_u, part_columns,
+    e, u, a, A, parts, seed, edge, keep_scale, M, D, part_columns,
     ACT: tl.constexpr, DROP: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -39,8 +39,8 @@ def glu_kernel(
         o_n = n + tl.arange(0, BN)
         b_e = None
         if e is not None:
-            b_e = load_tile(e, o_m, o_n, stride_e, M, D)
-        b_a = gated(b_e, load_tile(u, o_m, o_n, stride_u, M, D), ACT).to(a.dtype.element_ty)
+            b_e = load_tile(e, o_m, o_n, D, M, D)
+        b_a = gated(b_e, load_tile(u, o_m, o_n, D, M, D), ACT).to(a.dtype.element_ty)
         store_tile(a, b_a, o_m, o_n, D, M, D)
         if A is not None:
             acc = add_projection(acc, b_a, A, seed, edge, o_m, o_n, n, D, R, OFFSET, DROP, PRECISION, BN, BR)
@@ -51,11 +51,11 @@ def glu_kernel(
 def glu(
     e: Tensor | None, u: Tensor, A: Tensor | None, dropout: Dropout | None, activation: str
 ) -> tuple[Tensor, Tensor | None]:
-    """(a, h): act(e)·u, or act(u) where e is None, in u's dtype, and drop(a)·Aᵀ in A's, None where A is."""
+    """(a, h): act(e)·u, or act(u) where e is None, in u's dtype, and drop(a)·Aᵀ in A's, None where A is; no gaps."""
     p, seed, offset = words(dropout if A is not None else None)
     R, adapter = (1, u.dtype) if A is None else (A.shape[0], A.dtype)
     key = (
-        u.device, u.dtype, adapter, R, A is None, u.shape[1], None if e is None else e.stride(0), u.stride(0), p, offset,
+        u.device, u.dtype, adapter, R, A is None, u.shape[1], e is None, p, offset,
         activation, tuning.precision(u.dtype),
     )  # fmt: skip
     return call("glu", gates, key, e, u, A, seed)
@@ -69,8 +69,7 @@ def gates(
     R: int,
     plain: bool,
     D: int,
-    stride_e: int | None,
-    stride_u: int,
+    ungated: bool,
     p: float | None,
     offset: int,
     activation: str,
@@ -91,7 +90,7 @@ def gates(
         a = torch.empty(M, D, dtype=dtype, device=device)
         parts = None if plain else new_parts(count, M, R, dtype=adapter, device=device)
         launches[count > 1](
-            (programs, count), e, u, a, A, parts, seed, bits, scale, M, D, stride_e or 0, stride_u, part_columns
+            (programs, count), e, u, a, A, parts, seed, bits, scale, M, D, part_columns
         )  # fmt: skip
         return a, sum_parts((parts, count, adapter))[0]
 
