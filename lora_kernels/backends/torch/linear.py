@@ -14,7 +14,7 @@ from ... import cpu_extension
 from ...mask import keep_scale, row_chunks
 from ...plan import Call, Plan
 from ...values import Dropout, Grads, LoRAWeights, Needs
-from ..products import columns_together, transposed_product
+from ..products import columns_together, product_dtype, transposed_product
 from . import small, whole
 from .engine import (
     ChunkMask,
@@ -103,9 +103,10 @@ def backward(
     have the adapter's, dc is in float32 or wider.
     """
     first = next(dy for dy in dys if dy is not None)
-    sums = {sum_dtype(first, member.weight) for member in members} if needs.x else {first.dtype}
-    wide = functools.reduce(torch.promote_types, sums)
-    backward_of = functools.partial(_backward_of, dropout=dropout, mask=mask, dx_dtype=wide)
+    # 16-bit sums of several members' parts would be rounded once for each
+    alone = len(members) == 1
+    dx_dtype = sum_dtype(first, members[0].weight) if alone else product_dtype(first.dtype, first.device)
+    backward_of = functools.partial(_backward_of, dropout=dropout, mask=mask, dx_dtype=dx_dtype)
     dx, found = members_backward(dys, x, members, hs, needs, backward_of)
     return Grads(None if dx is None else to(dx, first.dtype), found)
 
@@ -123,7 +124,7 @@ def _backward_of(
     mask: type[ChunkMask],
     dx_dtype: torch.dtype,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """(dx with one member's part, its wanted gradients but W's); a dx that several members share is of dx_dtype."""
+    """(dx with one member's part, its wanted gradients but W's); dx is summed up in dx_dtype."""
     W, A, B, _, s = member
     (M, N), work = dy.shape, work_dtype(dy, B, h)
     need_A, low_rank_x = "lora_A" in wanted, need_x and A is not None
