@@ -174,7 +174,7 @@ class Member:
         if isinstance(y, str):
             self.group.calls[y] += 1
             return type(module).forward(module, *args, **kwargs)
-        if hasattr(module, "count_fused"):
+        if hasattr(type(module), "count_fused"):
             module.count_fused()
         return y
 
@@ -182,7 +182,9 @@ class Member:
 def member_of(module: nn.Module) -> Member | None:
     """The Member that is a layer's forward, maybe inside accelerate's hooks."""
     own = module.__dict__
-    return next((own[key] for key in ("forward", "_old_forward") if isinstance(own.get(key), Member)), None)
+    if type(found := own.get("forward")) is Member or type(found := own.get("_old_forward")) is Member:
+        return found
+    return None
 
 
 def is_member_of(module: nn.Module | None, group: Group, name: str) -> bool:

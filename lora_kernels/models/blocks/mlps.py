@@ -60,7 +60,7 @@ class Block:
         if not isinstance(y, str):
             for name in self.wiring.members:
                 member: Any = module._modules[name]
-                if hasattr(member, "count_fused"):
+                if hasattr(type(member), "count_fused"):
                     member.count_fused()
 
 
