@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_adapters_of_another_dtype(dtypes: tuple[torch.dtype, torch.dtype], p: f
     check(case(dtype=dtypes[0], adapter_dtype=dtypes[1], p=p, strided=True))
 
 
-@pytest.mark.parametrize("sizes", [(1, 24, 40, 21), (3, 1, 1, 2), (129, 7, 131, 5), (1, 65, 600, 3)])
+@pytest.mark.parametrize("sizes", [(1, 24, 40, 21), (3, 1, 1, 2), (129, 7, 131, 5), (1, 5, 600, 3)])
 @every_form
 def test_sizes(sizes: tuple[int, int, int, int], form: dict) -> None:
     """I is split where M is small, M where it is large."""
@@ -71,13 +72,13 @@ def test_plain_and_wide_and_4_bit_members(names: tuple[str, ...], change: dict) 
     check(case(K=64, I=64, dtype=BF16, **{name: replace(LAYERS[name], **change) for name in names}))
 
 
-@pytest.mark.parametrize(
-    "needs", [names for n in range(1, 4) for names in itertools.combinations(("x", "lora_A", "lora_B", "bias"), n)]
-)
-@pytest.mark.parametrize("frozen", [(), ("gate", "up"), ("down",), ("gate",)])
-@every_form
-def test_wanted_gradients(needs: tuple[str, ...], frozen: tuple[str, ...], form: dict) -> None:
-    check(case(needs=needs, frozen=frozen, I=40, **form))
+NEEDS = [names for n in range(1, 4) for names in itertools.combinations(("x", "lora_A", "lora_B", "bias"), n)]
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids="+".join)
+@pytest.mark.parametrize("options", [{}, {"gate": None}, {"frozen": ("gate", "up")}, {"frozen": ("down", "gate")}], ids=str)
+def test_wanted_gradients(needs: tuple[str, ...], options: dict) -> None:
+    check(case(M=9, K=16, I=24, N=10, needs=needs, **options))
 
 
 def test_trained_weights() -> None:
@@ -86,7 +87,7 @@ def test_trained_weights() -> None:
 
 def test_reruns_are_bit_identical() -> None:
     """Of both passes twice, and of the backward pass of one graph: nothing that is saved is written to."""
-    problem = case(M=70, I=300, dtype=BF16).draw()
+    problem = case(M=70, I=140, dtype=BF16).draw()
     first = ours(problem)
     assert all(torch.equal(t, first[name]) for name, t in ours(problem).items())
     (y,), leaves = problem.case.call(problem.x, problem.members), list(problem.leaves.values())
@@ -161,14 +162,20 @@ MUTANTS = [
 
 
 def broken() -> bool:
+    """Of gate and up of one rank, so that a mistake can exchange them."""
     layers = {name: replace(layer, R=4) for name, layer in LAYERS.items()}
     torch.manual_seed(0)
-    return bool(violations(*draw_and_run(case(M=129, dtype=FP16, **layers)), FP16))
+    return bool(violations(*draw_and_run(case(M=40, dtype=FP16, **layers)), FP16))
+
+
+@cache
+def right_is_not_broken() -> bool:
+    return not broken()
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels are replaced in the interpreter")
 @pytest.mark.parametrize(("module", "name", "mutant"), MUTANTS)
 def test_a_mistake_is_caught(module, name: str, mutant: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not broken()
+    assert right_is_not_broken()
     monkeypatch.setattr(module, name, mutant)
     assert broken()

@@ -37,7 +37,9 @@ def _or_pytorch(kernels: Callable[..., Any], otherwise: Callable[..., Any], sett
     """`kernels`, or `otherwise` from the moment that some kernel has no tile left that compiles; a request by name raises."""
 
     def run(first: Any, *rest: Any) -> Any:
-        tensor = first[0] if isinstance(first, tuple) else first  # backward's are the gradients of the results
+        tensor = first  # backward's are the gradients of the results, None of those that were not used
+        if isinstance(first, tuple):
+            tensor = first[0] if first[0] is not None else next(t for t in first if t is not None)
         try:
             with gpu.device_of(tensor):
                 return kernels(first, *rest)
