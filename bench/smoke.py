@@ -58,19 +58,17 @@ def blocks(device: torch.device) -> Iterator[MembersCase]:
         yield glu_mlp.Case(I=I, N=K, gate=inner, up=inner, down=q, **about)
 
 
-def kind(case: Case | MembersCase) -> tuple[str, str, Any]:
-    """(name, weight, the module that judges it) of a case."""
+def kind(case: Case | MembersCase) -> tuple[str | None, Any]:
+    """(quant_type, the module that judges it) of a case."""
     if isinstance(case, Case):
-        return str(case), case.quant_type or "dense", linear
-    layers = {name: f"{K}→{layer.N}" for name, (K, layer) in case.layers().items()}
-    weight = next(layer.quant_type for _, layer in case.layers().values()) or "dense"
-    return f"{' '.join(f'{name} {size}' for name, size in layers.items())} M={case.M}", weight, members
+        return case.quant_type, linear
+    return next(layer.quant_type for _, layer in case.layers().values()), members
 
 
 def check(problem: Problem | MembersProblem, exact: Results, backend: str) -> Row:
     """What is wrong with the backend's results, or why it cannot be used here."""
-    name, weight, judge = kind(problem.case)
-    row = {"case": name, "weight": weight, "backend": backend, "wrong": []}
+    quant_type, judge = kind(problem.case)
+    row = {"case": str(problem.case), "weight": quant_type or "dense", "backend": backend, "wrong": []}
     start = time.perf_counter()
     if isinstance(missing := load(backend, "glu_mlp" if isinstance(problem.case, glu_mlp.Case) else "linear"), str):
         return {**row, "seconds": 0.0, "wrong": [missing] if backend == "triton" else [], "left_out": missing}
@@ -93,7 +91,7 @@ def rejections() -> list[str]:
 
 def line(row: Row) -> str:
     state = "; ".join(row["wrong"]) or row.get("left_out") or "right"
-    return f"{row['backend']:7} {row['weight']:6} {row['case']:44} {row['seconds']:6.2f} s  {state}\n"
+    return f"{row['backend']:7} {row['weight']:6} {row['case']:56} {row['seconds']:6.2f} s  {state}\n"
 
 
 def main() -> int:
@@ -105,12 +103,12 @@ def main() -> int:
     header, rows = environment(), []
     device = torch.device(options.device)
     for case in (*cases(device), *blocks(device)):
-        judge = kind(case)[2]
+        quant_type, judge = kind(case)
         with use_backend("torch"):
             problem = case.draw(torch.Generator(device).manual_seed(case.seed))
             exact = judge.truth(problem)
-        of_weight = BACKENDS[case.quant_type] if isinstance(case, Case) and device.type == "cuda" else ("triton",)
-        for backend in of_weight:
+        several = judge is linear and device.type == "cuda"  # who else has the operation and can be asked for
+        for backend in BACKENDS[quant_type] if several else ("triton",):
             rows.append(check(problem, exact, backend))
             sys.stdout.write(line(rows[-1]))
             sys.stdout.flush()

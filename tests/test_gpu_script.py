@@ -225,7 +225,7 @@ def test_the_smoke_test_fails_for_wrong_results_and_rejected_tiles(
     assert "no tile was rejected" in capsys.readouterr().out
     rows = json.loads(file.read_text())["rows"]
     assert [row["case"] for row in rows[4:]] == 2 * [
-        "q 32→32 k 32→16 v 32→16 M=17", "gate 32→72 up 32→72 down 72→32 M=17"
+        "q 32→32 k 32→16 v 32→16 M=17 p=0.1 float16", "gate 32→72 up 32→72 down 72→32 M=17 p=0.1 float16"
     ]  # fmt: skip
     assert [row["weight"] for row in rows] == 2 * ["dense"] + 2 * ["nf4"] + 2 * ["dense"] + 2 * ["nf4"]
     for judge, cases, gradient in ((linear, smoke.cases, "dA"), (members, smoke.blocks, "dk.lora_A")):

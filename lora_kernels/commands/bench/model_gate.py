@@ -35,10 +35,10 @@ def why_wrong(
         reasons += [f"{settings.names.ours} {group.K}→{group.N}: {reason}" for reason in linear.wrong(problem)]
     cases: dict[str, MembersCase] = {}
     for block in block_cases(fused, settings.quantize, about):
-        cases.setdefault(str(block), block)
-    for text, block in cases.items():
+        cases.setdefault(repr(block), block)
+    for block in cases.values():
         found = members.wrong(block.draw(torch.Generator(device).manual_seed(seed)))
-        reasons += [f"{settings.names.fused} {text}: {reason}" for reason in found]
+        reasons += [f"{settings.names.fused} {block}: {reason}" for reason in found]
     with torch.no_grad():
         losses = {name: model_step.loss(model, ids).item() for name, model in models.items()}
     return reasons + [f"{name}: the loss is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
