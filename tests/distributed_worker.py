@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lora_kernels import LoRAConfig, accelerate, add_lora, load_adapter, lora_parameters, save_adapter
+from lora_kernels import BlockReport, LoRAConfig, accelerate, add_lora, fuse_blocks, load_adapter, lora_parameters, save_adapter
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 3
@@ -29,11 +29,17 @@ def peft_model() -> nn.Module:
     return model
 
 
-def own_model(dtype: torch.dtype = torch.float32, quantize: str | None = None) -> nn.Module:
+def own_model(dtype: torch.dtype = torch.float32, quantize: str | None = None, blocks: bool = False) -> nn.Module:
     torch.manual_seed(0)
     model = tiny_models.llama().to(dtype)
     add_lora(model, LoRAConfig(target_modules=TARGETS, r=4, init_lora_weights=False), quantize=quantize)
+    if blocks:
+        assert len(fuse_blocks(model).mlps) == 2
     return model
+
+
+def blocks_model() -> nn.Module:
+    return own_model(blocks=True)
 
 
 def gradients(model: nn.Module, rows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -87,6 +93,8 @@ def fsdp2(options: dict, rank: int, directory: Path) -> dict:
     pairs = list(zip(lora_parameters(model), lora_parameters(other), strict=True))
     assert all(isinstance(a, DTensor) and isinstance(b, DTensor) for a, b in pairs)
     assert all(torch.equal(a.to_local(), b.to_local()) for a, b in pairs)
+    if options.get("blocks"):
+        assert BlockReport(model).calls() == {"fused": 4 * STEPS}
     weight = model.model.layers[0].self_attn.q_proj.weight
     return {"losses": losses, "weight_bytes": weight.to_local().nbytes, "weight_dtype": weight.dtype}
 
@@ -94,6 +102,7 @@ def fsdp2(options: dict, rank: int, directory: Path) -> dict:
 FSDP2_OPTIONS = {
     "fsdp2-fp32": {},
     "fsdp2-bf16": {"dtype": torch.bfloat16},
+    "fsdp2-blocks": {"blocks": True},
 }
 if torch.__version__ >= (2, 12):  # before, FSDP2 shards no frozen uint8 weights
     FSDP2_OPTIONS["fsdp2-nf4"] = {"dtype": torch.bfloat16, "quantize": "nf4"}
@@ -103,7 +112,7 @@ def main() -> None:
     rank, directory = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
-    results: dict = {"ddp-peft": ddp(peft_model, rank), "ddp-own": ddp(own_model, rank)}
+    results: dict = {"ddp-peft": ddp(peft_model, rank), "ddp-own": ddp(own_model, rank), "ddp-blocks": ddp(blocks_model, rank)}
     for name, options in FSDP2_OPTIONS.items():
         results[name] = fsdp2(options, rank, directory / name)
     if rank == 0:

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from ..layers.adapters import check_adapter_name
 from ..layers.linear import DEFAULT_ADAPTER, LoRALinear, check_quantize
 from .adapter_config import from_config
+from .blocks import unfuse_blocks
 from .config import LoRAConfig
 from .config_checks import check_parts
 from .exchanges import add_exchanges, plan_exchanges
@@ -135,6 +136,7 @@ def remove_lora(model: nn.Module) -> None:
     """
     refuse_in_fsdp1(model, "remove adapters")
     layers = adapted_layers(model)
+    unfuse_blocks(model)
     model = unwrapped(model)
     state = lora_state(model)
     merged = any(layer.merged for layer in layers.values())
