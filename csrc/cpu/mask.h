@@ -9,7 +9,7 @@
 #if !defined(__x86_64__) || !defined(__linux__)
 #define FOR_EACH_CPU
 #elif __GNUC__ >= 12
-#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
