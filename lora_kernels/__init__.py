@@ -1,6 +1,7 @@
 """LoRA linear layers that cost almost nothing beyond their frozen base layer: y = x·Wᵀ + (α/r)·drop(x)·Aᵀ·Bᵀ + c."""
 
-from .functional.linear import backend_report, lora_linear
+from .functional.glu_mlp import lora_glu_mlp
+from .functional.linear import backend_report, lora_linear, lora_linear_group
 from .functional.nf4 import dequantize_nf4, quantize_nf4
 from .integrations.peft import AccelerationReport, accelerate, accelerated, restore
 from .integrations.trainer import adapter_checkpoints
@@ -41,7 +42,9 @@ __all__ = [
     "dropout_mask",
     "load_adapter",
     "load_lora_state_dict",
+    "lora_glu_mlp",
     "lora_linear",
+    "lora_linear_group",
     "lora_parameters",
     "lora_plus_param_groups",
     "lora_state_dict",

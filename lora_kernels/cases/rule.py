@@ -22,12 +22,18 @@ def violations(tested: Results, plain: Results, exact: Results, dtype: torch.dty
         if tested[name].shape != value.shape:
             lines.append(f"{name}: got shape {tuple(tested[name].shape)}, expected {tuple(value.shape)}")
             continue
-        eps = torch.finfo(dtype).eps
-        half_unit = eps / 2 if value.numel() < FEW else 0.0
-        pairs = zip(("norm", "max"), errors(tested[name], value), errors(plain[name], value), TINY[dtype], strict=True)
-        for kind, error, reference, tiny in pairs:
-            if not error <= MARGIN * max(reference, half_unit) + tiny * eps:  # NaN breaks it too
-                lines.append(f"{name}: {kind} error {error:.3g}, PyTorch's is {reference:.3g}")
+        broken = judge(errors(tested[name], value), errors(plain[name], value), value.numel(), dtype)
+        lines += [f"{name}: {line}" for line in broken]
+    return lines
+
+
+def judge(tested: tuple[float, float], plain: tuple[float, float], size: int, dtype: torch.dtype) -> list[str]:
+    """What of a result of `size` elements breaks the rule, by its `errors` and plain PyTorch's."""
+    lines, eps = [], torch.finfo(dtype).eps
+    half_unit = eps / 2 if size < FEW else 0.0
+    for kind, error, reference, tiny in zip(("norm", "max"), tested, plain, TINY[dtype], strict=True):
+        if not error <= MARGIN * max(reference, half_unit) + tiny * eps:  # NaN breaks it too
+            lines.append(f"{kind} error {error:.3g}, PyTorch's is {reference:.3g}")
     return lines
 
 

@@ -1,5 +1,7 @@
 """Whether a call's arguments fit: raised once, here, with the argument's name, what it is, what it should be, and the cure."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,18 +10,28 @@ from ..nf4 import NF4Weight
 from ..values import LoRAWeights
 
 
-def check_member(x: Tensor, member: LoRAWeights) -> None:
-    """Raise TypeError or ValueError unless a projection fits x[..., K] and itself."""
+def check_member(x: Tensor, member: LoRAWeights, of: str = "", features: int | None = None) -> None:
+    """Raise TypeError or ValueError unless a projection fits x[..., K] and itself.
+
+    of: what stands before a field's name in a message, such as "gate.". features: K, where the projection's input is not x but
+    is made of it.
+    """
+    if not isinstance(member, LoRAWeights):
+        raise TypeError(f"{of.rstrip('.')}: got {type(member).__name__}, expected LoRAWeights(weight, lora_A, lora_B, …)")
     weight, lora_A, lora_B, bias, scaling = member
-    tensors = {"x": x, "lora_A": lora_A, "lora_B": lora_B}
+    tensors: dict[str, Any] = {"x": x}
+    if lora_A is not None or lora_B is not None:
+        tensors |= {f"{of}lora_A": lora_A, f"{of}lora_B": lora_B}
     if isinstance(weight, NF4Weight):
         weight.check()
         if isinstance(x, Tensor) and weight.device != x.device:
-            raise ValueError(f"weight: got an NF4Weight on {weight.device}, expected {x.device} as x; use weight.to(x.device)")
+            raise ValueError(
+                f"{of}weight: got an NF4Weight on {weight.device}, expected {x.device} as x; use weight.to(x.device)"
+            )
     else:
-        tensors["weight"] = weight
+        tensors[f"{of}weight"] = weight
     if bias is not None:
-        tensors["bias"] = bias
+        tensors[f"{of}bias"] = bias
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
@@ -27,59 +39,70 @@ def check_member(x: Tensor, member: LoRAWeights) -> None:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected bfloat16, float16, float32 or float64")
         if tensor.device != x.device:
             raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {x.device} as x; use {name}.to(x.device)")
-    _check_shapes(x, weight, lora_A, lora_B, bias)
-    _check_dtypes(x, weight, lora_A, lora_B, bias)
-    _check_scaling(scaling, x.device)
+    _check_shapes(x, member, of, features)
+    _check_dtypes(x, member, of)
+    _check_scaling(scaling, x.device, of)
 
 
-def _check_shapes(x: Tensor, weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
-    for name, tensor, letters in (("weight", weight, "N, K"), ("lora_A", lora_A, "R, K"), ("lora_B", lora_B, "N, R")):
-        if tensor.ndim != 2:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected two dimensions [{letters}]")
-    (N, K), R = weight.shape, lora_A.shape[0]
-    if R == 0:
-        raise ValueError(f"lora_A: got rank 0 (shape {tuple(lora_A.shape)}), expected at least 1; for no adapter use F.linear")
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"lora_A": (lora_A, (R, K)), "lora_B": (lora_B, (N, R))}
+def _check_shapes(x: Tensor, member: LoRAWeights, of: str, features: int | None) -> None:
+    weight, A, B, bias, _ = member
+    for name, tensor, letters in (("weight", weight, "N, K"), ("lora_A", A, "R, K"), ("lora_B", B, "N, R")):
+        if tensor is not None and tensor.ndim != 2:
+            raise ValueError(f"{of}{name}: got shape {tuple(tensor.shape)}, expected two dimensions [{letters}]")
+    (N, K), rank = weight.shape, ""
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+    if A is not None and B is not None:
+        R = A.shape[0]
+        if R == 0:
+            raise ValueError(
+                f"{of}lora_A: got rank 0 (shape {tuple(A.shape)}), expected at least 1; for no adapter use F.linear"
+            )
+        rank, expected = f" and rank {R}", {"lora_A": (A, (R, K)), "lora_B": (B, (N, R))}
     if bias is not None:
         expected["bias"] = (bias, (N,))
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
-            cure = f"; use {name}.T" if tensor.ndim == 2 and tensor.T.shape == shape else ""
+            cure = f"; use {of}{name}.T" if tensor.ndim == 2 and tensor.T.shape == shape else ""
             raise ValueError(
-                f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)} "
-                f"for weight {tuple(weight.shape)} and rank {R}{cure}"
+                f"{of}{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)} "
+                f"for weight {tuple(weight.shape)}{rank}{cure}"
             )
-    if x.ndim == 0 or x.shape[-1] != K:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {K}] for weight {tuple(weight.shape)}")
+    if features is not None and features != K:
+        raise ValueError(f"{of}weight: got shape {tuple(weight.shape)}, expected [{N}, {features}], the out-features before it")
+    if x.ndim == 0 or (features is None and x.shape[-1] != K):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {K}] for {of}weight {tuple(weight.shape)}")
 
 
-def _check_dtypes(x: Tensor, weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
-    if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"lora_B: got dtype {lora_B.dtype}, expected {lora_A.dtype} as lora_A; use lora_B.to(lora_A.dtype)")
+def _check_dtypes(x: Tensor, member: LoRAWeights, of: str) -> None:
+    weight, A, B, bias, _ = member
+    if A is not None and B is not None and A.dtype != B.dtype:
+        raise TypeError(f"{of}lora_B: got dtype {B.dtype}, expected {A.dtype} as lora_A; use lora_B.to(lora_A.dtype)")
     if isinstance(weight, NF4Weight):
         return  # weight and bias are read as x's dtype, or autocast's
     if autocast_dtype(x.device) is not None and torch.float64 not in (x.dtype, weight.dtype):
         return  # x, weight and bias are read as autocast's dtype
     if x.dtype != weight.dtype:
-        raise TypeError(f"x: got dtype {x.dtype}, expected {weight.dtype} as weight; use x.to(weight.dtype), or torch.autocast")
+        raise TypeError(
+            f"x: got dtype {x.dtype}, expected {weight.dtype} as {of}weight; use x.to(weight.dtype), or torch.autocast"
+        )
     # A wider bias, such as float32 beside a bfloat16 weight, keeps its gradient from being rounded to the weight's dtype.
     if bias is not None and torch.promote_types(bias.dtype, weight.dtype) != bias.dtype:
         raise TypeError(
-            f"bias: got dtype {bias.dtype}, expected {weight.dtype} as weight, or a wider one; "
+            f"{of}bias: got dtype {bias.dtype}, expected {weight.dtype} as weight, or a wider one; "
             "use bias.to(weight.dtype), or torch.autocast"
         )
 
 
-def _check_scaling(scaling: float | Tensor, device: torch.device) -> None:
+def _check_scaling(scaling: float | Tensor, device: torch.device, of: str) -> None:
     if not isinstance(scaling, Tensor):
         if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-            raise TypeError(f"scaling: got {type(scaling).__name__}, expected a float or a 0-d tensor")
+            raise TypeError(f"{of}scaling: got {type(scaling).__name__}, expected a float or a 0-d tensor")
         return
     if scaling.ndim != 0 or not scaling.is_floating_point():
         raise ValueError(
-            f"scaling: got a {scaling.dtype} tensor of shape {tuple(scaling.shape)}, expected a 0-d floating-point tensor"
+            f"{of}scaling: got a {scaling.dtype} tensor of shape {tuple(scaling.shape)}, expected a 0-d floating-point tensor"
         )
     if scaling.device != device and scaling.device.type != "cpu":
-        raise ValueError(f"scaling: got a tensor on {scaling.device}, expected {device}; use scaling.to({str(device)!r})")
+        raise ValueError(f"{of}scaling: got a tensor on {scaling.device}, expected {device}; use scaling.to({str(device)!r})")
     if scaling.requires_grad:
-        raise ValueError("scaling: requires_grad is set, but scaling has no gradient here; use scaling.detach()")
+        raise ValueError(f"{of}scaling: requires_grad is set, but scaling has no gradient here; use scaling.detach()")

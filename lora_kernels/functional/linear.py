@@ -1,6 +1,7 @@
-"""lora_linear, and what the operation "linear" checks, returns and saves."""
+"""lora_linear and lora_linear_group, and what their operation "linear" checks, returns and saves."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,9 +40,29 @@ def lora_linear(
     Saves x itself, h = drop(x)·Aᵀ [M, R] and the seed for the backward pass, each only if a wanted gradient reads it.
     Raises TypeError or ValueError for arguments that do not fit, and RuntimeError on a second derivative.
     """
+    if lora_A is None:
+        raise TypeError("lora_A: got None, expected a torch.Tensor; for no adapter use F.linear")
     member = LoRAWeights(weight, lora_A, lora_B, bias, scaling)
     (y,) = call(LINEAR, x, (member,), Dropout(dropout_p, seed) if dropout_p else None)  # type: ignore[arg-type]
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def lora_linear_group(
+    x: Tensor, members: Sequence[LoRAWeights], *, dropout_p: float = 0.0, seed: int | Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """y_i = x·W_iᵀ + s_i·drop_i(x)·A_iᵀ·B_iᵀ + c_i of every member over one x, such as q, k and v, in one operation.
+
+    Shapes: x[..., K], member i of W[N_i, K], A[R_i, K], B[N_i, R_i] -> a tuple of y_i[..., N_i]. A member whose lora_A and
+    lora_B are None is plain: y_i = x·W_iᵀ + c_i. Dtypes, dropout_p, seed and gradients as in `lora_linear`; member i's mask is
+    `dropout_mask(M, K, dropout_p, seed, offset=i)`. The gradient of x is summed up in one buffer; a member whose result is
+    not used costs none.
+
+    Saves x itself once, h_i [M, R_i] of each member and one seed, each only if a wanted gradient reads it.
+    Raises TypeError or ValueError, naming members[i], for arguments that do not fit, and RuntimeError on a second derivative.
+    """
+    members = tuple(members)
+    ys = call(LINEAR, x, members, Dropout(dropout_p, seed) if dropout_p else None)  # type: ignore[arg-type]
+    return ys if x.ndim == 2 else tuple([y.view(*x.shape[:-1], y.shape[1]) for y in ys])
 
 
 def backend_report(
@@ -57,34 +78,51 @@ def backend_report(
 
 def check(x: Tensor, members: Members, dropout: Dropout | None) -> None:
     """Raise TypeError or ValueError for arguments that do not fit."""
-    for member in members:
-        check_member(x, member)
+    if not members:
+        raise ValueError("members: got none, expected at least one LoRAWeights")
+    for i, member in enumerate(members):
+        check_member(x, member, f"members[{i}]." if len(members) > 1 else "")
     if dropout is not None:
         check_p(dropout.p)
 
 
-def shapes(x: Tensor, members: Members) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """([M, N] of every y, [M, R] of every h)."""
-    M = math.prod(x.shape[:-1])  # Size.numel() would fix a symbolic size, and every M be a graph of its own
-    return [(M, m.weight.shape[0]) for m in members], [(M, m.lora_A.shape[0]) for m in members]
+Kind = tuple[tuple[int, ...], torch.dtype | None] | None
+"""(shape, dtype) of a tensor that is saved, dtype None for that of the results; None for one that this call does not have."""
+
+
+def shapes(x: Tensor, members: Members) -> tuple[list[tuple[int, ...]], list[Kind]]:
+    """([M, N] of every y, those of every h)."""
+    M = rows(x)
+    return [(M, m.weight.shape[0]) for m in members], [kind_of_h(M, m) for m in members]
+
+
+def rows(x: Tensor) -> int:
+    """M of x[..., K]. Size.numel() would fix a symbolic size, and every M be a graph of its own."""
+    return math.prod(x.shape[:-1])
+
+
+def kind_of_h(M: int, member: LoRAWeights) -> Kind:
+    """Of h[M, R]."""
+    return None if member.lora_A is None else ((M, member.lora_A.shape[0]), member.lora_A.dtype)
 
 
 def kept(x: Tensor, members: Members, hs: tuple[Tensor, ...], dropout: Dropout | None, needs: Needs) -> tuple:
     """(x, members, hs, dropout) without what no wanted gradient reads: dx reads W, A and B, dA x and B, dB h, dW x."""
-    pruned = tuple(
-        member._replace(
-            weight=member.weight if needs.x else None,  # type: ignore[arg-type]
-            lora_A=member.lora_A if needs.x else None,  # type: ignore[arg-type]
-            lora_B=member.lora_B if needs.x or "lora_A" in names else None,  # type: ignore[arg-type]
-            bias=None,
-        )
-        for member, names in zip(members, needs.members, strict=True)
-    )
     return (
         x if needs.any("lora_A", "weight") else None,
-        pruned,
+        tuple(kept_member(member, needs.x, names) for member, names in zip(members, needs.members, strict=True)),
         tuple(h if "lora_B" in names else None for h, names in zip(hs, needs.members, strict=True)),
         dropout if needs.x or needs.any("lora_A") else None,
+    )
+
+
+def kept_member(member: LoRAWeights, need_x: bool, names: tuple[str, ...]) -> LoRAWeights:
+    """The member without what neither the gradient of its input, if it is needed, nor those of these fields read."""
+    return member._replace(
+        weight=member.weight if need_x else None,  # type: ignore[arg-type]
+        lora_A=member.lora_A if need_x else None,
+        lora_B=member.lora_B if need_x or "lora_A" in names else None,
+        bias=None,
     )
 
 
@@ -98,18 +136,21 @@ def gradient_shapes(
         found.append(((first.shape[0], members[0].weight.shape[1]), first.dtype))
     for dy, member, h, names in zip(dys, members, hs, needs.members, strict=True):
         for name in names:
-            found.append(_gradient_shape(name, dy, x, member, h))  # type: ignore[arg-type]
+            found.append(gradient_shape(name, dy, x, member, h))  # type: ignore[arg-type]
     return found
 
 
-def _gradient_shape(name: str, dy: Tensor, x: Tensor, member: LoRAWeights, h: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+def gradient_shape(
+    name: str, dy: Tensor, x: Tensor | None, member: LoRAWeights, h: Tensor | None
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """(shape, dtype) of the gradient of one field of a member; of dy only the shape [M, N] and the dtype are read."""
     N = dy.shape[1]
     if name == "weight":
-        return (N, x.shape[-1]), dy.dtype
+        return (N, x.shape[-1]), dy.dtype  # type: ignore[union-attr]
     if name == "lora_A":
-        return (member.lora_B.shape[1], x.shape[-1]), member.lora_B.dtype
+        return (member.lora_B.shape[1], x.shape[-1]), member.lora_B.dtype  # type: ignore[union-attr]
     if name == "lora_B":
-        return (N, h.shape[1]), h.dtype
+        return (N, h.shape[1]), h.dtype  # type: ignore[union-attr]
     return (N,), torch.promote_types(dy.dtype, torch.float32)
 
 

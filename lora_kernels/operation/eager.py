@@ -83,7 +83,7 @@ def _backward(
     prepared: Prepared, numbers: list[float], options: tuple[Any, ...], shape: torch.Size, *tensors: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The wanted gradients in order, from those of the results and what was saved; x had this shape."""
-    count = len(prepared.needs.members)
+    count = prepared.results
     dys, form = tensors[:count], prepared.form
     x, members, saved, dropout = form.build(tensors[count:], numbers)  # type: ignore[union-attr]
     dtype, needs = prepared.dtype, prepared.needs if count == 1 else used(prepared.needs, dys)

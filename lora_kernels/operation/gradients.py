@@ -67,7 +67,7 @@ def _like(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def used(needs: Needs, grads: Sequence[Tensor | None]) -> Needs:
-    """The gradients that are left to compute where only some results were used: one for each member."""
+    """The gradients that are left to compute where only some results were used, of one for each member."""
     if all(grad is not None for grad in grads):
         return needs
     members = [() if grad is None else names for grad, names in zip(grads, needs.members, strict=True)]

@@ -57,13 +57,13 @@ def register(operation: Operation) -> Operation:
         plan = choose(describe(name, setting, dtype, x, members, dropout, options))
         with without_autocast(x.device):
             results, saved = plan.forward(x, members, dropout, *options)
-        return [*results, *saved]
+        return [*results, *(t for t in saved if t is not None)]
 
     def forward_fake(*pieces: Any) -> list[Tensor]:
         _, dtype, x, members, _, options = unflatten(*pieces)
         results, saved = operation.shapes(x, members, *options)
-        adapters = (m.lora_A for m in members)
-        return [x.new_empty(s, dtype=dtype) for s in results] + [A.new_empty(s) for A, s in zip(adapters, saved, strict=True)]
+        kinds = [(shape, dtype) for shape in results] + [kind for kind in saved if kind is not None]
+        return [x.new_empty(shape, dtype=own or dtype) for shape, own in kinds]
 
     def backward(*pieces: Any) -> list[Tensor]:
         setting, dtype, grads, x, members, saved, dropout, needs, options = unflatten(*pieces)
@@ -82,8 +82,10 @@ def register(operation: Operation) -> Operation:
 
     def setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
         setting, dtype, x, members, dropout, options = unflatten(*inputs)
-        needs, count = wanted(x, members), len(operation.shapes(x, members, *options)[0])
-        kept, *ctx.pieces = flatten(operation.kept(x, members, tuple(output[count:]), dropout, needs))
+        needs, (results, kinds) = wanted(x, members), operation.shapes(x, members, *options)
+        count, present = len(results), iter(output[len(results) :])
+        saved = tuple([None if kind is None else next(present) for kind in kinds])
+        kept, *ctx.pieces = flatten(operation.kept(x, members, saved, dropout, needs))
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.needs, ctx.options, ctx.count = (setting, dtype), needs, options, count

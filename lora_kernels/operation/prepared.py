@@ -27,7 +27,7 @@ _kinds: dict[tuple, "Prepared"] = {}
 class Prepared:
     """What the calls of one kind have in common. Raises what the operation's check raises."""
 
-    __slots__ = ("as_is", "dtype", "form", "like", "needs", "operation", "order", "plan")
+    __slots__ = ("as_is", "dtype", "form", "like", "needs", "operation", "order", "plan", "results")
 
     def __init__(self, operation: Operation, x: Tensor, members: Members, dropout: Dropout | None, options: tuple[Any, ...]):
         operation.check(x, members, dropout, *options)
@@ -38,6 +38,7 @@ class Prepared:
         self.like = like_of(x, members, self.order)
         read = in_dtype(members, self.dtype)
         self.as_is = all(after is before for after, before in zip(read, members, strict=True))
+        self.results = len(operation.shapes(x, members, *options)[0])
         rows = rows_of(x, self.dtype)
         self.plan = choose(describe(operation.name, registry.setting, self.dtype, rows, read, dropout, options))
         self.form: Form | None = None  # of what is saved for the backward pass, known from the first call on

@@ -43,10 +43,10 @@ def members_backward(
     needs: Needs,
     backward_of: Callable[..., tuple[Tensor | None, dict[str, Tensor]]],
 ) -> Grads:
-    """Equations 3 to 6 of every member, and dx, the sum of their parts.
+    """Equations 3 to 6 of every member, and dx, the sum of their parts in one buffer.
 
-    backward_of(dy, x, member, h, need_x, wanted, number): one member's part of dx and its wanted gradients but W's. A member
-    whose y was not used, with None for its dy, gets no gradients and adds nothing to dx.
+    backward_of(dy, x, member, h, dx, need_x, wanted, number): dx with this member's part, in place unless it is the first,
+    with None for dx; and its wanted gradients but W's. A member whose y was not used has None for its dy, and is left out.
     """
     dx: Tensor | None = None
     grads: list[dict[str, Tensor]] = []
@@ -54,8 +54,7 @@ def members_backward(
         if dy is None:
             grads.append({})
             continue
-        part, found = backward_of(dy, x, member, h, needs.x, wanted, i)
-        dx = part if dx is None else dx.add_(part)
+        dx, found = backward_of(dy, x, member, h, dx, needs.x, wanted, i)
         if "weight" in wanted:
             found["weight"] = weight_gradient(dy, x)
         grads.append(found)
@@ -115,7 +114,7 @@ def add_backward_product(dx: Tensor, dy: Tensor, W: Tensor | NF4Weight) -> Tenso
     """dx += dy·W in place, each element rounded once to dx's dtype."""
     if not isinstance(W, NF4Weight):
         return add_product(dx, dy, W)
-    if dx.dtype == product_dtype(dy.dtype, dy.device) and W.shape[1] % W.blocksize == 0:
+    if dx.dtype == dy.dtype == product_dtype(dy.dtype, dy.device) and W.shape[1] % W.blocksize == 0:
         for k, tile in column_tiles(W, dx.dtype):
             accumulate(dx[:, k], dy, tile)
         return dx

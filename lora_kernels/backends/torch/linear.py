@@ -14,7 +14,7 @@ from ... import cpu_extension
 from ...mask import keep_scale, row_chunks
 from ...plan import Call, Plan
 from ...values import Dropout, Grads, LoRAWeights, Needs
-from ..products import columns_together, transposed_product
+from ..products import columns_together, product_dtype, transposed_product
 from . import small, whole
 from .engine import (
     ChunkMask,
@@ -48,7 +48,7 @@ def notes(device: torch.device) -> list[str]:
 
 def forward(
     x: Tensor, members: tuple[LoRAWeights, ...], dropout: Dropout | None, mask: type[ChunkMask] = ChunkMask
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """Equations 1 and 2: every member's y[M,N] in x's dtype, and its h[M,R] in A's. mask: who makes dropout's."""
     pairs = [_forward_of(x, member, dropout, i, mask) for i, member in enumerate(members)]
     return tuple([y for y, _ in pairs]), tuple([h for _, h in pairs])
@@ -56,10 +56,14 @@ def forward(
 
 def _forward_of(
     x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: int, mask: type[ChunkMask]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """(y, h) of one member."""
     W, A, B, c, s = member
-    (M, K), N, work = x.shape, B.shape[0], work_dtype(x, A)
+    (M, K), N = x.shape, W.shape[0]
+    if A is None or B is None:
+        y = x.new_empty(M, N, dtype=sum_dtype(x, W))
+        return to(add_forward_product(y.zero_() if c is None else y.copy_(c), x, W), x.dtype), None  # 2
+    work = work_dtype(x, A)
     Aw, Bw, cw = to(A, work), to(B, work), None if c is None else to(c, work)
     keep = None if dropout is None else mask(K, dropout, number, work)
     chunks = row_chunks(M, max(K, N), x.device)
@@ -98,8 +102,13 @@ def backward(
     What no wanted gradient reads may be None: dx reads W, A and B; dA reads x and B; dB reads h. dx has dy's dtype, dA and dB
     have the adapter's, dc is in float32 or wider.
     """
-    backward_of = functools.partial(_backward_of, dropout=dropout, mask=mask)
-    return members_backward(dys, x, members, hs, needs, backward_of)
+    first = next(dy for dy in dys if dy is not None)
+    # 16-bit sums of several members' parts would be rounded once for each
+    alone = len(members) == 1
+    dx_dtype = sum_dtype(first, members[0].weight) if alone else product_dtype(first.dtype, first.device)
+    backward_of = functools.partial(_backward_of, dropout=dropout, mask=mask, dx_dtype=dx_dtype)
+    dx, found = members_backward(dys, x, members, hs, needs, backward_of)
+    return Grads(None if dx is None else to(dx, first.dtype), found)
 
 
 def _backward_of(
@@ -107,49 +116,54 @@ def _backward_of(
     x: Tensor | None,
     member: LoRAWeights,
     h: Tensor | None,
+    dx: Tensor | None,
     need_x: bool,
     wanted: tuple[str, ...],
     number: int,
     dropout: Dropout | None,
     mask: type[ChunkMask],
+    dx_dtype: torch.dtype,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """(one member's part of dx, its wanted gradients but W's)."""
+    """(dx with one member's part, its wanted gradients but W's); dx is summed up in dx_dtype."""
     W, A, B, _, s = member
     (M, N), work = dy.shape, work_dtype(dy, B, h)
-    need_A = "lora_A" in wanted
-    Aw = to(A, work) if need_x else None
-    Bw = columns_together(to(B, work), dy) if need_x or need_A else None
+    need_A, low_rank_x = "lora_A" in wanted, need_x and A is not None
+    Aw = to(A, work) if low_rank_x else None
+    Bw = columns_together(to(B, work), dy) if low_rank_x or need_A else None
     K = W.shape[1] if need_x else x.shape[1] if need_A else 0
-    keep = mask(K, dropout, number, work) if dropout is not None and (need_x or need_A) else None
+    keep = mask(K, dropout, number, work) if dropout is not None and (low_rank_x or need_A) else None
     factor = s if dropout is None else s * keep_scale(dropout.p)  # the factors that 4 and 5 share, by way of 3
     chunks = row_chunks(M, max(K, N), dy.device)
-    dx = dA = dB = dc = None
-    if need_x and len(chunks) > 1:
-        dx = dy.new_empty(M, K, dtype=sum_dtype(dy, W))
+    dA = dB = dc = None
+    first = dx is None
+    if dx is None and need_x and (len(chunks) > 1 or A is None):
+        dx = dy.new_zeros(M, K, dtype=dx_dtype) if A is None else dy.new_empty(M, K, dtype=dx_dtype)
     for rows in chunks:
         dyw = to(part(dy, rows, chunks), work)
         if "lora_B" in wanted:
             dB = total(dB, transposed_product(dyw, to(part(h, rows, chunks), work) * s))  # 6
         if "bias" in wanted:
             dc = total(dc, dyw.sum(0, dtype=torch.promote_types(work, torch.float32)))  # 6
-        if not (need_x or need_A):
+        if not (low_rank_x or need_A):
             continue
         g = (dyw @ Bw).mul_(factor)  # 3
         if keep is not None:
             keep.chunk(rows)
-        if need_x:
+        if low_rank_x:
             dx_rows = g @ Aw
             if keep is not None:
                 keep.undrop_(dx_rows)
             if dx is None:
-                dx = to(dx_rows, sum_dtype(dy, W))
-            else:
+                dx = to(dx_rows, dx_dtype)
+            elif first:
                 dx[rows] = dx_rows
+            else:
+                dx[rows] += dx_rows
         if need_A:
             xw = to(part(x, rows, chunks), work)
             dA = total(dA, g.T @ (xw if keep is None else keep.dropped(xw)))  # 5
     if need_x:
-        dx = to(add_backward_product(dx, dy, W), dy.dtype)  # 4
+        dx = add_backward_product(dx, dy, W)  # 4
     found = {
         "lora_A": None if dA is None else to(dA, B.dtype),
         "lora_B": None if dB is None else to(dB, h.dtype).contiguous(),

@@ -27,6 +27,8 @@ def fits(call: Call) -> bool:
     if len(call.members) != 1 or call.device.type != "cpu" or cpu_extension.extension is None:
         return False
     member = call.members[0]
+    if member.lora_A is None:
+        return False
     size = whole.rows_of_kind(call) * member.lora_A.shape[0] * sum(member.weight.shape)
     return size <= LIMIT and all(t.plain and _adjacent(t) for t in (call.x, member.lora_A, member.lora_B))
 

@@ -12,7 +12,7 @@ from ...mask import chunk_elements, drop
 from ...nf4 import NF4Weight
 from ...plan import Call, Layout
 from ...values import Dropout, Grads, LoRAWeights, Needs
-from ..products import columns_together, product, transposed_product
+from ..products import accumulate, columns_together, product, transposed_product
 from .engine import members_backward
 from .nf4 import one_tile, tile_size
 
@@ -25,9 +25,9 @@ def fits(call: Call) -> bool:
 def _fits(member: LoRAWeights, call: Call) -> bool:
     layouts: tuple[Layout | None, ...] = member[:4]  # type: ignore[assignment]
     weight, A, B, c = layouts
-    if weight is None or A is None or B is None:
+    if weight is None or (A is None) != (B is None):
         return False  # of a backward pass in a compiled graph, which has no more than its gradients read
-    if not isinstance(member.scaling, (int, float)) and call.device.type != "cpu":
+    if not (A is None or isinstance(member.scaling, (int, float))) and call.device.type != "cpu":
         return False  # a number would have to wait for the device
     rows, widest, size = rows_of_kind(call), max(weight.shape), weight.shape.numel()  # type: ignore[attr-defined]
     packed = weight.quant_type is not None
@@ -43,17 +43,17 @@ def rows_of_kind(call: Call) -> int:
 
 def forward(
     x: Tensor, members: tuple[LoRAWeights, ...], dropout: Dropout | None
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """Equations 1 and 2: every member's y[M,N] and h[M,R]."""
     pairs = [_forward_of(x, member, dropout, i) for i, member in enumerate(members)]
     return tuple([y for y, _ in pairs]), tuple([h for _, h in pairs])
 
 
-def _forward_of(x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: int) -> tuple[Tensor, Tensor]:
+def _forward_of(x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: int) -> tuple[Tensor, Tensor | None]:
     W, A, B, c, s = member
-    h = F.linear(x if dropout is None else _dropped(x, dropout, number), A)  # 1
+    h = None if A is None else F.linear(x if dropout is None else _dropped(x, dropout, number), A)  # 1
     y = F.linear(x, one_tile(W, x.dtype) if isinstance(W, NF4Weight) else W, c)
-    return y.addmm_(h, B.T, alpha=float(s)), h  # 2
+    return y if h is None else y.addmm_(h, B.T, alpha=float(s)), h  # 2
 
 
 def backward(
@@ -73,19 +73,23 @@ def _backward_of(
     x: Tensor | None,
     member: LoRAWeights,
     h: Tensor | None,
+    dx: Tensor | None,
     need_x: bool,
     wanted: tuple[str, ...],
     number: int,
     dropout: Dropout | None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """(one member's part of dx, its wanted gradients but W's)."""
+    """(dx with one member's part, its wanted gradients but W's)."""
     (W, A, B, _, _), s = member, float(member.scaling)
-    dx, found = None, {}
-    if need_x or "lora_A" in wanted:
+    found = {}
+    if (need_x and A is not None) or "lora_A" in wanted:
         g = product(dy, columns_together(B, dy), s)  # 3
     if need_x:
-        dx = dy @ (one_tile(W, dy.dtype) if isinstance(W, NF4Weight) else W)
-        if dropout is None:
+        W = one_tile(W, dy.dtype) if isinstance(W, NF4Weight) else W
+        dx = dy @ W if dx is None else accumulate(dx, dy, W)
+        if A is None:
+            pass
+        elif dropout is None:
             dx.addmm_(g, A)  # 4
         else:
             low_rank = g @ A

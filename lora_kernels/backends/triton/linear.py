@@ -75,7 +75,7 @@ def _or_pytorch(kernels: Callable[..., Any], otherwise: Callable[..., Any], sett
 
 def forward(
     x: Tensor, members: tuple[LoRAWeights, ...], dropout: Dropout | None
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """Equations 1 and 2: y[M,N] in x's dtype, h[M,R] in A's."""
     (W, A, B, c, s), x = members[0], row_major(x)
     if 0 in (*x.shape, *B.shape):
