@@ -26,21 +26,22 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "low_rank_forward",
       [](Address x, Address A, Address B, std::int64_t M, std::int64_t K, std::int64_t N, std::int64_t R, double s, double scale,
-         std::int32_t threshold, std::int64_t seed, std::uint64_t offset, int itemsize, Address y, Address h) {
-        low_rank_forward({x, A, B, M, K, N, R, s, scale, threshold, seed, offset, itemsize}, y, h);
+         std::int32_t threshold, std::int64_t seed, std::uint64_t offset, int itemsize, Address y, Address h, int threads) {
+        low_rank_forward({x, A, B, M, K, N, R, s, scale, threshold, seed, offset, itemsize}, y, h, threads);
       },
       Unlocked(), "h, and y += s * h * B^T.", arg("x"), arg("A"), arg("B"), arg("M"), arg("K"), arg("N"), arg("R"), arg("s"),
-      arg("scale"), arg("threshold"), arg("seed"), arg("offset"), arg("itemsize"), arg("y"), arg("h"));
+      arg("scale"), arg("threshold"), arg("seed"), arg("offset"), arg("itemsize"), arg("y"), arg("h"),
+      arg("threads"));
   m.def(
       "low_rank_backward",
       [](Address x, Address A, Address B, std::int64_t M, std::int64_t K, std::int64_t N, std::int64_t R, double s, double scale,
          std::int32_t threshold, std::int64_t seed, std::uint64_t offset, int itemsize, Address W, Address dy, Address h,
-         Address dx, Address dA, Address dB, Address dc) {
-        low_rank_backward({x, A, B, M, K, N, R, s, scale, threshold, seed, offset, itemsize}, W, dy, h, dx, dA, dB, dc);
+         Address dx, Address dA, Address dB, Address dc, int threads) {
+        low_rank_backward({x, A, B, M, K, N, R, s, scale, threshold, seed, offset, itemsize}, W, dy, h, dx, dA, dB, dc, threads);
       },
       Unlocked(), "dx (+)= dy * W + undrop(g * A), dA, dB, dc, each unless it is 0.", arg("x"), arg("A"), arg("B"), arg("M"),
       arg("K"), arg("N"), arg("R"), arg("s"), arg("scale"), arg("threshold"), arg("seed"), arg("offset"), arg("itemsize"),
-      arg("W"), arg("dy"), arg("h"), arg("dx"), arg("dA"), arg("dB"), arg("dc"));
+      arg("W"), arg("dy"), arg("h"), arg("dx"), arg("dA"), arg("dB"), arg("dc"), arg("threads"));
   py::class_<Rows>(m, "Rows", py::module_local(), "A matrix whose rows' elements are adjacent.")
       .def(py::init<Address, std::int64_t, std::string>(), arg("address"), arg("stride"), arg("dtype"));
   m.def(

@@ -30,11 +30,12 @@ struct LowRank {
 };
 
 // h[M, R] = drop(x) * A^T, y[M, N] += s * h * B^T.
-void low_rank_forward(const LowRank& term, Address y, Address h);
+void low_rank_forward(const LowRank& term, Address y, Address h, int threads);
 
 // dx[M, K] = dy * W + undrop(g * A), to which dx is only added up if W is 0; dA[R, K], dB[N, R] and dc[N]; each unless its own
 // address is 0. g = s * dy * B.
-void low_rank_backward(const LowRank& term, Address W, Address dy, Address h, Address dx, Address dA, Address dB, Address dc);
+void low_rank_backward(const LowRank& term, Address W, Address dy, Address h, Address dx, Address dA, Address dB, Address dc,
+                       int threads);
 
 // A matrix of float32, bfloat16 or float16: its rows are `stride` elements apart, their elements adjacent. Address 0: none.
 struct Rows {

@@ -15,9 +15,11 @@ constexpr std::uint32_t M0 = 0xD2511F53, M1 = 0xCD9E8D57;  // multipliers
 constexpr std::uint32_t W0 = 0x9E3779B9, W1 = 0xBB67AE85;  // key increments
 constexpr int ROUNDS = 7;
 
-void philox(std::uint16_t* lanes, std::uint32_t column, int blocks, std::uint32_t row, const Mask& mask) {
-  for (int i = 0; i < blocks; ++i) {
-    std::uint32_t c0 = column + i, c1 = row, c2 = mask.offset[0], c3 = mask.offset[1];
+void philox(std::uint16_t* lanes, std::uint32_t row, std::int64_t rows, std::uint32_t column, std::int64_t blocks,
+            const Mask& mask) {
+  for (std::int64_t i = 0; i < rows * blocks; ++i) {
+    std::uint32_t c0 = column + static_cast<std::uint32_t>(i % blocks), c1 = row + static_cast<std::uint32_t>(i / blocks);
+    std::uint32_t c2 = mask.offset[0], c3 = mask.offset[1];
     std::uint32_t k0 = mask.key[0], k1 = mask.key[1];
     for (int round = 0; round < ROUNDS; ++round, k0 += W0, k1 += W1) {
       const std::uint64_t p0 = std::uint64_t{c0} * M0, p1 = std::uint64_t{c2} * M1;
@@ -37,18 +39,18 @@ void philox(std::uint16_t* lanes, std::uint32_t column, int blocks, std::uint32_
 #ifdef HAVE_AVX2
 // A word lies in the low half of 64 bits, of which the multiplication reads no more: the upper half may hold anything. So a round
 // is eight instructions for 32 columns; the compiler's own code for the loop above, which packs the words, takes five times as long.
-__attribute__((target("avx2"))) void philox_avx2(std::uint16_t* lanes, std::uint32_t column, int blocks, std::uint32_t row,
-                                                 const Mask& mask) {
-  const __m256i m0 = _mm256_set1_epi64x(M0), m1 = _mm256_set1_epi64x(M1), row_word = _mm256_set1_epi64x(row);
+__attribute__((target("avx2"))) void philox_avx2(std::uint16_t* lanes, std::uint32_t row, std::int64_t rows, std::uint32_t column,
+                                                 std::int64_t blocks, const Mask& mask) {
+  const __m256i m0 = _mm256_set1_epi64x(M0), m1 = _mm256_set1_epi64x(M1), next = _mm256_setr_epi64x(0, 1, 2, 3);
   const __m256i offset0 = _mm256_set1_epi64x(mask.offset[0]), offset1 = _mm256_set1_epi64x(mask.offset[1]);
   __m256i k0[ROUNDS], k1[ROUNDS];
   for (std::uint32_t round = 0; round < ROUNDS; ++round) {
     k0[round] = _mm256_set1_epi64x(mask.key[0] + round * W0);
     k1[round] = _mm256_set1_epi64x(mask.key[1] + round * W1);
   }
-#pragma GCC unroll 2
-  for (int i = 0; i < blocks; i += 4) {
-    __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(column + i), _mm256_setr_epi64x(0, 1, 2, 3)), c1 = row_word, c2 = offset0, c3 = offset1;
+  for (std::int64_t i = 0; i < rows * blocks; i += 4, lanes += 4 * LANES) {
+    __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(column + static_cast<std::uint32_t>(i % blocks)), next);
+    __m256i c1 = _mm256_set1_epi64x(row + static_cast<std::uint32_t>(i / blocks)), c2 = offset0, c3 = offset1;
 #pragma GCC unroll 7
     for (int round = 0; round < ROUNDS; ++round) {
       const __m256i p0 = _mm256_mul_epu32(c0, m0), p1 = _mm256_mul_epu32(c2, m1);
@@ -59,7 +61,7 @@ __attribute__((target("avx2"))) void philox_avx2(std::uint16_t* lanes, std::uint
     const __m256i first = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);   // words 0 and 1 of each block
     const __m256i second = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);  // 2 and 3
     const __m256i even = _mm256_unpacklo_epi64(first, second), odd = _mm256_unpackhi_epi64(first, second);  // blocks
-    auto* out = reinterpret_cast<__m256i*>(lanes + i * LANES);
+    auto* out = reinterpret_cast<__m256i*>(lanes);
     _mm256_storeu_si256(out, _mm256_permute2x128_si256(even, odd, 0x20));
     _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(even, odd, 0x31));
   }
@@ -75,9 +77,10 @@ auto philox_for_this_cpu() {
 
 }  // namespace
 
-void draw_lanes(std::uint16_t* lanes, std::uint32_t column, int blocks, std::uint32_t row, const Mask& mask) {
+void draw_lanes(std::uint16_t* lanes, std::uint32_t row, std::int64_t rows, std::uint32_t column, std::int64_t blocks,
+                const Mask& mask) {
   static const auto draw = philox_for_this_cpu();
-  draw(lanes, column, blocks, row, mask);
+  draw(lanes, row, rows, column, blocks, mask);
 }
 
 }  // namespace lora_kernels::cpu

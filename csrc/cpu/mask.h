@@ -24,14 +24,15 @@ struct Mask {
   std::int32_t threshold;
 };
 
-// The lanes of `blocks` neighbouring blocks of a row, a multiple of 4, from block `column` on.
-void draw_lanes(std::uint16_t* lanes, std::uint32_t column, int blocks, std::uint32_t row, const Mask& mask);
+// lanes[rows, blocks * LANES] of neighbouring rows and blocks from `row` and `column` on; blocks: a multiple of 4.
+void draw_lanes(std::uint16_t* lanes, std::uint32_t row, std::int64_t rows, std::uint32_t column, std::int64_t blocks,
+                const Mask& mask);
 
 // kept[i] = `one` where keep(seed, row, column + i), else zero.
 template <typename T, int TILE>
 INLINE void keep_tile(T (&kept)[TILE * LANES], T one, std::int64_t column, std::uint32_t row, const Mask& mask) {
   std::uint16_t lanes[TILE * LANES];
-  draw_lanes(lanes, static_cast<std::uint32_t>(column / LANES), TILE, row, mask);
+  draw_lanes(lanes, row, 1, static_cast<std::uint32_t>(column / LANES), TILE, mask);
   for (int i = 0; i < TILE * LANES; ++i) kept[i] = static_cast<std::int32_t>(lanes[i]) >= mask.threshold ? one : T{0};
 }
 

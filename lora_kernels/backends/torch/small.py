@@ -46,7 +46,7 @@ def forward(
     h = torch.empty((M, R), dtype=dtype, device=x.device)
     read, mask = (x.data_ptr(), A.data_ptr(), B.data_ptr()), NO_MASK if dropout is None else mask_of(dropout)
     sizes, written = (M, A.shape[1], N, R), (y.data_ptr(), h.data_ptr())
-    cpu_extension.extension.low_rank_forward(*read, *sizes, float(s), *mask, dtype.itemsize, *written)
+    cpu_extension.extension.low_rank_forward(*read, *sizes, float(s), *mask, dtype.itemsize, *written, torch.get_num_threads())
     return (y,), (h,)
 
 
@@ -82,7 +82,7 @@ def backward(
     *own, h_address = [0 if t is None else t.data_ptr() for t in read]
     gradients, mask = [0 if t is None else t.data_ptr() for t in written], NO_MASK if dropout is None else mask_of(dropout)
     cpu_extension.extension.low_rank_backward(
-        *own, M, K, N, R, float(s), *mask, dtype.itemsize, W_address, dy.data_ptr(), h_address, *gradients
+        *own, M, K, N, R, float(s), *mask, dtype.itemsize, W_address, dy.data_ptr(), h_address, *gradients, torch.get_num_threads()
     )
     if "weight" in wanted:
         found["weight"] = weight_gradient(dy, x)
