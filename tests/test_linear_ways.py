@@ -1,4 +1,4 @@
-"""The three ways of PyTorch's backend through a layer of float32 or float64: in chunks, whole, and small, in csrc/cpu.
+"""The three ways of PyTorch's backend through a layer of float32 or float64: in chunks, whole, and native, in csrc/cpu.
 
 By size alone a small case would always go the last one.
 """
@@ -11,7 +11,7 @@ from accuracy import Case, check, ours, plain, truth, violations
 from cpu_extension_build import compiled
 
 from lora_kernels import cpu_extension, lora_linear, use_backend
-from lora_kernels.backends.torch import linear, small, whole
+from lora_kernels.backends.torch import linear, native, whole
 from lora_kernels.operation import prepared
 from lora_kernels.values import Dropout
 
@@ -19,17 +19,17 @@ WIDE = [torch.float32, torch.float64]
 SIZES = [(1, 1, 1, 1), (1, 9, 4, 1), (3, 8, 70, 5), (17, 24, 33, 4), (15, 129, 36, 12), (129, 17, 19, 24), (8, 64, 64, 16)]
 
 
-@pytest.fixture(params=["chunks", "whole", "small"])
+@pytest.fixture(params=["chunks", "whole", "native"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The way that every call takes; the test fails where one took another."""
-    if request.param == "small" and cpu_extension.extension is None:
+    if request.param == "native" and cpu_extension.extension is None:
         pytest.skip(cpu_extension.why_not)
     taken = []
-    for name, module in (("chunks", linear), ("whole", whole), ("small", small)):
+    for name, module in (("chunks", linear), ("whole", whole), ("native", native)):
         for function in ("forward", "backward"):
             monkeypatch.setattr(module, function, _noted(taken, name, getattr(module, function)))
     monkeypatch.setattr(whole, "fits", (lambda call: False) if request.param == "chunks" else whole.fits)
-    monkeypatch.setattr(small, "fits", (lambda call: True) if request.param == "small" else (lambda call: False))
+    monkeypatch.setattr(native, "fits", (lambda call: True) if request.param == "native" else (lambda call: False))
     with use_backend("torch"):
         yield request.param
     assert taken
@@ -79,7 +79,7 @@ def test_a_weight_in_4_bits(way, dtype):
     check(Case(9, 64, 33, 4, p=0.3, dtype=dtype, quant_type="nf4", needs=("x", "A", "B", "c")))
 
 
-def test_what_small_leaves_to_whole():
+def test_what_native_leaves_to_whole():
     """A gradient whose rows lie apart."""
     x, W, A, B = (torch.randn(shape, requires_grad=True) for shape in ((5, 16), (12, 16), (3, 16), (12, 3)))
     y = lora_linear(x, W.detach(), A, B)
@@ -128,7 +128,7 @@ def broken(needs: tuple[str, ...]) -> list[str]:
 
 @pytest.mark.parametrize("mistake", [other_scale, other_mask, no_scaling, unscaled_gradient_of_b, another_member_s_offset])
 def test_a_mistake_in_whole_is_seen(mistake, monkeypatch):
-    monkeypatch.setattr(small, "fits", lambda call: False)
+    monkeypatch.setattr(native, "fits", lambda call: False)
     assert not broken(tuple("xWABc"))
     mistake(monkeypatch)
     assert broken(tuple("xWABc"))
