@@ -40,7 +40,15 @@ INLINE float exponential(float v) {
   return power * bits_of<float>((half + 127) << 23) * bits_of<float>((bits - half + 127) << 23);
 }
 
-INLINE float sigmoid(float v) { return 1.0f / (1.0f + exponential(-v)); }
+// s = 1 / (1 + e^-v), and rest = 1 - s, which where s is near 1 is no difference: that would have lost its digits.
+struct Sigmoid {
+  float s, rest;
+  INLINE explicit Sigmoid(float v) {
+    const float t = exponential(-v);
+    s = 1.0f / (1.0f + t);
+    rest = v > 0.0f ? t * s : 1.0f - s;
+  }
+};
 
 // Phi(v) = (1 + erf(v / sqrt 2)) / 2, to 2 units in the last place of 1. Polynomials: N. Juffa's for erff.
 INLINE float normal_cdf(float v) {
@@ -62,11 +70,11 @@ INLINE float normal_cdf(float v) {
 }
 
 struct Silu {
-  static INLINE float value(float v) { return v * sigmoid(v); }
+  static INLINE float value(float v) { return v * Sigmoid(v).s; }
   static INLINE float both(float v, float& slope) {
-    const float s = sigmoid(v);
-    slope = s * (1.0f + v * (1.0f - s));
-    return v * s;
+    const Sigmoid of(v);
+    slope = of.s * (1.0f + v * of.rest);
+    return v * of.s;
   }
 };
 
@@ -79,14 +87,14 @@ struct Gelu {
   }
 };
 
-// (1 + tanh(z)) / 2 is sigmoid(2 z): no digits are lost where tanh is near -1.
+// (1 + tanh(z)) / 2 is the sigmoid of 2 z: no digits are lost where tanh is near -1.
 struct GeluTanh {
   static constexpr float TWO_BETA = 1.59576912f, KAPPA = 0.044715f;  // 2 * sqrt(2 / pi)
-  static INLINE float value(float v) { return v * sigmoid(TWO_BETA * (v + KAPPA * v * v * v)); }
+  static INLINE float value(float v) { return v * Sigmoid(TWO_BETA * (v + KAPPA * v * v * v)).s; }
   static INLINE float both(float v, float& slope) {
-    const float s = sigmoid(TWO_BETA * (v + KAPPA * v * v * v));
-    slope = s + v * (s * (1.0f - s)) * (TWO_BETA * (1.0f + 3.0f * KAPPA * v * v));
-    return v * s;
+    const Sigmoid of(TWO_BETA * (v + KAPPA * v * v * v));
+    slope = of.s + v * (of.s * of.rest) * (TWO_BETA * (1.0f + 3.0f * KAPPA * v * v));
+    return v * of.s;
   }
 };
 

@@ -1,6 +1,6 @@
-"""Equations 1 to 6 (reference/linear.py) of layers that are whole, on a CPU: the low-rank part of each is one call of csrc/cpu.
+"""Equations 1 to 6 (reference/linear.py) of whole layers on a CPU: the low-rank part of each is one call of csrc/cpu each way.
 
-PyTorch's operations have a pass over memory for each product and each mask, and 20 to 60 µs for the way to those of x[8, 32]. The
+PyTorch has a pass over memory for each product and each mask; and of x[8, 32] the way to its operations takes 20 to 60 µs. The
 base product is its own, so that with B = 0 the result is the base layer's, bit for bit.
 """
 
@@ -29,9 +29,7 @@ def fits(call: Call) -> bool:
     if call.device.type != "cpu" or cpu_extension.extension is None or not _addressed(call.x):
         return False
     adapted = [member for member in call.members if member.lora_A is not None]
-    return bool(adapted) and all(
-        m.lora_A.shape[0] <= MAX_R and _addressed(m.lora_A) and _addressed(m.lora_B) for m in adapted
-    )
+    return bool(adapted) and all(m.lora_A.shape[0] <= MAX_R and _addressed(m.lora_A) and _addressed(m.lora_B) for m in adapted)
 
 
 def _addressed(layout: Layout) -> bool:
@@ -105,10 +103,10 @@ def _backward_of(
         found["bias"] = torch.empty((N,), dtype=dtype, device=device)
     read, written = (x, A, B, h), (dx if A is not None else None, *map(found.get, ("lora_A", "lora_B", "bias")))
     *own, h_address = [0 if t is None else t.data_ptr() for t in read]
-    gradients, mask = [0 if t is None else t.data_ptr() for t in written], NO_MASK if dropout is None else mask_of(dropout, number)
-    cpu_extension.extension.low_rank_backward(
-        *own, M, K, N, R, float(s), *mask, dtype.itemsize, W_address, dy.data_ptr(), h_address, *gradients, torch.get_num_threads()
-    )
+    gradients = [0 if t is None else t.data_ptr() for t in written]
+    sizes, mask = (M, K, N, R), NO_MASK if dropout is None else mask_of(dropout, number)
+    both, threads = (W_address, dy.data_ptr(), h_address), torch.get_num_threads()
+    cpu_extension.extension.low_rank_backward(*own, *sizes, float(s), *mask, dtype.itemsize, *both, *gradients, threads)
     return dx, found
 
 
