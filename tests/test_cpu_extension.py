@@ -94,9 +94,9 @@ def test_bad_dtype(extension):
     with pytest.raises(ValueError, match="got elements of 2 bytes, expected 4 or 8"):
         extension.drop_rows(out.data_ptr(), out.data_ptr(), 8, 2, 2, 8, 100, 1.0, 0, 0, 1)
     with pytest.raises(ValueError, match="low_rank_forward: got elements of 2 bytes"):
-        extension.low_rank_forward(*[0] * 7, 1.0, 1.0, 0, 0, 0, 2, 0, 0)
+        extension.low_rank_forward(*[0] * 7, 1.0, 1.0, 0, 0, 0, 2, 0, 0, 1)
     with pytest.raises(ValueError, match="low_rank_backward: got elements of 2 bytes"):
-        extension.low_rank_backward(*[0] * 7, 1.0, 1.0, 0, 0, 0, 2, *[0] * 7)
+        extension.low_rank_backward(*[0] * 7, 1.0, 1.0, 0, 0, 0, 2, *[0] * 7, 1)
 
 
 # ---- 4-bit weights ----

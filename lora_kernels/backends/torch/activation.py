@@ -43,7 +43,7 @@ def gated(e: Tensor | None, u: Tensor, activation: str, out: Tensor | None = Non
         extension, threads = cpu_extension.extension, torch.get_num_threads()
         extension.glu_forward(activation, *u.shape, _rows(out), _rows(e), _rows(u), threads)
         return out
-    act, chunks = ACTIVATIONS[activation].value, row_chunks(*u.shape, u.device)
+    act, chunks = ACTIVATIONS[activation].value, row_chunks(len(u), u.shape[1], u.device)
     for rows in chunks:
         u_rows = _wide(part(u, rows, chunks))
         a = act(u_rows) if e is None else act(_wide(part(e, rows, chunks))).mul_(u_rows)
@@ -57,7 +57,7 @@ def gated_backward(da: Tensor, e: Tensor | None, u: Tensor, activation: str, de:
         extension, threads = cpu_extension.extension, torch.get_num_threads()
         extension.glu_backward(activation, *u.shape, _rows(da), _rows(e), _rows(u), _rows(de), _rows(du), threads)
         return
-    (act, gradient), chunks = ACTIVATIONS[activation], row_chunks(*u.shape, u.device)
+    (act, gradient), chunks = ACTIVATIONS[activation], row_chunks(len(u), u.shape[1], u.device)
     for rows in chunks:
         da_rows, u_rows = _wide(part(da, rows, chunks)), _wide(part(u, rows, chunks))
         if e is None:
