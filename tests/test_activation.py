@@ -208,7 +208,7 @@ def test_unknown(built):
 
 MISTAKES = {
     "e and u swapped": ("glu.cpp", "e[i] = a[i] * u[i] * slope", "e[i] = a[i] * e[i] * slope"),
-    "the slope for the value": ("glu.cpp", "u[i] = a[i] * act;", "u[i] = a[i] * slope;"),
+    "the slope for the value": ("glu.cpp", "u[i] = a[i] * act;", "u[i] = a[i] * std::max(act, slope);"),
     "a plain MLP's value for its slope": ("glu.cpp", "u[i] = a[i] * slope;\n      }\n    }", "u[i] *= a[i];\n      }\n    }"),
     "a term of silu's slope": ("glu.cpp", "slope = of.s * (1.0f + v * of.rest)", "slope = of.s"),
     "gelu's density": ("glu.cpp", "0.398942280f * exponential(-0.5f", "0.398942280f * exponential(-0.45f"),
