@@ -145,7 +145,7 @@ MISTAKES = {
     "no dropout forward": ("low_rank.cpp", "Factor<T>{v.at, v.row", "Factor<T>{v.at ? term.x + first * K + k : v.at, K"),
     "no dropout of dA": ("low_rank.cpp", "v.at, v.row, rows)", "v.at ? term.x + first * K + k : v.at, K, rows)"),
     "no dropout of dx": ("low_rank.cpp", "+= v.at[i * COLUMNS + j]", "+= (v.at ? room.wide : v.at)[i * COLUMNS + j]"),
-    "dropout's scale": ("low_rank.cpp", ">= threshold ? scale", ">= threshold ? T{1}"),
+    "dropout's scale": ("low_rank.cpp", "const T scale = term.scale;", "const T scale = term.scale > 0 ? 1 : 0;"),
     "the first rows' mask": ("low_rank.cpp", "static_cast<std::uint32_t>(first), rows", "static_cast<std::uint32_t>(0), rows"),
     "the first columns' mask": ("low_rank.cpp", "static_cast<std::uint32_t>(k / LANES)", "static_cast<std::uint32_t>(0)"),
     "a row of dc": ("low_rank.cpp", "to.dc[j] += dy[i * N + j]", "to.dc[j] += dy[j]"),
