@@ -27,7 +27,7 @@ def compiled(folder: Path, *changes: tuple[str, str, str]) -> ModuleType:
     files = {change[0] for change in changes}
     for source in sorted(folder.glob("*.cpp")):
         changed = source.name in files or any(f'#include "{file}"' in source.read_text() for file in files)
-        objects.append(compile_object(source) if changed else right / f"{source.stem}.o")
+        objects.append(compile_object(source, "-DFOR_EACH_CPU=") if changed else right / f"{source.stem}.o")
     subprocess.run(["g++", "-shared", *objects, "-o", "_cpu.so"], cwd=folder, check=True)
     spec = importlib.util.spec_from_file_location(f"{folder.name}._cpu", folder / "_cpu.so")
     module = importlib.util.module_from_spec(spec)
@@ -50,10 +50,11 @@ def right_objects() -> Path:
     return folder
 
 
-def compile_object(source: Path) -> Path:
+def compile_object(source: Path, *more: str) -> Path:
+    """-DFOR_EACH_CPU=: for the least CPU alone, in a third of the time."""
     import pybind11
 
     include = ["-I", sysconfig.get_path("include"), "-I", pybind11.get_include()]
     options = ["-O1", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror"]
-    subprocess.run(["g++", *options, *include, "-c", source.name], cwd=source.parent, check=True)
+    subprocess.run(["g++", *options, *more, *include, "-c", source.name], cwd=source.parent, check=True)
     return source.with_suffix(".o")

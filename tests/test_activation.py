@@ -217,7 +217,7 @@ MISTAKES = {
     "relu2's slope": ("glu.cpp", "slope = 2.0f * kept", "slope = kept"),
     "a coefficient of exp": ("glu.cpp", "p * r + 1.6666665459e-1f", "p * r + 1.6676665459e-1f"),
     "the upper half of erf": ("glu.cpp", "z < 0.0f ? tail : 1.0f - tail", "z < 0.0f ? tail : 1.0f"),
-    "the last tile": ("glu.cpp", "std::min<std::int64_t>(TILE, last - first);\n    read(u, t.u", "std::min<std::int64_t>(TILE - 1, last - first);\n    read(u, t.u"),
+    "the last tile": ("glu.cpp", "TILE, last - first);\n    read(u, t.u", "TILE - 1, last - first);\n    read(u, t.u"),
     "the next row": ("glu.cpp", "(row * stride + column)", "(row / 2 * stride + column)"),
     "the next segment": ("glu.cpp", "i % per_row * SEGMENT", "i % per_row * (SEGMENT + 1)"),
     "bfloat16 is cut off": ("numbers.h", "(bits + 0x7FFF + (bits >> 16 & 1)) >> 16", "bits >> 16"),

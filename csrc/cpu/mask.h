@@ -6,7 +6,8 @@
 #define INLINE inline __attribute__((always_inline))
 
 // The compiler makes a version for each of these, and the one for this CPU is taken when the library is loaded.
-#if !defined(__x86_64__) || !defined(__linux__)
+#if defined(FOR_EACH_CPU)
+#elif !defined(__x86_64__) || !defined(__linux__)
 #define FOR_EACH_CPU
 #elif __GNUC__ >= 12
 #define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
