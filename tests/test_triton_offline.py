@@ -105,7 +105,9 @@ def test_every_rank_loads_asynchronously(written: dict[str, dict]) -> None:
 
 def test_grad_x_shares_a_processor_with_another(written: dict[str, dict]) -> None:
     rows = [
-        row for key, row in written.items() if re.match(r"grad_x \| bf16 \w+ \| r(8|16) \| sm_90 \| .* drop( dA| dx| few)?$", key)
+        row
+        for key, row in written.items()
+        if re.match(r"grad_x \| bf16 \w+ \| r(8|16) \| sm_90 \| .* drop( dA| dx| few)?$", key)
     ]
     assert len(rows) >= 4
     assert all(row["ctas_per_sm"] >= 2 and row["spills"] == 0 for row in rows)
