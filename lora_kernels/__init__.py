@@ -7,6 +7,10 @@ from .integrations.peft import AccelerationReport, accelerate, accelerated, rest
 from .integrations.trainer import adapter_checkpoints
 from .layers.linear import LoRALinear
 from .mask import dropout_mask
+from .models.adalora.allocator import RankAllocator
+from .models.adalora.compaction import compact_ranks
+from .models.adalora.config import AdaLoRAConfig
+from .models.adalora.orthogonality import orthogonality_loss
 from .models.adapter_files import LoadedAdapter, load_adapter
 from .models.adapter_saving import save_adapter
 from .models.combining import add_weighted_adapter
@@ -25,18 +29,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccelerationReport",
+    "AdaLoRAConfig",
     "LoRAConfig",
     "LoRALinear",
     "LoRAReport",
     "LoRAWeights",
     "LoadedAdapter",
     "NF4Weight",
+    "RankAllocator",
     "accelerate",
     "accelerated",
     "adapter_checkpoints",
     "add_lora",
     "add_weighted_adapter",
     "backend_report",
+    "compact_ranks",
     "delete_adapter",
     "dequantize_nf4",
     "dropout_mask",
@@ -49,6 +56,7 @@ __all__ = [
     "lora_plus_param_groups",
     "lora_state_dict",
     "merge_lora",
+    "orthogonality_loss",
     "quantize_nf4",
     "remove_lora",
     "restore",
