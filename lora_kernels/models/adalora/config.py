@@ -15,8 +15,7 @@ from ..switching import active_adapter
 
 @dataclass
 class AdaLoRAConfig(LoRAConfig):
-    """y = x·Wᵀ + s·drop(x)·(E ⊙ A)ᵀ·Bᵀ + c with s = lora_alpha / (init_r + 1e-5): what `add_lora` adds for AdaLoRA (Zhang et al.
-    2023).
+    """y = x·Wᵀ + s·drop(x)·(E ⊙ A)ᵀ·Bᵀ + c, s = lora_alpha / (init_r + 1e-5): what `add_lora` adds for AdaLoRA (Zhang 2023).
 
     The fields of peft.AdaLoraConfig. Every layer begins with init_r singular values E; RankAllocator sets those of the least
     important triplets (A's row, E, B's column) to zero, until target_r are left on average.
