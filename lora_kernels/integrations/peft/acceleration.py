@@ -58,9 +58,10 @@ class AccelerationReport:
 def accelerate(model: nn.Module) -> AccelerationReport:
     """Let every LoRA layer of `model`, a PeftModel or any tree of modules, compute with these kernels.
 
-    Exactly peft.tuners.lora.Linear, lora.bnb.Linear4bit, and AdaLoRA's adalora.SVDLinear and adalora.bnb.SVDLinear4bit change
-    their class, to one that differs in `forward` alone: parameters, state dict keys, optimizers and PEFT's methods stay. A call that needs more than one plain LoRA adapter goes to
-    PEFT's forward (`report.calls()` says how many, and why). Calling it again is allowed, and needed after layers were added.
+    Exactly peft.tuners.lora.Linear and lora.bnb.Linear4bit, and AdaLoRA's adalora.SVDLinear and adalora.bnb.SVDLinear4bit,
+    change their class, to one that differs in `forward` alone: parameters, state dict keys, optimizers and PEFT's methods stay.
+    A call that needs more than one plain LoRA adapter goes to PEFT's forward (`report.calls()` says how many, and why). Calling
+    it again is allowed, and needed after layers were added.
 
     accelerate's hooks that move or offload a layer's tensors run around the call; other hooks make it fall back.
     Warns where a layer's forward was replaced on the instance by something other than accelerate's hooks: that one still

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..distributed import is_sharded
 from ..state import lora_state, refuse_if_merged, refuse_offloaded_adapters
 from .config import AdaLoRAConfig, active_adalora
-from .sensitivity import KINDS, Sensitivity
+from .sensitivity import KINDS, Sensitivity, most_important
 
 
 def budget_at(step: int, config: AdaLoRAConfig, layers: int) -> int:
@@ -81,10 +81,11 @@ class RankAllocator:
             self._check_gradients(parameters, global_step)
             if self._sensitivity is None:
                 self._sensitivity = Sensitivity(parameters)
-            self._sensitivity.update(parameters, self.config.beta1, self.config.beta2)
+            decides = global_step > self.config.tinit and global_step % self.config.deltaT == 0
+            scores = self._sensitivity.update(parameters, self.config.beta1, self.config.beta2, scored=decides)
             allocations[self.adapter] = {}
-            if global_step > self.config.tinit and global_step % self.config.deltaT == 0:
-                self._keep = self._sensitivity.triplets(budget)
+            if scores is not None:
+                self._keep = most_important(scores, budget)
                 _apply(self._keep, parameters["lora_E"])
             return budget
         if final := allocations.get(self.adapter):  # of this run, or of a file
@@ -95,8 +96,9 @@ class RankAllocator:
                 "step in every step from 0 on, or load_state_dict what an earlier one had"
             )
         else:
-            self._keep = self._sensitivity.triplets(budget)
+            self._keep = most_important(self._sensitivity.scores(), budget)
             allocations[self.adapter] = dict(zip(self._layers, self._keep.unbind(), strict=True))
+            self._sensitivity = None  # as large as two copies of the adapter
         _apply(self._keep, parameters["lora_E"])
         return budget
 

@@ -60,24 +60,28 @@ class Sensitivity:
         self.shape = len(parameters["lora_E"]), parameters["lora_E"][0].shape[0]
 
     @torch.no_grad()
-    def update(self, parameters: Mapping[str, Sequence[Tensor]], beta1: float, beta2: float) -> None:
+    def update(
+        self, parameters: Mapping[str, Sequence[Tensor]], beta1: float, beta2: float, *, scored: bool = False
+    ) -> Tensor | None:
+        """Take in the gradients; the scores after that where they are asked for, of each block while it is in the cache."""
+        found = []
         for block in self.blocks:
             block.update([parameters[block.kind][layer] for layer in block.layers], beta1, beta2)
+            if scored:
+                found.append(block.scores())
+        return self._in_order(found) if scored else None
 
     @torch.no_grad()
     def scores(self) -> Tensor:
         """Of every triplet, [layers, R]; on the device of the first layer."""
-        device, dtype = self.blocks[0].mean.device, self.blocks[0].mean.dtype
-        parts = {kind: torch.empty(self.shape, device=device, dtype=dtype) for kind in KINDS}
-        for block in self.blocks:
-            parts[block.kind].index_copy_(0, block.index.to(device), block.scores().to(device, dtype))
-        return parts["lora_E"] + (parts["lora_A"] + parts["lora_B"])
+        return self._in_order([block.scores() for block in self.blocks])
 
-    def triplets(self, budget: int) -> Tensor:
-        """Which triplets stay, [layers, R]: those with scores above the (all − budget)-th smallest."""
-        scores = self.scores()
-        gone = scores.numel() - budget
-        return ~(scores <= scores.flatten().kthvalue(gone).values) if gone else torch.ones_like(scores, dtype=torch.bool)
+    def _in_order(self, found: list[Tensor]) -> Tensor:
+        device, dtype = found[0].device, found[0].dtype
+        parts = {kind: torch.empty(self.shape, device=device, dtype=dtype) for kind in KINDS}
+        for block, scores in zip(self.blocks, found, strict=True):
+            parts[block.kind].index_copy_(0, block.index.to(device), scores.to(device, dtype))
+        return parts["lora_E"] + (parts["lora_A"] + parts["lora_B"])
 
     def tensors(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """By kind, (Ī, Ū) of each layer's parameter: views of what is kept here."""
@@ -86,3 +90,9 @@ class Sensitivity:
             for place, layer in enumerate(block.layers):
                 found[block.kind][layer] = block.mean[place], block.spread[place]
         return {kind: [own[layer] for layer in range(len(own))] for kind, own in found.items()}
+
+
+def most_important(scores: Tensor, budget: int) -> Tensor:
+    """Which triplets stay: those with scores above the (all − budget)-th smallest."""
+    gone = scores.numel() - budget
+    return ~(scores <= scores.flatten().kthvalue(gone).values) if gone else torch.ones_like(scores, dtype=torch.bool)
