@@ -11,7 +11,7 @@ from lora_kernels import AdaLoRAConfig, RankAllocator, add_lora
 
 SETTINGS: dict[str, Any] = {
     **{"init_r": 4, "target_r": 2, "tinit": 3, "tfinal": 4, "deltaT": 2, "total_step": 20, "lora_alpha": 8},
-    "target_modules": ["up", "down", "out"],
+    "target_modules": ["down", "out", "up"],
 }
 X = torch.randn(9, 12, generator=torch.Generator().manual_seed(5))
 PREFIX = "base_model.model."

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from adalora_case import SETTINGS, X, Pair, own, trained
+from adalora_case import SETTINGS, Pair, X, own, trained
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,13 +64,9 @@ def test_another_score_keeps_other_ranks(name, monkeypatch):
         _run_ranks()
 
 
-def test_the_uncertainty_is_of_the_new_mean(monkeypatch):
-    def update(self, parameters, beta1, beta2):
-        importance = torch.stack([(p * p.grad).abs() for p in parameters])
-        self.spread.mul_(beta2).add_((importance - self.mean).abs() * (1 - beta2))
-        self.mean.mul_(beta1).add_(importance * (1 - beta1))
-
-    monkeypatch.setattr(sensitivity.Block, "update", update)
+def test_the_two_betas_are_not_exchanged(monkeypatch):
+    update = sensitivity.Block.update
+    monkeypatch.setattr(sensitivity.Block, "update", lambda self, own, beta1, beta2: update(self, own, beta2, beta1))
     with pytest.raises(AssertionError):
         _run_ranks()
 
@@ -80,7 +76,7 @@ def test_without_a_mistake_they_are_peft_s():
 
 
 def _run_ranks():
-    pair = Pair(init_r=8, target_r=2, deltaT=1, init_lora_weights=False)
+    pair = Pair(init_r=8, target_r=2, deltaT=1, beta1=0.5, beta2=0.9, init_lora_weights=False)
     for number in range(20):
         pair.step(number, noise=True)
         pair.assert_equal()
@@ -190,9 +186,11 @@ def test_it_needs_gradients_and_says_whose_lack():
 def test_it_needs_a_schedule():
     with pytest.raises(ValueError, match="total_step: got None, expected the number of training steps"):
         RankAllocator(own(total_step=None))
+    with pytest.raises(ValueError, match="target_r: got 5, expected at most init_r, 4"):
+        RankAllocator(own(target_r=5))
     allocator = RankAllocator(own())
     for number in (-1, 1.0, True, None):
-        with pytest.raises(ValueError, match="global_step: got .*, expected an integer of at least 0"):
+        with pytest.raises(ValueError, match=r"global_step: got .*, expected an integer of at least 0"):
             allocator.step(number)
     with pytest.raises(RuntimeError, match=r"global_step: got 16, when ranks become final, but .* has seen no gradient"):
         allocator.step(16)

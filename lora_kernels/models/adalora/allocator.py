@@ -41,7 +41,8 @@ class RankAllocator:
     equal in all processes, and so are scores that the same operations compute from them on devices of one kind. After a
     backward pass under no_sync(), when gradients are each process's own, do not call it.
 
-    Raises ValueError where the active adapter is not one of AdaLoRA, its total_step is None, or its parameters are sharded.
+    Raises ValueError where the active adapter is not one of AdaLoRA, its total_step is None, its target_r above
+    init_r, or its parameters are sharded.
     """
 
     def __init__(self, model: nn.Module):
@@ -51,6 +52,10 @@ class RankAllocator:
         if self.config.total_step is None:
             raise ValueError(
                 "total_step: got None, expected the number of training steps, by which ranks fall; give it to AdaLoRAConfig"
+            )
+        if self.config.target_r > self.config.init_r:
+            raise ValueError(
+                f"target_r: got {self.config.target_r}, expected at most init_r, {self.config.init_r}: ranks only fall"
             )
         if any(is_sharded(E) for E in self._parameters()["lora_E"]):
             raise ValueError(

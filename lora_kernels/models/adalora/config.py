@@ -23,7 +23,7 @@ class AdaLoRAConfig(LoRAConfig):
         then the ranks are final. deltaT: steps between two decisions on the way.
     beta1, beta2: decay of the running means of a triplet's importance and of its uncertainty.
     orth_reg_weight: the factor in orthogonality_loss.
-    total_step may be None for a model that no RankAllocator trains; PEFT's files need it.
+    total_step may be None, which PEFT's files may not, and target_r above init_r, for a model that no RankAllocator trains.
 
     LoRAConfig's other fields mean the same, but for r, rank_pattern, alpha_pattern, use_rslora and lora_bias, which AdaLoRA
     has not, and init_lora_weights, which is True (A and B normal, E zero) or False. Raises ValueError for a value outside its
@@ -50,8 +50,6 @@ class AdaLoRAConfig(LoRAConfig):
                 raise ValueError(f"{name}: got {value!r}, expected {{}}: AdaLoRA's ranks are RankAllocator's, its α is one")
         for name, least in (("init_r", 1), ("target_r", 1), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
             _check_integer(name, getattr(self, name), least)
-        if self.target_r > self.init_r:
-            raise ValueError(f"target_r: got {self.target_r}, expected at most init_r, {self.init_r}: ranks only fall")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
