@@ -46,12 +46,27 @@ def fast_parts(layer: Any) -> Parts | str:
     dropout = modules["lora_dropout"]._modules[name]
     if adalora:
         A, B, E, ranknum = (modules[kind][name] for kind in ("lora_A", "lora_B", "lora_E", "ranknum"))
-        # read on a CPU, in a µs; to read it would wait for a GPU, and end a compiler's graph
-        number = ranknum.item() if ranknum.is_cpu and not torch.compiler.is_compiling() else ranknum[0]
-        parts = Parts(modules["base_layer"], Factor(E * A), Factor(B), dropout, layer.scaling[name] / (number + 1e-5))
+        if not A.shape[0]:
+            return "an adapter of rank 0"
+        parts = Parts(modules["base_layer"], *_triplets(A, B, E, ranknum, layer.scaling[name], dropout))
     else:
         parts = Parts(modules["base_layer"], adapters[name], modules["lora_B"]._modules[name], dropout, layer.scaling[name])
     return _why_not_modules(parts) or parts
+
+
+def _triplets(
+    A: Tensor, B: Tensor, E: Tensor, ranknum: Tensor, alpha: float, dropout: nn.Module
+) -> tuple[Factor, Factor, nn.Module, float | Tensor]:
+    """AdaLoRA's parts behind the base: E ⊙ A, B and s = alpha / (ranknum + 1e-5).
+
+    PEFT trains ranknum, unmeant, where the weight is not in a CPU's float32: s is then in A, for the gradient.
+    """
+    if ranknum.requires_grad and torch.is_grad_enabled():
+        wide = torch.promote_types(A.dtype, torch.float32)
+        return Factor((E * A * (alpha / (ranknum + 1e-5).to(wide))).to(A.dtype)), Factor(B), dropout, 1.0
+    # read on a CPU, in a µs; to read it would wait for a GPU, and end a compiler's graph
+    number = ranknum.item() if ranknum.is_cpu and not torch.compiler.is_compiling() else ranknum.detach()[0].float()
+    return Factor(E * A), Factor(B), dropout, alpha / (number + 1e-5)
 
 
 def _why_not_modules(parts: Parts) -> str | None:
