@@ -9,7 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lora_kernels import LoRAConfig, accelerate, add_lora, load_adapter, lora_parameters, save_adapter
+from lora_kernels import (
+    AdaLoRAConfig,
+    LoRAConfig,
+    RankAllocator,
+    accelerate,
+    add_lora,
+    load_adapter,
+    lora_parameters,
+    orthogonality_loss,
+    save_adapter,
+)
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 3
@@ -45,6 +55,31 @@ def gradients(model: nn.Module, rows: torch.Tensor) -> dict[str, torch.Tensor]:
 def ddp(make, rank: int) -> dict[str, torch.Tensor]:
     model = nn.parallel.DistributedDataParallel(make())
     return gradients(model, tokens()[2 * rank : 2 * rank + 2])
+
+
+def adalora(rows: torch.Tensor, wrap=lambda model: model) -> tuple[list[dict[str, int]], list[torch.Tensor]]:
+    """Ranks after each step of a whole run with AdaLoRA, and the parameters at its end."""
+    torch.manual_seed(0)
+    model = tiny_models.llama()
+    config = AdaLoRAConfig(target_modules=TARGETS, init_r=4, target_r=2, tinit=1, tfinal=2, total_step=10, lora_dropout=0.0)
+    add_lora(model, config)
+    model = wrap(model)
+    allocator, optimizer = RankAllocator(model), torch.optim.SGD(lora_parameters(model), lr=0.5)
+    ranks = []
+    for step in range(10):
+        (model(input_ids=rows, labels=rows).loss + orthogonality_loss(model)).backward()
+        optimizer.step()
+        allocator.step(step)
+        optimizer.zero_grad()
+        ranks.append(allocator.ranks())
+    return ranks, [parameter.detach() for parameter in lora_parameters(model)]
+
+
+def adalora_ddp(rank: int) -> list:
+    """What both processes have at the end of the run."""
+    found: list = [None, None]
+    dist.all_gather_object(found, adalora(tokens()[2 * rank : 2 * rank + 2], nn.parallel.DistributedDataParallel))
+    return found
 
 
 def train(model: nn.Module, rows: torch.Tensor) -> list[float]:
@@ -103,7 +138,7 @@ def main() -> None:
     rank, directory = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
-    results: dict = {"ddp-peft": ddp(peft_model, rank), "ddp-own": ddp(own_model, rank)}
+    results: dict = {"ddp-peft": ddp(peft_model, rank), "ddp-own": ddp(own_model, rank), "adalora": adalora_ddp(rank)}
     for name, options in FSDP2_OPTIONS.items():
         results[name] = fsdp2(options, rank, directory / name)
     if rank == 0:
