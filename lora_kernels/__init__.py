@@ -13,6 +13,7 @@ from .models.adalora.config import AdaLoRAConfig
 from .models.adalora.orthogonality import orthogonality_loss
 from .models.adapter_files import LoadedAdapter, load_adapter
 from .models.adapter_saving import save_adapter
+from .models.blocks import BlockReport, fuse_blocks, unfuse_blocks
 from .models.combining import add_weighted_adapter
 from .models.config import LoRAConfig
 from .models.export import save_merged
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccelerationReport",
     "AdaLoRAConfig",
+    "BlockReport",
     "LoRAConfig",
     "LoRALinear",
     "LoRAReport",
@@ -47,6 +49,7 @@ __all__ = [
     "delete_adapter",
     "dequantize_nf4",
     "dropout_mask",
+    "fuse_blocks",
     "load_adapter",
     "load_lora_state_dict",
     "lora_glu_mlp",
@@ -63,6 +66,7 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "set_adapter",
+    "unfuse_blocks",
     "unmerge_lora",
     "use_backend",
 ]

@@ -11,10 +11,12 @@ from torch import nn
 
 from lora_kernels import (
     AdaLoRAConfig,
+    BlockReport,
     LoRAConfig,
     RankAllocator,
     accelerate,
     add_lora,
+    fuse_blocks,
     load_adapter,
     lora_parameters,
     orthogonality_loss,
@@ -39,11 +41,17 @@ def peft_model() -> nn.Module:
     return model
 
 
-def own_model(dtype: torch.dtype = torch.float32, quantize: str | None = None) -> nn.Module:
+def own_model(dtype: torch.dtype = torch.float32, quantize: str | None = None, blocks: bool = False) -> nn.Module:
     torch.manual_seed(0)
     model = tiny_models.llama().to(dtype)
     add_lora(model, LoRAConfig(target_modules=TARGETS, r=4, init_lora_weights=False), quantize=quantize)
+    if blocks:
+        assert len(fuse_blocks(model).mlps) == 2
     return model
+
+
+def blocks_model() -> nn.Module:
+    return own_model(blocks=True)
 
 
 def gradients(model: nn.Module, rows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -61,8 +69,8 @@ def adalora(rows: torch.Tensor, wrap=lambda model: model) -> tuple[list[dict[str
     """Ranks after each step of a whole run with AdaLoRA, and the parameters at its end."""
     torch.manual_seed(0)
     model = tiny_models.llama()
-    config = AdaLoRAConfig(target_modules=TARGETS, init_r=4, target_r=2, tinit=1, tfinal=2, total_step=10, lora_dropout=0.0)
-    add_lora(model, config)
+    options = {"init_r": 8, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 10, "init_lora_weights": False}
+    add_lora(model, AdaLoRAConfig(target_modules=TARGETS, **options))
     model = wrap(model)
     allocator, optimizer = RankAllocator(model), torch.optim.SGD(lora_parameters(model), lr=0.5)
     ranks = []
@@ -122,6 +130,8 @@ def fsdp2(options: dict, rank: int, directory: Path) -> dict:
     pairs = list(zip(lora_parameters(model), lora_parameters(other), strict=True))
     assert all(isinstance(a, DTensor) and isinstance(b, DTensor) for a, b in pairs)
     assert all(torch.equal(a.to_local(), b.to_local()) for a, b in pairs)
+    if options.get("blocks"):
+        assert BlockReport(model).calls() == {"fused": 4 * STEPS}
     weight = model.model.layers[0].self_attn.q_proj.weight
     return {"losses": losses, "weight_bytes": weight.to_local().nbytes, "weight_dtype": weight.dtype}
 
@@ -129,6 +139,7 @@ def fsdp2(options: dict, rank: int, directory: Path) -> dict:
 FSDP2_OPTIONS = {
     "fsdp2-fp32": {},
     "fsdp2-bf16": {"dtype": torch.bfloat16},
+    "fsdp2-blocks": {"blocks": True},
 }
 if torch.__version__ >= (2, 12):  # before, FSDP2 shards no frozen uint8 weights
     FSDP2_OPTIONS["fsdp2-nf4"] = {"dtype": torch.bfloat16, "quantize": "nf4"}
@@ -138,7 +149,8 @@ def main() -> None:
     rank, directory = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
-    results: dict = {"ddp-peft": ddp(peft_model, rank), "ddp-own": ddp(own_model, rank), "adalora": adalora_ddp(rank)}
+    results: dict = {"ddp-peft": ddp(peft_model, rank), "ddp-own": ddp(own_model, rank), "ddp-blocks": ddp(blocks_model, rank)}
+    results["adalora"] = adalora_ddp(rank)
     for name, options in FSDP2_OPTIONS.items():
         results[name] = fsdp2(options, rank, directory / name)
     if rank == 0:

@@ -39,7 +39,9 @@ def results(tmp_path_factory):
     return torch.load(directory / "results.pt"), directory
 
 
-@pytest.mark.parametrize(("case", "make"), [("ddp-peft", worker.peft_model), ("ddp-own", worker.own_model)])
+@pytest.mark.parametrize(
+    ("case", "make"), [("ddp-peft", worker.peft_model), ("ddp-own", worker.own_model), ("ddp-blocks", worker.own_model)]
+)
 def test_gradients_of_two_ddp_processes_are_those_of_one(results, case, make):
     found, alone = results[0][case], worker.gradients(make(), worker.tokens())
     assert found.keys() == alone.keys()

@@ -11,7 +11,7 @@ from peft_model import FAST
 from torch import nn
 
 from lora_kernels import NF4Weight, accelerate, accelerated, restore
-from lora_kernels.integrations.peft.linear import nf4_weight
+from lora_kernels.layers.linear_4bit import nf4_weight
 
 bnb = pytest.importorskip("bitsandbytes")
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -11,6 +11,7 @@ from ..functional.linear import lora_linear
 from ..functional.nf4 import quantize_nf4
 from ..nf4 import NF4Weight
 from ..nf4.state_dict import to_params4bit
+from ..values import LoRAWeights
 from .adapters import DEFAULT_ADAPTER, AdaptedWeight
 from .frozen_weight import is_conv1d, is_linear4bit, without_weight
 from .merging import bias_sum
@@ -23,6 +24,7 @@ from .offload import (
     offloading_hooks,
     onloaded,
 )
+from .projection import Projection
 
 
 class LoRALinear(AdaptedWeight):
@@ -186,17 +188,34 @@ class LoRALinear(AdaptedWeight):
         name = self.active_adapter
         if name is None or self._unmerged:
             return self._base_forward(x)
+        W, A, B, c, scaling = self._weights(name)
+        p = self.adapters[name].lora_dropout if self.training else 0.0
+        return lora_linear(x, W, A, B, c, scaling=scaling, dropout_p=p)  # type: ignore[arg-type]
+
+    def _weights(self, name: str) -> LoRAWeights:
+        """The layer with adapter `name`; its bias is c + s·b."""
         adapter, named, c = self.adapters[name], self._modules, self.bias  # nn.Module's own look-up takes a µs for each
         b = named["lora_bias"].get(name)  # type: ignore[union-attr, operator]
-        return lora_linear(
-            x,
+        return LoRAWeights(
             self.matrix,
             self.right(name),
             named["lora_B"].get(name),  # type: ignore[union-attr, operator, arg-type]
             c if b is None else bias_sum(c, b, adapter.scaling, self.base_dtype),
-            scaling=adapter.scaling,
-            dropout_p=adapter.lora_dropout if self.training else 0.0,
+            adapter.scaling,
         )
+
+    def projection(self, x: Tensor) -> Projection | str:
+        """What `forward` computes of such an x, or the reason why it alone can."""
+        name = self.active_adapter
+        if "_hf_hook" in self.__dict__ or "_hf_hook" in self._modules["lora_A"].__dict__:
+            return "accelerate's hooks move the layer's tensors"
+        if self._unmerged or (name is None and self.initial_term is not None):
+            return "an adapter is merged" if self._unmerged else "what an initialisation took out of the weight is missing"
+        if self.compute_dtype is not None and x.dtype == torch.float32 and autocast_dtype(x.device) is None:
+            return "the 4-bit layer's compute_dtype is not x's dtype"
+        if name is None:
+            return Projection(LoRAWeights(self.matrix, None, None, self.bias))
+        return Projection(self._weights(name), self.adapters[name].lora_dropout if self.training else 0.0)
 
     def _base_forward(self, x: Tensor) -> Tensor:
         if self.merged and self.training and torch.is_grad_enabled():

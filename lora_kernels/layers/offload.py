@@ -7,6 +7,7 @@ hook's `weights_map` has its value. accelerate is never imported here: who has s
 
 import contextlib
 import functools
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,7 +23,17 @@ def forward_is_replaced(module: nn.Module) -> bool:
     accelerate leaves the class's own forward there, bound, when it removes a hook.
     """
     forward = module.__dict__.get("forward")  # vars() is not traced by torch 2.8
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+    return forward is not None and not _calls_the_class_s(forward, module)
+
+
+def hooks_call_the_class_s(module: nn.Module) -> bool:
+    """Whether what accelerate's hooks on the module call, looked up at each call, is the class's forward."""
+    return _calls_the_class_s(module.__dict__.get("_old_forward"), module)
+
+
+def _calls_the_class_s(forward: Any, module: nn.Module) -> bool:
+    """Whether it is the class's forward, bound, or one of ours in front of it: a member of models/blocks/groups.py."""
+    return getattr(forward, "__func__", None) is type(module).forward or getattr(forward, "calls_the_class_s", False)
 
 
 def device_hook(module: nn.Module) -> Any | None:
@@ -30,8 +41,7 @@ def device_hook(module: nn.Module) -> Any | None:
     own = module.__dict__
     hook, wrapper = own.get("_hf_hook"), getattr(own.get("forward"), "func", None)
     is_accelerate_s = getattr(wrapper, "__module__", None) == "accelerate.hooks"
-    calls_the_class_s = getattr(own.get("_old_forward"), "__func__", None) is type(module).forward
-    return hook if is_accelerate_s and calls_the_class_s and _moves_only(hook) else None
+    return hook if is_accelerate_s and hooks_call_the_class_s(module) and _moves_only(hook) else None
 
 
 def _moves_only(hook: Any) -> bool:
@@ -69,6 +79,15 @@ def give_hook(source: nn.Module, target: nn.Module) -> None:
         own = target.forward
         target._hf_hook, target._old_forward = hook, own  # type: ignore[assignment]
         target.forward = functools.update_wrapper(functools.partial(source.__dict__["forward"].func, target), own)
+
+
+def change_class(module: nn.Module, new: Any) -> None:
+    """Give `module` the class `new`, also where accelerate's hooks keep a bound forward of the old one."""
+    old = type(module)
+    for name in ("forward", "_old_forward"):
+        if getattr(module.__dict__.get(name), "__func__", None) is old.forward:
+            setattr(module, name, types.MethodType(new.forward, module))
+    module.__class__ = new
 
 
 # ---- calls ----

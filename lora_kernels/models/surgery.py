@@ -12,6 +12,7 @@ from ..layers.adapters import check_adapter_name
 from ..layers.linear import DEFAULT_ADAPTER, LoRALinear, check_quantize
 from .adalora.config import AdaLoRAConfig
 from .adapter_config import from_config
+from .blocks import unfuse_blocks
 from .config import LoRAConfig
 from .config_checks import check_parts
 from .exchanges import add_exchanges, plan_exchanges
@@ -137,6 +138,7 @@ def remove_lora(model: nn.Module) -> None:
     """
     refuse_in_fsdp1(model, "remove adapters")
     layers = adapted_layers(model)
+    unfuse_blocks(model)
     model = unwrapped(model)
     state = lora_state(model)
     merged = any(layer.merged for layer in layers.values())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ...models.blocks import BlockReport, fuse_what_can_be, unfuse_blocks
 from ...models.fused import UNCALLED, in_attention, why_fused
 from ...models.names import grouped, parents
 from ...models.wrappers import named_modules
@@ -22,6 +23,7 @@ class AccelerationReport:
     falling_back: accelerated layers whose calls go to PEFT's forward as long as they are in their present state, whatever their
     input, and why.
     without_lora: modules with weights that are no linear layers (fused experts, nn.MultiheadAttention) and have no LoRA.
+    blocks: which layers compute together as one operation (`fuse_blocks`); None with blocks=False.
     """
 
     model: nn.Module = field(repr=False)
@@ -29,9 +31,11 @@ class AccelerationReport:
     skipped: dict[str, str]
     falling_back: dict[str, str]
     without_lora: dict[str, str] = field(default_factory=dict)
+    blocks: BlockReport | None = None
 
     def calls(self) -> dict[str, int]:
         """Calls of the model's accelerated layers so far: how many were "fast", and for each reason how many were not.
+        A layer that was computed as a part of a block is among the fast ones; `blocks.calls()` counts the blocks.
 
         Calls inside a graph of torch.compile are not counted: run the model once without it to see them.
         """
@@ -50,18 +54,21 @@ class AccelerationReport:
         lines += [f"  not accelerated: {path}: {reason}" for path, reason in self.skipped.items()]
         lines += [f"  calls PEFT's forward at present: {path}: {reason}" for path, reason in self.falling_back.items()]
         lines += [f"  without LoRA: {line}" for line in grouped(self.without_lora)]
+        if self.blocks is not None and (self.blocks.groups or self.blocks.mlps or self.blocks.skipped):
+            lines += [f"  {line}" for line in str(self.blocks).splitlines()]
         return "\n".join(lines)
 
     __repr__ = __str__
 
 
-def accelerate(model: nn.Module) -> AccelerationReport:
+def accelerate(model: nn.Module, *, blocks: bool = True) -> AccelerationReport:
     """Let every LoRA layer of `model`, a PeftModel or any tree of modules, compute with these kernels.
 
     Exactly peft.tuners.lora.Linear and lora.bnb.Linear4bit, and AdaLoRA's adalora.SVDLinear and adalora.bnb.SVDLinear4bit,
     change their class, to one that differs in `forward` alone: parameters, state dict keys, optimizers and PEFT's methods stay.
     A call that needs more than one plain LoRA adapter goes to PEFT's forward (`report.calls()` says how many, and why). Calling
     it again is allowed, and needed after layers were added.
+    blocks: q, k and v, and whole MLPs, become one operation each (`fuse_blocks`); False lets every layer compute alone.
 
     accelerate's hooks that move or offload a layer's tensors run around the call; other hooks make it fall back.
     Warns where a layer's forward was replaced on the instance by something other than accelerate's hooks: that one still
@@ -72,33 +79,40 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     from .refusals import why_not_at_present
     from .swap import swap
 
-    report = AccelerationReport(model, [], {}, {})
+    accelerated: list[str] = []
+    skipped: dict[str, str] = {}
+    falling_back: dict[str, str] = {}
+    without_lora: dict[str, str] = {}
     modules = dict(named_modules(model))
     for path, module in modules.items():
         if not isinstance(module, LoraLayer):
             inside = any(isinstance(modules[parent], LoraLayer) for parent in parents(path)[1:])
-            if not inside and (fused := why_fused(module)) is not None:
-                report.without_lora[path] = fused
+            if not inside and (weights := why_fused(module)) is not None:
+                without_lora[path] = weights
             continue
         reason = UNCALLED if in_attention(path, modules) else swap(module)
         if reason is not None:
-            report.skipped[path] = reason
+            skipped[path] = reason
             continue
-        report.accelerated.append(path)
+        accelerated.append(path)
         if (state := why_not_at_present(module)) is not None:
-            report.falling_back[path] = state
-    if not report.accelerated and not report.skipped:
+            falling_back[path] = state
+    if not accelerated and not skipped:
         raise ValueError(
             f"model: got a {type(model).__name__} without PEFT's LoRA layers, expected a PeftModel with a LoraConfig; "
             "call peft.get_peft_model first (a model changed by add_lora needs no acceleration)"
         )
-    return report
+    if not blocks:
+        unfuse_blocks(model)
+    fused = fuse_what_can_be(model) if blocks else None
+    return AccelerationReport(model, accelerated, skipped, falling_back, without_lora, fused)
 
 
 def restore(model: nn.Module) -> None:
-    """PEFT's own classes again, as before `accelerate`; other layers are left alone."""
+    """PEFT's own classes again, and no fused blocks, as before `accelerate`; other layers are left alone."""
     from .swap import change_class, classes
 
+    unfuse_blocks(model)
     accelerated = {ours: theirs for theirs, ours in classes().items()}
     for module in model.modules():
         if type(module) in accelerated:

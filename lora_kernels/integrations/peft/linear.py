@@ -16,10 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from ...functional.linear import lora_linear
 from ...layers.frozen_weight import is_linear4bit
 from ...layers.linear import bias_sum
+from ...layers.linear_4bit import nf4_weight
 from ...layers.offload import call_onloaded, forward_is_replaced
-from ...nf4 import NF4Weight
-from .parts import Parts, fast_parts, quant_state, tensors_of
-from .refusals import is_plain, why_not_tensors
+from ...layers.projection import Projection, projection, why_not_called
+from ...values import LoRAWeights
+from .parts import NONE_ACTIVE, Parts, fast_parts, tensors_of
+from .refusals import is_plain, why_not_input, why_not_parameters, why_not_tensors
 
 FAST = "fast"
 CALLS = "_lora_kernels_calls"  # the layer's counter: how many calls went fast, and why others did not
@@ -40,6 +42,26 @@ class Accelerated:
         y = parts if isinstance(parts, str) else _computed(self, parts, x)
         _count(self, y)
         return super().forward(x, *args, **kwargs) if isinstance(y, str) else y  # type: ignore[misc]
+
+    def projection(self: Any, x: Tensor) -> Projection | str:
+        """What `forward` computes of such an x, or the reason why PEFT's own forward has to, or alone can."""
+        parts = fast_parts(self)
+        if parts == NONE_ACTIVE:  # a plain layer
+            return why_not_called(self.base_layer) or projection(self.base_layer, x)
+        if isinstance(parts, str):
+            return parts
+        if any("forward" in m.__dict__ and forward_is_replaced(m) for m in parts[:4]):
+            return "accelerate's hooks move the layer's tensors"
+        tensors = tensors_of(parts)
+        if torch.compiler.is_compiling() or not is_plain(self, parts, tensors, x):
+            reason = why_not_parameters(self, parts) or why_not_input(self, parts, x)
+            if reason is not None:
+                return reason
+        return Projection(weights_of(parts, tensors), _dropout_p(parts.dropout), is_linear4bit(parts.base))
+
+    def count_fused(self: Any) -> None:
+        """Another's call has computed this layer's."""
+        _count(self, FAST)
 
     def _get_name(self) -> str:
         return type(self).__name__.removeprefix("Accelerated")  # shown as "lora.Linear(", which tools look for
@@ -72,28 +94,20 @@ def _computed(layer: Any, parts: Parts, x: Tensor) -> Tensor | str:
 
 def compute(x: Tensor, parts: Parts, tensors: tuple[Any, ...]) -> Tensor:
     """y = x·Wᵀ + s·(drop(x)·Aᵀ·Bᵀ + b) + c as a fresh tensor."""
-    (base, _, _, dropout, scaling), (W, c, A, B, b) = parts, tensors
-    four_bit = is_linear4bit(base)
-    weight = nf4_weight(base) if four_bit else W.T if isinstance(base, Conv1D) else W
-    y = lora_linear(
-        x,
-        weight,
-        A,
-        B,
-        c if b is None else bias_sum(c, b, scaling, weight.dtype),
-        scaling=scaling,
-        dropout_p=_dropout_p(dropout),
-    )
-    return y.to(x.dtype) if four_bit else y  # Linear4bit returns x's dtype under autocast too
+    W, A, B, c, scaling = weights_of(parts, tensors)
+    y = lora_linear(x, W, A, B, c, scaling=scaling, dropout_p=_dropout_p(parts.dropout))  # type: ignore[arg-type]
+    return y.to(x.dtype) if is_linear4bit(parts.base) else y  # Linear4bit returns x's dtype under autocast too
+
+
+def weights_of(parts: Parts, tensors: tuple[Any, ...]) -> LoRAWeights:
+    """The layer as lora_linear reads it: a bias c + s·b, W as [out, in] or in 4 bits."""
+    (base, _, _, _, scaling), (W, c, A, B, b) = parts, tensors
+    weight = nf4_weight(base) if is_linear4bit(base) else W.T if isinstance(base, Conv1D) else W
+    return LoRAWeights(weight, A, B, c if b is None else bias_sum(c, b, scaling, weight.dtype), scaling)
 
 
 def _dropout_p(dropout: nn.Module) -> float:
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-
-
-def nf4_weight(base: Any) -> NF4Weight:
-    """The weight of bitsandbytes' Linear4bit, its bytes shared."""
-    return NF4Weight.from_bnb(base.weight, quant_state(base))
 
 
 def _count(layer: LoraLayer, y: Tensor | str) -> None:

@@ -10,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from ...layers.frozen_weight import is_linear4bit
 from ...layers.offload import device_hook, forward_is_replaced
 
+NONE_ACTIVE = "no active adapter"
+
 
 class Factor:
     """A or B of AdaLoRA, whose layers hold parameters and no modules, as a linear layer without bias and hooks."""
@@ -39,7 +41,7 @@ def fast_parts(layer: Any) -> Parts | str:
     adapters = modules["lora_A"] if adalora else modules["lora_A"]._modules
     names = [name for name in ([active] if isinstance(active, str) else active) if name in adapters]
     if len(names) != 1:
-        return "several active adapters" if names else "no active adapter"
+        return "several active adapters" if names else NONE_ACTIVE
     name = names[0]
     if name in layer.lora_variant:
         return f"the variant {type(layer.lora_variant[name]).__name__}"
@@ -94,8 +96,3 @@ def tensors_of(parts: Parts) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Ten
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
     A, B = lora_A.weight if A is None else A, lora_B.weight if B is None else B  # FSDP1 makes them plain attributes
     return base.weight, base.bias, A, B, lora_B.bias
-
-
-def quant_state(base: Any) -> Any:
-    """Of a Linear4bit: at its weight, or where FSDP has replaced that, at the layer. None before it is quantised."""
-    return getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)

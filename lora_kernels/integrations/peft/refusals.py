@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...dtypes import FLOATS, autocast_dtype
+from ...layers import linear_4bit
 from ...layers.frozen_weight import is_linear4bit
 from ...layers.offload import execution_device, offloading_hooks
 from ...plan import PLAIN
-from .parts import Factor, Parts, fast_parts, quant_state, tensors_of
+from .parts import Factor, Parts, fast_parts, tensors_of
 
 EMPTY: dict[int, torch.device] = {}
 
@@ -54,7 +55,10 @@ def is_plain(layer: Any, parts: Parts, tensors: tuple[Any, ...], x: Tensor) -> b
 
 
 def why_not_tensors(layer: LoraLayer, parts: Parts, x: Tensor) -> str | None:
-    return why_not_parameters(layer, parts) or why_not_input(layer, parts, x)
+    if (reason := why_not_parameters(layer, parts) or why_not_input(layer, parts, x)) is not None:
+        return reason
+    fits = x.ndim > 0 and x.shape[-1] == layer.in_features
+    return None if fits else "x does not have in_features columns"
 
 
 def why_not_parameters(layer: LoraLayer, parts: Parts, brought: Mapping[int, torch.device] = EMPTY) -> str | None:
@@ -79,21 +83,19 @@ def why_not_parameters(layer: LoraLayer, parts: Parts, brought: Mapping[int, tor
         return "parameters are sharded, or have other shapes than the layer's"
     if A.dtype != B.dtype:
         return "lora_A and lora_B differ in dtype"
-    return (_why_not_4bit_weight(base) if four_bit else None) or _why_not_scaling(scaling, device)
+    return (linear_4bit.why_not_weight(base) if four_bit else None) or _why_not_scaling(scaling, device)
 
 
 def why_not_input(layer: LoraLayer, parts: Parts, x: Tensor) -> str | None:
-    """A reason in x, and in what surrounds the call; the parameters are right."""
+    """A reason in x, but for its columns, and in what surrounds the call; the parameters are right."""
     base, dtype = parts.base, parts.lora_A.weight.dtype
     if (reason := _why_not_tensor(x, base.weight.device)) is not None:
         return reason
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms"
-    if x.ndim == 0 or x.shape[-1] != layer.in_features:
-        return "x does not have in_features columns"
     if x.dtype != dtype and not layer.cast_input_dtype_enabled:
         return "casting of the input is disabled"
-    return _why_not_4bit_input(base, x) if is_linear4bit(base) else _why_not_dtypes(x, base.weight, base.bias)
+    return linear_4bit.why_not_input(base, x) if is_linear4bit(base) else _why_not_dtypes(x, base.weight, base.bias)
 
 
 def _why_not_tensor(t: Tensor, device: torch.device, brought: Mapping[int, torch.device] = EMPTY) -> str | None:
@@ -106,31 +108,6 @@ def _why_not_tensor(t: Tensor, device: torch.device, brought: Mapping[int, torch
 
 def _place(t: Tensor, brought: Mapping[int, torch.device]) -> torch.device:
     return brought.get(id(t), t.device) if brought else t.device  # an id in a compiled graph is a graph for each tensor
-
-
-def _why_not_4bit_weight(base: Any) -> str | None:
-    state = quant_state(base)
-    if state is None or type(base.weight).__name__ not in ("Params4bit", "Parameter"):
-        return f"the 4-bit weight is a {type(base.weight).__name__} that is not quantised"
-    if getattr(state, "packing_format_for_cpu", False):
-        return "bitsandbytes repacked the 4-bit weight for its CPU kernel"
-    if base.weight.numel() * base.weight.element_size() != (state.shape.numel() + 1) // 2:
-        return "the 4-bit weight is sharded"
-    return None
-
-
-def _why_not_4bit_input(base: Any, x: Tensor) -> str | None:
-    if x.dtype == torch.float64:
-        return "x is float64 over a 4-bit weight"
-    if not base.compute_type_is_set:  # bitsandbytes does so at the first call
-        base.set_compute_type(x)
-        base.compute_type_is_set = True
-    if autocast_dtype(x.device) is not None or base.compute_dtype in (None, x.dtype):
-        return None
-    # PEFT computes its adapter from x as it is. A CPU does the whole layer in float32 as fast as in 16 bits; a GPU would not.
-    if x.dtype == torch.float32 and x.device.type == "cpu":
-        return None
-    return "the 4-bit layer's compute_dtype is not x's dtype"
 
 
 def _why_not_dtypes(x: Tensor, W: Tensor, c: Tensor | None) -> str | None:

@@ -1,13 +1,13 @@
 """The change of class between PEFT's LoRA layers and their accelerated forms; importing this needs peft."""
 
 import sys
-import types
 import warnings
 from typing import Any
 
 from peft.tuners import adalora, lora
 
-from ...layers.offload import forward_is_replaced
+from ...layers import offload
+from ...layers.offload import forward_is_replaced, hooks_call_the_class_s
 from .linear import CALLS, AcceleratedLinear
 from .svd_linear import AcceleratedSVDLinear
 
@@ -41,8 +41,7 @@ def swap(layer: Any) -> str | None:
             return f"a lora.ParamWrapper, which adds B·A to the parameter {layer.parameter_name} itself (target_parameters)"
         return f"a {shown(type(layer))}; {' and '.join(map(shown, known))} can be"
     ours = known.get(type(layer), type(layer))
-    inner = vars(layer).get("_old_forward")  # accelerate's hooks call this one, looked up at each call
-    if forward_is_replaced(layer) and getattr(inner, "__func__", None) is not type(layer).forward:
+    if forward_is_replaced(layer) and not hooks_call_the_class_s(layer):
         reason = "its forward was replaced on the instance, and the replacement does not call the class's forward"
         warnings.warn(f"lora_kernels.accelerate: a {type(layer).__name__} is left as it is: {reason}", stacklevel=3)
         return reason
@@ -51,12 +50,7 @@ def swap(layer: Any) -> str | None:
 
 
 def change_class(layer: Any, new: Any) -> None:
-    """Give `layer` the class `new`, also where accelerate's hooks keep a bound forward of the old one."""
-    old = type(layer)
-    if old is new:
-        return
-    for name in ("forward", "_old_forward"):
-        if getattr(vars(layer).get(name), "__func__", None) is old.forward:
-            setattr(layer, name, types.MethodType(new.forward, layer))
-    layer.__class__ = new
-    vars(layer).pop(CALLS, None)
+    """Give `layer` the class `new`, and no counter."""
+    if type(layer) is not new:
+        offload.change_class(layer, new)
+        vars(layer).pop(CALLS, None)
