@@ -69,7 +69,7 @@ def adalora(rows: torch.Tensor, wrap=lambda model: model) -> tuple[list[dict[str
     """Ranks after each step of a whole run with AdaLoRA, and the parameters at its end."""
     torch.manual_seed(0)
     model = tiny_models.llama()
-    options = {"init_r": 8, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 10, "init_lora_weights": False}
+    options = {"init_r": 8, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 10, "orth_reg_weight": 1e-3}
     add_lora(model, AdaLoRAConfig(target_modules=TARGETS, **options))
     model = wrap(model)
     allocator, optimizer = RankAllocator(model), torch.optim.SGD(lora_parameters(model), lr=0.5)

@@ -18,6 +18,6 @@ def test_example(number, tmp_path, monkeypatch):
 
 
 def test_there_are_examples_and_linked_files_exist():
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 9
     for target in re.findall(r"\]\(([^)]+)\)", README.read_text(encoding="utf-8")):
         assert (README.parent / target).exists(), target
