@@ -10,7 +10,8 @@
 # PEFT's); sanitizer (compute-sanitizer's memcheck over small shapes). Together they take at most 590 seconds, with --quick 290, or
 # --seconds N: each has a limit of its own and no more than what is left. Stages that run only if named, most with --seconds 1800:
 # addmm_beta_all, kernels_all and nf4_all (every shape), tune (`lora-kernels tune`, which writes
-# lora_kernels/backends/triton/tuned/<device>.json), decoder (a decoder layer's linears), small (few tokens, as CUDA graphs), peers
+# lora_kernels/backends/triton/tuned/<device>.json), decoder (a decoder layer's linears and activation, fused
+# and each alone), small (few tokens, as CUDA graphs), peers
 # (every peer at Llama's shapes), model (a step of the model in $MODEL) and memory (over the sequence length).
 #
 # A stage that fails costs only itself; the exit code is 1 if any did. Rows and logs are written as they are made: see stages.sh.
@@ -49,7 +50,8 @@ device=${DEVICE:-cuda} workers=$(nproc)
 ((workers < 12)) || workers=12 # more only queue on the GPU
 [ "$device" = cuda ] || export TRITON_INTERPRET=1
 # What the GPU's own kernels are tested by comes first, in case time runs out.
-tests=(tests/test_triton_gpu.py tests/test_csrc_gpu.py tests/test_triton_linear.py tests/test_triton_nf4.py tests/test_linear.py
+tests=(tests/test_triton_gpu.py tests/test_csrc_gpu.py tests/test_triton_linear.py tests/test_triton_group.py
+    tests/test_triton_glu_mlp.py tests/test_triton_nf4.py tests/test_linear.py tests/test_linear_group.py tests/test_glu_mlp.py
     tests/test_csrc_kernels.py tests/test_csrc_backend.py tests/test_dropout.py)
 if [ -n "$quick" ]; then
     limits=(60 30 60 15 25 25 35 45)
@@ -92,7 +94,7 @@ measure addmm_beta_all 300 addmm_beta
 measure kernels_all 600 kernel_passes
 measure nf4_all 600 nf4_gpu
 stage tune 540 "$python" -m lora_kernels tune --folder lora_kernels/backends/triton/tuned --json "$run/tune.json"
-measure decoder 240 layers --suite decoder --compare peft,unsloth-style
+measure decoder 270 layers --suite decoder --compare peft,unsloth-style
 measure small 180 layers --suite tokens --tokens 1 --tokens 8 --tokens 64 --tokens 512 --dropout 0 --compare peft,bnb
 measure peers 420 layers --suite llama --tokens 8192 --compare peft,peft-compile,unsloth-style,bnb
 stage model 240 "$python" -m lora_kernels bench --device "$device" --json "$run/model.json" --model "${MODEL:-none}" \

@@ -159,12 +159,12 @@ def parts(seconds: float) -> dict[str, float]:
         "y.addmm_(x, W.T)": lambda: y.addmm_(x, W.T),
         "tuning.dataflow": lambda: tuning.dataflow(x, W, "forward"),
         "tuning.splits": lambda: tuning.splits(4096, 256, 1, 132),
-        "project": lambda: project(x, A, None),
-        "project, p = 0.1": lambda: project(x, A, drop),
+        "project": lambda: project(x, (A,), None),
+        "project, p = 0.1": lambda: project(x, (A,), drop),
         "prefill": lambda: prefill(h, B, 2.0, None, BF16),
         "grad_dy": lambda: grad_dy(dy, h, B, 2.0, True, True, False),
-        "grad_x": lambda: grad_x(x, h, A, None, BF16, True, True),
-        "grad_x, p = 0.1": lambda: grad_x(x, h, A, drop, BF16, True, True),
+        "grad_x": lambda: grad_x(x, (h,), (A,), None, BF16, True, (True,)),
+        "grad_x, p = 0.1": lambda: grad_x(x, (h,), (A,), drop, BF16, True, (True,)),
         "nf4_dequantize": lambda: nf4_dequantize.dequantize(W4, out),
     }  # fmt: skip
     return {name: microseconds(call, seconds) for name, call in calls.items()}

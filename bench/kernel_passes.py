@@ -114,21 +114,21 @@ def variants(problem: Problem) -> dict[str, tuple[Callable[[], object], int, int
     flops, X, Y, narrow = 2 * M * N * K, wide * M * K, wide * M * N, h.numel() * h.element_size()
 
     def prefill_backward() -> Tensor:
-        dx, _ = grad_x(None, h, A, dropout, x.dtype, need_x=True, need_A=False)
+        dx, _ = grad_x(None, (h,), (A,), dropout, x.dtype, need_x=True, need_As=(False,))
         return add_product(dx, dy, W)
 
     def chunked_backward() -> object:
         def add(dx: Tensor, rows: slice | None) -> Tensor:
             return add_product(dx, dy if rows is None else dy[rows], W)
 
-        return grad_x(None, h, A, dropout, x.dtype, True, False, add)
+        return grad_x(None, (h,), (A,), dropout, x.dtype, True, (False,), add)
 
     return {
         "copy": (lambda: x.clone(), 2 * X, 0),
-        "project": (lambda: project(x, A, dropout), X + narrow, 0),
+        "project": (lambda: project(x, (A,), dropout), X + narrow, 0),
         "prefill": (lambda: prefill(h, B, s, None, x.dtype), Y + narrow, 0),
         "grad_dy": (lambda: grad_dy(dy, h, B, s, need_g=True, need_B=True, need_c=False), Y + 2 * narrow, 0),
-        "grad_x": (lambda: grad_x(x, h, A, dropout, x.dtype, need_x=True, need_A=True), 2 * X + narrow, 0),
+        "grad_x": (lambda: grad_x(x, (h,), (A,), dropout, x.dtype, need_x=True, need_As=(True,)), 2 * X + narrow, 0),
         "forward bare": (lambda: x @ W.T, 0, flops),
         "forward prefill": (lambda: add_product(prefill(h, B, s, None, x.dtype), x, W.T), 0, flops),
         "forward chunked prefill": (lambda: prefilled(x, W, h, B, s, None), 0, flops),

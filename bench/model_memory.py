@@ -1,4 +1,5 @@
-"""Memory of one training step over the sequence length: this package and PEFT, with and without gradient checkpointing.
+"""Memory of one training step over the sequence length: the frozen model, this package with each layer alone and with
+fused blocks, and PEFT; with and without gradient checkpointing.
 
 held: what stays allocated between forward and backward. peak: allocated at once in the step. saved: what autograd keeps
 (without checkpointing: its hooks do not see what that keeps). All beyond the model itself. The default model is a small
@@ -23,7 +24,7 @@ from torch import nn
 
 from lora_kernels import LoRAConfig
 from lora_kernels.commands import model_step, pretrained
-from lora_kernels.commands.bench.peers import BNB, OURS, OURS_NF4, PEFT
+from lora_kernels.commands.bench.peers import BARE, BNB, FUSED, OURS, OURS_NF4, PEFT
 from lora_kernels.commands.console import write_whole
 from lora_kernels.commands.environment import environment
 from lora_kernels.commands.measure import held_bytes, peak_bytes, saved_bytes
@@ -52,7 +53,9 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """A row per way of training and length of one sequence, as it is made; quantize="nf4" for QLoRA."""
     mine, peer = (OURS_NF4, BNB) if quantize else (OURS, PEFT)
-    for name, build in ((mine, model_step.ours), (peer, model_step.peft_twin)):
+    ways = {mine: model_step.ours, mine + FUSED: model_step.fused, peer: model_step.peft_twin}
+    bare = {} if quantize else {BARE: lambda model, *_: model_step.frozen_twin(model)}  # once: it has no 4-bit weights
+    for name, build in {**bare, **ways}.items():
         for checkpointing in (False, True):
             candidate: Any = build(model, config, quantize).train()
             if checkpointing:

@@ -180,10 +180,10 @@ def product_calls(problem: Problem, W: NF4Weight, dense: Tensor, modules: dict[s
             lambda: layer_by("triton", problem, dequantize_by(unpack, W)), W.nbytes + 2 * dense.nbytes + ends,
         )  # fmt: skip
         if max(FEW) < M and triton.nf4_product.refusal(x, W, R) is None:
-            h = triton.project(x, A, None)
+            (h,) = triton.project(x, (A,), None)
             calls["loop, h given"] = (lambda: triton.nf4_product.product(x, W, h, B, SCALING, None), W.nbytes + ends)
         if "cuda" in modules and modules["cuda"].skinny_refusal(x, W, R) is None:
-            h = triton.project(x, A, None)
+            (h,) = triton.project(x, (A,), None)
             calls["skinny, h given"] = (lambda: modules["cuda"].skinny(x, W, h, B, SCALING, None), W.nbytes + ends)
             calls["skinny"] = (lambda: layer_by("cuda", problem, W), W.nbytes + ends)
     if (bitsandbytes := peer()) is not None:

@@ -17,6 +17,16 @@ GPUS = ("H100", "H200")
 H100 = tuning.Gpu((9, 0), kernel_report.PROCESSORS, l2=50 << 20)
 SIDE_KERNELS = kernel_report.SIDE_KERNELS
 READ = 0.5  # of the time to read y0 or dx0 that a product does not hide: a guess, which bench/addmm_beta.py measures
+DECODER = (  # Llama-3.1-8B: kernel, K, N, members of a launch; q, k, v, then o, then gate, up and down
+    *[("project", 4096, 4096, 3), ("prefill", 4096, 4096, 1), ("prefill", 4096, 1024, 1), ("prefill", 4096, 1024, 1)],
+    *[("grad_dy", 4096, 4096, 1), ("grad_dy", 4096, 1024, 1), ("grad_dy", 4096, 1024, 1), ("grad_x", 4096, 4096, 3)],
+    *[("project", 4096, 4096, 1), ("prefill", 4096, 4096, 1), ("grad_dy", 4096, 4096, 1), ("grad_x", 4096, 4096, 1)],
+    *[("project", 4096, 14336, 2), ("prefill", 4096, 14336, 1), ("prefill", 4096, 14336, 1), ("glu", 4096, 14336, 2)],
+    *[("prefill", 14336, 4096, 1), ("grad_dy", 14336, 4096, 1), ("glu_backward", 4096, 14336, 2), ("grad_x", 4096, 14336, 2)],
+)
+WEIGHTS = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+ACTIVATION = 14 * 14336  # values a token that a frozen layer's silu and product read and write: 5 forward, 9 backward
+BLOCKS = "decoder layer's linears and activation, forward+backward"
 LAYER, READS = "layer, forward+backward", "products' reads of y0 and dx0"
 
 
@@ -40,7 +50,42 @@ def predictions() -> Rows:
             layer = {gpu: base + total[gpu] + read[gpu] for gpu in total}
             found.append({"kernel": LAYER, "M": M, "K": K, "N": N, "R": 16, "p": p, "megabytes": None,
                           "bound": "", "us": layer, "times_bare": {gpu: us / base for gpu, us in layer.items()}})  # fmt: skip
+    return found + [row for p in (0.0, 0.1) for row in _decoder(8192, p)]
+
+
+def _decoder(M: int, p: float) -> Rows:
+    """The blocks of a decoder layer, q, k, v as one and the gated MLP as one, over the same layer frozen, run by PyTorch."""
+    found: Rows = []
+    for kernel, K, N, members in DECODER:
+        chunks = _chunks(M, K, N)
+        row = _usual(kernel_report.kernel_rows(M, K, N, "sm_90", "bf16 bf16", chunks), kernel, members, p > 0)
+        if row is None:
+            raise LookupError(f"kernels.json has no {kernel} of {members} members for sm_90; run tests/triton_offline.py")
+        added = 2 * M * (N if kernel == "prefill" else K) if kernel in ("prefill", "grad_x") and kernel not in chunks else 0
+        times = {"H100": row.h100_us_predicted, "H200": row.h200_us_predicted}
+        us = {gpu: times[gpu] + 1e6 * READ * added / kernel_report.BANDWIDTH[gpu] for gpu in GPUS}
+        name = f"{kernel} of {members}" if members > 1 and kernel in ("project", "grad_x") else kernel
+        found.append({"kernel": f"decoder: {name}", "M": M, "K": K, "N": N, "R": 16, "p": p, "megabytes": row.megabytes,
+                      "us": us, "bound": row.bound})  # fmt: skip
+    products = 2e6 * 2 * M * WEIGHTS / kernel_report.MATRIX
+    frozen = {gpu: products + 1e6 * 2 * M * ACTIVATION / kernel_report.BANDWIDTH[gpu] for gpu in GPUS}
+    total = {gpu: products + sum(row["us"][gpu] for row in found) for gpu in GPUS}
+    over = {gpu: us / frozen[gpu] for gpu, us in total.items()}
+    found.append({"kernel": BLOCKS, "M": M, "K": 4096, "N": 14336, "R": 16, "p": p, "megabytes": None, "bound": "",
+                  "us": total, "times_bare": over})  # fmt: skip
     return found
+
+
+def _usual(rows: list[kernel_report.KernelRow], kernel: str, members: int, dropped: bool) -> kernel_report.KernelRow | None:
+    """The row of a kernel with the table's own tile, in the form that most calls take, at rank 16."""
+    dropped = dropped and kernel not in ("prefill", "grad_dy")
+    rare = {"dc", "dA", "dx", "few", "ungated", "gelu", "gelu_tanh", "relu2"}
+    for row in rows:
+        form = set(row.form.split())
+        usual = row.kernel == kernel and row.rank == "r16" and not rare & form and ("drop" in form) == dropped
+        if usual and kernel_report.members_of(kernel, row.form) == members:
+            return row
+    return None
 
 
 def _chunks(M: int, K: int, N: int) -> dict[str, int]:
@@ -51,13 +96,9 @@ def _chunks(M: int, K: int, N: int) -> dict[str, int]:
 
 def _layer_kernels(M: int, K: int, N: int, chunks: dict[str, int], dropped: bool) -> list[kernel_report.KernelRow]:
     """The four side kernels of a layer with the table's own tile, in the form that most calls take: those of rank 16."""
-    chosen = {}
-    for row in kernel_report.kernel_rows(M, K, N, "sm_90", "bf16 bf16", chunks):
-        wanted = dropped if row.kernel in ("project", "grad_x") else False
-        usual = row.rank == "r16" and not {"dc", "dA", "dx", "few"} & set(row.form.split())
-        if usual and ("drop" in row.form) == wanted and row.kernel in SIDE_KERNELS:
-            chosen.setdefault(row.kernel, row)
-    return list(chosen.values())
+    rows = kernel_report.kernel_rows(M, K, N, "sm_90", "bf16 bf16", chunks)
+    found = [_usual(rows, kernel, 1, dropped) for kernel in SIDE_KERNELS]
+    return [row for row in found if row is not None]
 
 
 def measured() -> dict[tuple[Any, ...], dict[str, float]]:
@@ -95,6 +136,8 @@ def page() -> str:
         "(occupancy), from the compiled kernels (bf16, sm_90); a layer is its four side kernels, two products at 790 TFLOP/s, "
         "and half the time to read y0 and dx0, to which they add, where these are not taken in chunks that stay in L2: then "
         "neither their write nor their read counts. "
+        "The blocks of a decoder layer (Llama-3.1-8B; q, k, v as one operation, gate, up and down with the activation as "
+        "another) stand over the same layer frozen, its activation by PyTorch's kernels. "
         "[predictions.json](predictions.json). A measured column fills when a device has a result file.\n\n"
         + table(columns, rows)
     )

@@ -15,7 +15,7 @@ from typing import Any
 import predictions
 from result_files import RESULTS, ROOT, Rows, case_name, cases, devices, kind, load, newest_first, ratios, refusals, runs, table
 
-from lora_kernels.commands.bench.peers import BARE, HEADINGS, OURS, PEFT
+from lora_kernels.commands.bench.peers import BARE, FUSED, HEADINGS, OURS, OURS_FUSED, PEFT
 from lora_kernels.commands.console import format_bytes
 
 MARKS = ("<!-- measured, by bench/report.py -->\n", "<!-- end of measured -->\n")
@@ -54,11 +54,15 @@ def layer_table(run: dict[str, Any]) -> str:
 def model_table(run: dict[str, Any]) -> str:
     rows = []
     for name, case in cases(run["rows"]):
+        saved = {row["variant"]: row["saved_bytes"] for row in case}
         for row in case:
             times = [f"{1e3 * row['median_s']:,.1f}", f"{1e3 * row['p20_s']:,.1f}–{1e3 * row['p80_s']:,.1f}"]
-            sizes = [format_bytes(row[key]) for key in ("saved_bytes", "held_bytes", "peak_bytes")]
-            rows.append([name, row["variant"], *times, f"{row['tokens_per_s']:,.0f}", *ratios(row, case, [PEFT]), *sizes])
-    return table(["model", "variant", "ms", "p20–p80", "tokens/s", "× bare", "× PEFT", "saved", "held", "peak"], rows)
+            over = [f"{row['saved_bytes'] / saved[other]:.3f}" if other in saved else "" for other in (BARE, PEFT)]
+            held, peak = (format_bytes(row[key]) for key in ("held_bytes", "peak_bytes"))
+            about = [name, row["variant"], *times, f"{row['tokens_per_s']:,.0f}", *ratios(row, case, [PEFT])]
+            rows.append([*about, format_bytes(row["saved_bytes"]), *over, held, peak])
+    times = ["ms", "p20–p80", "tokens/s", "× bare", "× PEFT"]
+    return table(["model", "variant", *times, "saved", "of bare's", "of PEFT's", "held", "peak"], rows)
 
 
 def memory_table(run: dict[str, Any]) -> str:
@@ -196,18 +200,20 @@ def refusal_line(refusal: dict[str, Any]) -> str:
 
 def readme_block(folder: Path) -> str:
     """README's table of the CPU, from the newest file with float32 layers: stage "layer", every other one where PEFT is faster,
-    and the model steps.
+    fused blocks, and the model steps.
     """
     for name, data in newest_first(folder):
         layers = [(stage, row) for stage, run in runs(data) if kind(run) == "layer" for row in run["rows"]]
-        layers = [(stage, row) for stage, row in layers if row["dtype"] == "float32" and row.get("block", "linear") == "linear"]
+        layers = [(stage, row) for stage, row in layers if row["dtype"] == "float32"]
+        blocks = [row for _, row in layers if row.get("block", "linear") != "linear"]
+        layers = [(stage, row) for stage, row in layers if row.get("block", "linear") == "linear"]
         if not layers:
             continue
         rows = _readme_rows([row for stage, row in layers if stage == "layer"])
         rows += [row for row in _readme_rows([row for stage, row in layers if stage != "layer"]) if row[3].startswith("**")]
-        columns = ["layer", "× bare linear", "PEFT × bare", "faster than PEFT", "saved beyond x (PEFT)"]
+        columns = ["layer", "× bare linear", "PEFT × bare", "faster than PEFT", "saved beyond x (PEFT; bare)"]
         steps = [row for _, run in runs(data) if kind(run) == "model" for row in run["rows"]]
-        rows += _readme_rows(steps)
+        rows += _readme_rows(blocks, OURS_FUSED) + _readme_rows(steps, OURS, OURS_FUSED)
         source = f"From [{name}](bench/results/{folder.name}/{name}); all rows, spreads and plots: "
         source += f"[bench/results/{folder.name}](bench/results/{folder.name}/README.md). "
         plots = [(stage, plot) for stage, run in runs(data) if stage in README_PLOTS for plot in plot_names(name, stage, run)]
@@ -228,19 +234,20 @@ def _without_bf16(run: dict[str, Any] | None) -> str:
     )
 
 
-def _readme_rows(rows: Rows) -> list[list[str]]:
-    return [row for _, case in cases(rows) if (row := _readme_row(case))]
+def _readme_rows(rows: Rows, *variants: str) -> list[list[str]]:
+    return [row for _, case in cases(rows) for name in variants or (OURS,) if (row := _readme_row(case, name))]
 
 
-def _readme_row(case: Rows) -> list[str] | None:
+def _readme_row(case: Rows, variant: str = OURS) -> list[str] | None:
     by = {row["variant"]: row for row in case}
-    if not {BARE, OURS, PEFT} <= by.keys():
+    if not {BARE, variant, PEFT} <= by.keys():
         return None
-    ours, theirs = by[OURS], by[PEFT]
+    ours, theirs = by[variant], by[PEFT]
     over, faster = ratios(ours, case, [PEFT])
     faster = f"{faster}×" if float(faster) >= 1 else f"**{faster}×**"  # where it loses is seen first
-    saved = f"{format_bytes(ours['saved_bytes'])} ({format_bytes(theirs['saved_bytes'])})"
-    return [case_name(ours), over, ratios(theirs, case, [])[0], faster, saved]
+    saved, *others = (format_bytes(row["saved_bytes"]) for row in (ours, theirs, by[BARE]))
+    saved = f"{saved} ({'; '.join(others)})"
+    return [case_name(ours) + (FUSED if variant == OURS_FUSED else ""), over, ratios(theirs, case, [])[0], faster, saved]
 
 
 def with_block(readme: str, block: str) -> str:

@@ -1,8 +1,9 @@
-"""A layer forward and backward by each GPU backend by name, before anything longer runs: three shapes, dense and NF4, two p.
+"""Each operation forward and backward by each GPU backend by name, before anything longer runs: a layer in three
+shapes and with two p, and q, k and v, and an MLP, in one; dense and NF4.
 
-y and every gradient are held to the one rule against float64 truth on the same device, once per case. Fails if a result is
-wrong, if a kernel did not compile and another tile took its place, or if Triton cannot be used; what was rejected is printed.
-The JSON file is complete after each case.
+Results and every gradient are held to the one rule against float64 truth on the same device, once per case. Fails if one
+is wrong, if a kernel did not compile and another tile took its place, or if Triton cannot be used; what was rejected is
+printed. The JSON file is complete after each case.
 
     PYTHONPATH=. python bench/smoke.py [--json FILE] [--device cpu|cuda]
 
@@ -20,7 +21,10 @@ from typing import Any
 import torch
 
 from lora_kernels import use_backend
-from lora_kernels.cases.linear import Case, Problem, truth, wrong
+from lora_kernels.cases import glu_mlp, linear, members
+from lora_kernels.cases.linear import Case, Problem
+from lora_kernels.cases.linear_group import GroupCase
+from lora_kernels.cases.members import Layer, MembersCase, MembersProblem
 from lora_kernels.cases.rule import Results
 from lora_kernels.commands.console import write_whole
 from lora_kernels.commands.environment import environment
@@ -30,6 +34,7 @@ SHAPES = {  # M, K, N, R: few tokens, sizes that no tile divides, and the usual
     "cuda": ((4, 4096, 1024, 16), (257, 600, 264, 12), (8192, 4096, 4096, 16)),
     "cpu": ((4, 64, 48, 8), (17, 72, 40, 12), (32, 64, 64, 16)),
 }
+BLOCKS = {"cuda": (257, 4096, 1024, 14336, 16), "cpu": (17, 32, 16, 72, 8)}  # M, hidden, key-value features, intermediate, R
 BACKENDS = {None: ("triton",), "nf4": ("triton", "cuda")}  # weight -> who computes over it on a GPU
 Row = dict[str, Any]
 
@@ -42,15 +47,34 @@ def cases(device: torch.device) -> Iterator[Case]:
                 yield Case(M, K, N, R, p, dtype=dtype, quant_type=quant_type, base_dtype=dtype, device=device)
 
 
-def check(problem: Problem, exact: Results, backend: str) -> Row:
+def blocks(device: torch.device) -> Iterator[MembersCase]:
+    """q and k with adapters beside a plain v, and an MLP, with dropout."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    M, K, kv, I, R = BLOCKS[device.type]  # noqa: E741
+    for quant_type in BACKENDS:
+        about: dict[str, Any] = {"M": M, "K": K, "p": 0.1, "dtype": dtype, "device": device}
+        q, k, v, inner = (Layer(N, r, quant_type=quant_type) for N, r in ((K, R), (kv, R), (kv, None), (I, R)))
+        yield GroupCase(members=(q, k, v), **about)
+        yield glu_mlp.Case(I=I, N=K, gate=inner, up=inner, down=q, **about)
+
+
+def kind(case: Case | MembersCase) -> tuple[str | None, Any]:
+    """(quant_type, the module that judges it) of a case."""
+    if isinstance(case, Case):
+        return case.quant_type, linear
+    return next(layer.quant_type for _, layer in case.layers().values()), members
+
+
+def check(problem: Problem | MembersProblem, exact: Results, backend: str) -> Row:
     """What is wrong with the backend's results, or why it cannot be used here."""
-    row = {"case": str(problem.case), "weight": problem.case.quant_type or "dense", "backend": backend, "wrong": []}
+    quant_type, judge = kind(problem.case)
+    row = {"case": str(problem.case), "weight": quant_type or "dense", "backend": backend, "wrong": []}
     start = time.perf_counter()
-    if isinstance(missing := load(backend, "linear"), str):
+    if isinstance(missing := load(backend, "glu_mlp" if isinstance(problem.case, glu_mlp.Case) else "linear"), str):
         return {**row, "seconds": 0.0, "wrong": [missing] if backend == "triton" else [], "left_out": missing}
     try:
         with use_backend(backend):
-            row["wrong"] = wrong(problem, exact)
+            row["wrong"] = judge.wrong(problem, exact)
     except Exception as error:  # whatever one backend does, the others are tried
         row["wrong"] = [f"{type(error).__name__}: {error}"]
     return {**row, "seconds": round(time.perf_counter() - start, 2)}
@@ -67,7 +91,7 @@ def rejections() -> list[str]:
 
 def line(row: Row) -> str:
     state = "; ".join(row["wrong"]) or row.get("left_out") or "right"
-    return f"{row['backend']:7} {row['weight']:6} {row['case']:44} {row['seconds']:6.2f} s  {state}\n"
+    return f"{row['backend']:7} {row['weight']:6} {row['case']:56} {row['seconds']:6.2f} s  {state}\n"
 
 
 def main() -> int:
@@ -77,11 +101,14 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
     header, rows = environment(), []
-    for case in cases(torch.device(options.device)):
+    device = torch.device(options.device)
+    for case in (*cases(device), *blocks(device)):
+        quant_type, judge = kind(case)
         with use_backend("torch"):
-            problem = case.draw(torch.Generator(options.device).manual_seed(case.seed))
-            exact = truth(problem)
-        for backend in BACKENDS[case.quant_type] if options.device == "cuda" else ("triton",):
+            problem = case.draw(torch.Generator(device).manual_seed(case.seed))
+            exact = judge.truth(problem)
+        several = judge is linear and device.type == "cuda"  # who else has the operation and can be asked for
+        for backend in BACKENDS[quant_type] if several else ("triton",):
             rows.append(check(problem, exact, backend))
             sys.stdout.write(line(rows[-1]))
             sys.stdout.flush()

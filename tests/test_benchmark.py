@@ -86,7 +86,7 @@ def test_a_wrong_result_gets_no_times(monkeypatch, capsys):
 
 def test_truth_is_computed_once_for_variants_over_the_same_weight(monkeypatch):
     calls = []
-    monkeypatch.setattr(benchmark, "truth", lambda problem: calls.append(problem) or truth(problem))
+    monkeypatch.setattr(cases, "truth", lambda problem: calls.append(problem) or truth(problem))
     rows, failed, _ = measure_case(Workload(16, Shape(24, 16), R=4, p=0.1, dtype=torch.bfloat16), CPU, 1, ())
     assert {row["variant"] for row in rows} == {BARE, OURS, OURS_FP32}
     assert not failed

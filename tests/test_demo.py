@@ -66,6 +66,9 @@ def test_the_whole_command(run, model, text, tmp_path):
     assert 0 < ours["saved_bytes"] < peft["saved_bytes"]
     assert found["sample"]["before"] != found["sample"]["after"]
     assert "bit-equal" in err
+    assert (len(found["blocks"]["groups"]), len(found["blocks"]["mlps"]), found["blocks"]["skipped"]) == (2, 2, {})
+    assert set(found["blocks"]["calls"]) == {"fused"}  # training, evaluation and generation with a cache
+    assert "fused blocks: 2 × {q_proj,k_proj,v_proj}, 2 MLPs\n" in err
     assert [line.split()[1] for line in err.splitlines() if line.startswith("step ")] == [
         f"{step}/12" for step in (2, 3, 4, 6, 8, 9, 10, 12)
     ]

@@ -16,7 +16,7 @@ from typing import Any
 import optional_packages
 import pytest
 
-from lora_kernels.cases import linear
+from lora_kernels.cases import linear, members
 
 ROOT = Path(__file__).parents[1]
 BEGIN = """bench/begin.py*) mkdir -p build/run; echo '{"machine": "gpu", "date": "2026-01-01", "time": "", "environment":
@@ -130,6 +130,14 @@ def test_stages_fail_alone_and_share_the_deadline(tree: Path) -> None:
     assert "not started" in output.splitlines()[-2]
 
 
+def test_each_operation_s_tests_are_in_a_quick_run_too() -> None:
+    script = (ROOT / "bench/gpu.sh").read_text()
+    first = script.partition("\ntests=(")[2].partition(")")[0].split()
+    assert not [file for file in first if not (ROOT / file).exists()]
+    names = {f"tests/test_{prefix}{operation}.py" for operation in ("linear", "glu_mlp") for prefix in ("", "triton_")}
+    assert {*names, "tests/test_linear_group.py", "tests/test_triton_group.py"} <= set(first)
+
+
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch):
     """bench(name) imports bench/<name>.py as its own scripts do."""
@@ -215,14 +223,19 @@ def test_the_smoke_test_fails_for_wrong_results_and_rejected_tiles(
     monkeypatch.setattr(sys, "argv", ["smoke.py", "--device", "cpu", "--json", str(file)])
     assert smoke.main() == 0
     assert "no tile was rejected" in capsys.readouterr().out
-    assert len(json.loads(file.read_text())["rows"]) == 4
-    problem = next(smoke.cases(device)).draw()
-    exact = smoke.truth(problem)
-    assert not smoke.check(problem, exact, "triton")["wrong"]
-    right = linear.ours
-    monkeypatch.setattr(linear, "ours", lambda problem: {**(found := right(problem)), "dA": 1.02 * found["dA"]})
-    assert smoke.check(problem, exact, "triton")["wrong"]
-    monkeypatch.setattr(linear, "ours", right)
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["case"] for row in rows[4:]] == 2 * [
+        "q 32→32 k 32→16 v 32→16 M=17 p=0.1 float16", "gate 32→72 up 32→72 down 72→32 M=17 p=0.1 float16"
+    ]  # fmt: skip
+    assert [row["weight"] for row in rows] == 2 * ["dense"] + 2 * ["nf4"] + 2 * ["dense"] + 2 * ["nf4"]
+    for judge, cases, gradient in ((linear, smoke.cases, "dA"), (members, smoke.blocks, "dk.lora_A")):
+        problem = next(cases(device)).draw()
+        exact = judge.truth(problem)
+        assert not smoke.check(problem, exact, "triton")["wrong"]
+        with monkeypatch.context() as patch:
+            right, wrong = judge.ours, {gradient: 1.02 * exact[gradient]}
+            patch.setattr(judge, "ours", lambda problem, right=right, wrong=wrong: right(problem) | wrong)
+            assert smoke.check(problem, exact, "triton")["wrong"]
     compilation = smoke.load("triton", "linear").gpu.compilation
     monkeypatch.setattr(compilation, "rejected", {"project, a tile": "OutOfResources"})
     assert smoke.main() == 1

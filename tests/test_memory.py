@@ -7,9 +7,10 @@ from torch import nn
 from lora_kernels.commands.console import CommandError, Output
 from lora_kernels.commands.layer_shapes import Layers, group_layers, parse_shape, parse_shapes
 from lora_kernels.commands.measure import saved_bytes
-from lora_kernels.commands.memory.footprints import SIZES, footprints
+from lora_kernels.commands.memory.footprints import SIZES, Between, between, footprints
 from lora_kernels.commands.memory.run import run
 from lora_kernels.layers.linear import LoRALinear
+from lora_kernels.models.blocks import fuse_blocks
 from lora_kernels.models.config import LoRAConfig
 from lora_kernels.models.parameters import lora_parameters
 from lora_kernels.models.surgery import add_lora
@@ -68,6 +69,39 @@ def test_the_counts_are_those_of_a_real_step(p):
     assert sum(p.numel() for p in parameters) == lora.trainable_parameters
     assert sum(p.grad.nbytes for p in parameters) == lora.gradients
     assert sum(t.nbytes for t in moments) == lora.optimizer
+
+
+class MLP(nn.Module):
+    """With a gate, or without."""
+
+    def __init__(self, gated, act=nn.functional.silu):
+        super().__init__()
+        self.up_proj, self.down_proj, self.act_fn = nn.Linear(24, 40), nn.Linear(40, 24), act
+        self.gate_proj = nn.Linear(24, 40) if gated else None
+
+    def forward(self, x):
+        up = self.up_proj(x)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * up if self.gate_proj else self.act_fn(up))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_what_mlps_keep_is_that_of_a_real_step(gated):
+    model, x = nn.Sequential(MLP(gated), MLP(gated)).requires_grad_(False), torch.randn(7, 24, requires_grad=True)
+    with_one_input = model[0]  # the second MLP's is the first one's result
+    found = {"frozen": saved_bytes(lambda: with_one_input(x), exclude=[x])}
+    add_lora(model, LoRAConfig(r=2))
+    assert between(model) == (Between(gated=80) if gated else Between(plain=80))
+    h = (3 if gated else 2) * 7 * 2 * 4
+    found["alone"] = saved_bytes(lambda: with_one_input(x), exclude=[x]) - h
+    fuse_blocks(model)
+    found["fused"] = saved_bytes(lambda: with_one_input(x), exclude=[x]) - h
+    assert {kind: 2 * saved for kind, saved in found.items()} == between(model).saved_bytes(7, 4)
+
+
+def test_a_size_s_mlps():
+    assert SIZES["8b"].between.saved_bytes(8192, 2)["frozen"] == 3 * 32 * 8192 * 14336 * 2
+    result = run([Layers(8, 8, 1, 2)], 64, 4, 0.1, BF16, FP32, Output(), Between(gated=16, plain=4))
+    assert result["saved_between_mlp_layers"] == {"frozen": 8 * 52, "alone": 8 * 72, "fused": 8 * 36}
 
 
 def test_equal_layers_are_grouped():

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_kernels import NF4Weight
+from lora_kernels.cases import glu_mlp, linear_group
 from lora_kernels.cases import linear as cases
 from lora_kernels.commands.bench import peer_layers, peers
 from lora_kernels.commands.bench.blocks import Block, BlockProblem
@@ -42,17 +43,19 @@ def results(module, problem, dtype):
     return {str(number): tensor.detach() for number, tensor in enumerate((*outputs, *grads))}
 
 
-@pytest.mark.parametrize("name", ["ours", "peft", "unsloth-style"])
+@pytest.mark.parametrize("name", ["ours", "ours-fused", "peft", "unsloth-style"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.block)
 def test_a_peer_computes_the_layer(name, shape):
     if name == "peft":
         pytest.importorskip("peft")
+    if name == "ours-fused" and shape.block == "linear":
+        pytest.skip("one layer is no block")
     problem = BlockProblem.draw(Workload(200, shape, 4, 0.0, torch.float32), CPU, seed=1)
     exact, plain = (
         Block(shape.block, {key: Plain(layer, dtype) for key, layer in problem.layers.items()})
         for dtype in (torch.float64, torch.float32)
     )
-    (variant, *_) = peers.variants(name, problem)
+    variant = peers.variants(name.removesuffix("-fused"), problem)[name == "ours-fused"]
     found = results(variant.module, problem, torch.float32)
     expected = results(plain, problem, torch.float32), results(exact, problem, torch.float64)
     assert violations(found, *expected, torch.float32) == []
@@ -63,6 +66,43 @@ def test_the_unsloth_order_saves_its_inputs_alone_and_the_mlp_recomputes_the_pro
     assert {row["variant"]: row["saved_bytes"] for row in rows}[peers.UNSLOTH] == 0
     rows, *_ = measure_case(Workload(64, Shape(40, 72, "mlp"), 4, 0.0, torch.float32), CPU, 1, ("unsloth-style",))
     assert {row["variant"]: row["saved_bytes"] for row in rows}[peers.UNSLOTH] == 2 * 64 * 72 * 4  # e and g
+
+
+BLOCK = Workload(48, Shape(40, 72, "decoder", 12), 4, 0.1, torch.bfloat16)
+
+
+def test_in_a_block_each_row_of_this_package_stands_beside_the_fused_one():
+    rows, wrong, _ = measure_case(BLOCK, CPU, 1, ())
+    assert wrong == []
+    by = {row["variant"]: row for row in rows}
+    assert list(by) == [peers.BARE, *(name + end for name in (peers.OURS, peers.OURS_FP32) for end in ("", peers.FUSED))]
+    gate, h = 48 * 72 * 2, 7 * 48 * 4 * 2  # gate's output in bf16, as up's, act(gate) and their product; h of every layer
+    assert by[peers.BARE]["saved_bytes"] == 3 * gate
+    assert by[peers.OURS]["saved_bytes"] == 4 * gate + h + 7 * 8
+    assert by[peers.OURS_FUSED]["saved_bytes"] == 2 * gate + h + 3 * 8
+    assert {row["backend"] for row in rows[1:]} == {"torch"}
+    rows, wrong, _ = measure_case(BLOCK, CPU, 1, (), quantize="nf4")
+    assert wrong == []
+    assert [row["variant"] for row in rows] == [peers.BARE, peers.OURS_NF4, peers.OURS_NF4 + peers.FUSED]
+
+
+@pytest.mark.parametrize(("module", "function", "failing"), [
+    (linear_group, "lora_linear_group", ", fused blocks: dx"), (glu_mlp, "lora_glu_mlp", ", fused blocks: y"),
+])  # fmt: skip
+def test_a_wrong_block_gets_no_times(monkeypatch, module, function, failing):
+    real = getattr(module, function)
+
+    def broken(x, *members, **options):
+        x = x + 0.01 * (x - x.detach())  # a percent more of dx
+        found = real(x, *members, **options)
+        return found if function == "lora_linear_group" else 1.01 * found
+
+    monkeypatch.setattr(module, function, broken)
+    rows, wrong, _ = measure_case(BLOCK, CPU, 1, ())
+    assert rows == []
+    assert wrong
+    assert all(", fused blocks: " in reason for reason in wrong)
+    assert any(failing in reason for reason in wrong)
 
 
 def test_bitsandbytes_is_measured_under_its_own_peft_layer():

@@ -18,6 +18,8 @@ def test_example(number, tmp_path, monkeypatch):
 
 
 def test_there_are_examples_and_linked_files_exist():
-    assert len(EXAMPLES) == 9
-    for target in re.findall(r"\]\(([^)]+)\)", README.read_text(encoding="utf-8")):
-        assert (README.parent / target).exists(), target
+    assert len(EXAMPLES) == 11
+    text = README.read_text(encoding="utf-8")
+    anchors = {"#" + title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target in anchors if target[0] == "#" else (README.parent / target).exists(), target

@@ -38,7 +38,7 @@ def test_every_result_file_is_shown_and_every_plot_exists(bench):
 
 def rows(**medians):
     common = {"op": "forward+backward", "M": 8, "K": 4, "N": 4, "R": 2, "p": 0.1, "dtype": "float32", "tflops": 1.0}
-    names = {"bare": "bare frozen linear", "ours": "lora_kernels", "peft": "PEFT eager"}
+    names = {"bare": "bare frozen linear", "ours": "lora_kernels", "fused": "lora_kernels, fused blocks", "peft": "PEFT eager"}
     spread = [{"p20_us": us, "p80_us": us, "saved_bytes": 1024, "peak_bytes": 2048} for us in medians.values()]
     return [
         {**common, "variant": names[name], "median_us": us, **more}
@@ -53,6 +53,25 @@ def test_a_lost_row_stays_and_is_bold(bench):
     table = report.layer_table({"rows": rows(bare=100.0, ours=200.0, peft=100.0)})
     assert table.count("\n") == 2 + 3
     assert "| lora_kernels | 200 | 200–200 | 1 |  | 2.00 | 0.50 | 1.0 KiB | 2.0 KiB |  |" in table
+
+
+def test_fused_rows_have_lines_of_their_own_in_the_readme(bench, tmp_path):
+    report = bench("report")
+    times = {"bare": 100.0, "ours": 200.0, "fused": 125.0, "peft": 250.0}
+    block = [{**row, "block": "mlp", "kv": None} for row in rows(**times)]
+    model = [{**row, "model": "m", "tokens": 8, "median_s": row["median_us"], "p20_s": 1.0, "p80_s": 1.0, "tokens_per_s": 1.0,
+              "held_bytes": 0} for row in rows(**times)]  # fmt: skip
+    model[-1]["saved_bytes"] = 2048
+    runs = {"layer": {"rows": rows(bare=1.0, ours=1.0, peft=1.0)}, "blocks": {"rows": block}, "model": {"rows": model}}
+    (tmp_path / "run.json").write_text(json.dumps(runs))
+    lines = [line for line in report.readme_block(tmp_path).splitlines() if ", fused blocks |" in line]
+    assert lines == [
+        "| mlp 4/None/4 M=8 r=2 p=0.1 float32, fused blocks | 1.25 | 2.50 | 2.00× | 1.0 KiB (1.0 KiB; 1.0 KiB) |",
+        "| m, 8 tokens, r=2, p=0.1, float32, fused blocks | 1.25 | 2.50 | 2.00× | 1.0 KiB (2.0 KiB; 1.0 KiB) |",
+    ]
+    assert "| lora_kernels, fused blocks | 125,000.0 | 1,000.0–1,000.0 | 1 | 1.25 | 2.00 | 1.0 KiB | 1.000 | 0.500 |" in (
+        report.model_table(runs["model"])
+    )
 
 
 def test_refusals_and_failures_are_on_the_page(bench, tmp_path):
@@ -117,6 +136,8 @@ def test_memory_of_a_model_over_the_sequence_length(bench):
     found = list(model_memory.rows(model, [64], LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.1), torch.device("cpu")))
     held = {(row["variant"], row["checkpointing"]): row["held_bytes"] for row in found}
     assert held["lora_kernels", False] < 0.7 * held["PEFT eager", False]  # PEFT keeps a dropped x for each layer
+    fused, bare = (held[name, False] for name in ("lora_kernels, fused blocks", "bare frozen linear"))
+    assert fused < bare < held["lora_kernels", False]
     assert held["lora_kernels", True] < 0.5 * held["lora_kernels", False]
     peak = {(row["variant"], row["checkpointing"]): row["peak_bytes"] for row in found}
     assert peak["lora_kernels", True] < peak["PEFT eager", True]

@@ -68,8 +68,8 @@ def test_rows_in_chunks(adapter: torch.dtype, needs: tuple[str, ...], pretend: P
 
 
 @triton.jit
-def keep_tile_of_the_first_chunk(seed, edge, o_row, column, COLUMNS: tl.constexpr):
-    return right_keep_tile(seed, edge, o_row % 512, column, COLUMNS)
+def keep_tile_of_the_first_chunk(seed, edge, o_row, column, OFFSET: tl.constexpr, COLUMNS: tl.constexpr):
+    return right_keep_tile(seed, edge, o_row % 512, column, OFFSET, COLUMNS)
 
 
 right_keep_tile = mask.keep_tile

@@ -185,10 +185,10 @@ def any_number_of_rows() -> None:
     A, B, x, dy = (torch.empty(shape, dtype=BF16) for shape in ((R, 4096), (2048, R), (5000, 4096), (5000, 2048)))
 
     def side_kernels(M: int) -> None:
-        h = project(x[:M], A, None)
+        (h,) = project(x[:M], (A,), None)
         prefill(h, B, 2.0, None, BF16)
         g, _, _ = grad_dy(dy[:M], h, B, 2.0, True, True, False)
-        grad_x(x[:M], g, A, None, BF16, True, True)
+        grad_x(x[:M], (g,), (A,), None, BF16, True, (True,))
 
     numbers = random.Random(0)
     for M in (1, 16, 33, 64, 1001, 5000):
@@ -206,7 +206,7 @@ def any_number_of_rows() -> None:
         assert seen.setdefault(id(kernel), dtypes) == dtypes, kernel.name
     limit, launch.LIMIT = launch.LIMIT, 3
     for width in range(64, 640, 16):
-        project(x[:8, :width], A[:, :width].contiguous(), None)
+        project(x[:8, :width], (A[:, :width].contiguous(),), None)
         assert len(launch._runs) <= 3
     launch.LIMIT = limit
 
@@ -269,4 +269,4 @@ def another_device_and_another_tile() -> None:
     finally:
         tuning.trial.clear()
     assert by_binder[8:] == ["project_kernel"]
-    assert launched[16][2][-3:] == [32, 32, 16]
+    assert launched[16][2][-3:] == [16, 16, 16]

@@ -35,8 +35,8 @@ def test_the_kernels_that_use_it(dtype: torch.dtype) -> None:
     M, K, p, seed = 67, 64, 0.3, seed_tensor(SEEDS[3])
     keep, eye = dropout_mask(M, K, p, seed), torch.eye(K, dtype=dtype, device=DEVICE)
     x = torch.ones(M, K, dtype=dtype, device=DEVICE)
-    assert torch.equal(project(x, eye, Dropout(p, seed)) != 0, keep)
-    dx, dA = grad_x(x, x, eye, Dropout(p, seed), dtype, need_x=True, need_A=True)
+    assert torch.equal(project(x, (eye,), Dropout(p, seed))[0] != 0, keep)
+    dx, (dA,) = grad_x(x, (x,), (eye,), Dropout(p, seed), dtype, need_x=True, need_As=(True,))
     assert torch.equal(dx != 0, keep)
     assert torch.equal((dA[0].double() * (1 - threshold(p) / 65536)).round(), keep.double().sum(0).round())
 
@@ -48,7 +48,7 @@ def test_wide_k_splits_see_the_same_mask() -> None:
     pick = torch.zeros(8, K, device=DEVICE)
     columns = torch.tensor([0, 7, 8, 255, 256, 511, 1024, 1031], device=DEVICE)
     pick[torch.arange(8), columns] = 1
-    assert torch.equal(project(x, pick, Dropout(p, seed)) != 0, dropout_mask(M, K, p, seed)[:, columns])
+    assert torch.equal(project(x, (pick,), Dropout(p, seed))[0] != 0, dropout_mask(M, K, p, seed)[:, columns])
 
 
 def test_rows_beyond_2_to_the_31() -> None:

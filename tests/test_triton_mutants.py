@@ -29,19 +29,19 @@ def scalar_one_percent_small(s):
 
 
 @triton.jit
-def keep_tile_of_the_next_row(seed, edge, o_row, column, COLUMNS: tl.constexpr):
-    return right_keep_tile(seed, edge, o_row + 1, column, COLUMNS)
+def keep_tile_of_the_next_row(seed, edge, o_row, column, OFFSET: tl.constexpr, COLUMNS: tl.constexpr):
+    return right_keep_tile(seed, edge, o_row + 1, column, OFFSET, COLUMNS)
 
 
 @triton.jit
-def keep_tile_of_other_columns(seed, edge, o_row, column, COLUMNS: tl.constexpr):
-    return right_keep_tile(seed, edge, o_row, column + 8, COLUMNS)
+def keep_tile_of_other_columns(seed, edge, o_row, column, OFFSET: tl.constexpr, COLUMNS: tl.constexpr):
+    return right_keep_tile(seed, edge, o_row, column + 8, OFFSET, COLUMNS)
 
 
 @triton.jit
-def keep_tile_that_keeps_one_more(seed, edge, o_row, column, COLUMNS: tl.constexpr):
+def keep_tile_that_keeps_one_more(seed, edge, o_row, column, OFFSET: tl.constexpr, COLUMNS: tl.constexpr):
     first = (o_row == 3)[:, None] & (column + tl.arange(0, COLUMNS) == first_dropped)[None, :]
-    return right_keep_tile(seed, edge, o_row, column, COLUMNS) | first
+    return right_keep_tile(seed, edge, o_row, column, OFFSET, COLUMNS) | first
 
 
 @triton.jit

@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from triton_offline_calls import FEW, calls
+
 TABLE = Path(__file__).parents[1] / "lora_kernels/backends/triton/kernels.json"
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB for one program, CUDA C++ Programming Guide
 WARP_LIMIT = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}  # of one processor
 PAIRS = ("bf16 bf16", "fp16 fp16", "fp32 fp32", "fp32 fp32 tf32", "bf16 fp32", "fp16 fp32")
-SAFE_PAIRS = ("bf16 bf16", "fp16 fp32", "fp32 fp32")  # one of each class of dtypes: the one that needs most
-D, FEW = 4096, 64  # features, few tokens
 MMA = r"\b(HMMA|HGMMA|UTC\w*MMA|FFMA2?)\b"
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*)")
 
@@ -111,7 +111,7 @@ def capture(capability: int, pairs: tuple[str, ...], ranks: tuple[int, ...]) -> 
     run, pair, rank = triton.JITFunction.run, "", 0
 
     def compile_only(self, *args, grid, warmup, **options):
-        if "R" not in self.arg_names and rank != 16:
+        if not {"R", "R0"} & set(self.arg_names) and rank != 16:
             return None  # it has no rank: compiled once
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         tile = "x".join(str(options[k]) for k in ("BM", "BK", "BN", "BD", "BC", "BLOCK") if k in options)
@@ -138,112 +138,12 @@ def form_of(arguments: dict[str, Any], options: dict[str, Any]) -> str:
     form = [f"w{options['num_warps']}s{options.get('num_stages', '-')}"]
     form += [f"r{options['maxnreg']}"] if options.get("maxnreg") else []
     form += [k.lower() for k in ("DROP", "FORWARD") if options.get(k)]
-    form += ["dc"] if arguments.get("parts_dc") is not None else []
-    form += [only for missing, only in (("dx", "dA"), ("parts_dA", "dx")) if arguments.get(missing, 0) is None]
+    form += [f"x{members}"] if (members := sum(arguments.get(f"A{i}") is not None for i in range(3))) > 1 else []
+    form += [options["ACT"]] if options.get("ACT", "silu") != "silu" else []
+    form += ["ungated"] if "e" in arguments and arguments["e"] is None else []
+    form += ["dc"] if any(arguments.get(name) is not None for name in ("parts_dc", "parts_dc_up")) else []
+    form += [only for missing, only in (("dx", "dA"), ("parts_dA0", "dx")) if arguments.get(missing, 0) is None]
     return " ".join(form + (["few"] if arguments.get("M") == FEW else []))
-
-
-def calls(pair: str, R: int, capability: int) -> None:
-    """The calls of a layer with this pair of dtypes, with dropout: its best tiles, and at rank 64 those that replace them.
-
-    At rank 16 without dropout too and what has no rank, at 16 and 64 the products of two segments; at other ranks the four
-    side kernels. On sm_80 and sm_90 in bfloat16 also the forms that few calls take: a trained bias, only dA or only dx, few
-    tokens. Tiles that replace others are compiled once for each class of dtypes.
-    """
-    from lora_kernels import plan
-    from lora_kernels.backends.triton import tuning
-
-    tiles = tuning.tiles
-    for best in (True, False) if R == 64 and (pair in SAFE_PAIRS or capability in (86, 89)) else (True,):
-        tuning.tiles = lambda *call, best=best: tiles(*call)[:1] if best else tiles(*call)[1:]
-        plan.changed()  # so that tiles are chosen anew
-        side_kernels(pair, R, M=8192, dropouts=(0.1, 0.0) if R == 16 else (0.1,))
-        if R in (16, 64) and not pair.startswith("fp32"):
-            products(pair, R, dropouts=(0.1, 0.0) if R == 16 else (0.1,))
-    tuning.tiles = tiles
-    plan.changed()
-    if R == 16:
-        without_a_rank(pair)
-    if R == 16 and pair == "bf16 bf16" and capability in (80, 90):
-        side_kernels(pair, R, M=FEW, dropouts=(0.1,))
-        rare_forms(pair, R)
-
-
-def tensors(pair: str, R: int, M: int) -> dict[str, Any]:
-    """x, dy, W, A, B, h and c of a layer 4096→4096, never touched."""
-    import torch
-
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    dtype, adapter = (types[name] for name in pair.split()[:2])
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if pair.endswith("tf32") else "ieee"
-    shapes = {"x": (M, D), "dy": (M, D), "W": (D, D), "c": (D,)}
-    found = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-    return found | {name: torch.empty(shape, dtype=adapter) for name, shape in {"A": (R, D), "B": (D, R), "h": (M, R)}.items()}
-
-
-def side_kernels(pair: str, R: int, M: int, dropouts: tuple[float, ...]) -> None:
-    import torch
-
-    from lora_kernels.backends.triton.kernels.grad_dy import grad_dy
-    from lora_kernels.backends.triton.kernels.grad_x import grad_x
-    from lora_kernels.backends.triton.kernels.prefill import prefill
-    from lora_kernels.backends.triton.kernels.project import project
-    from lora_kernels.values import Dropout
-
-    t = tensors(pair, R, M)
-    for p in dropouts:
-        dropout = Dropout(p, torch.tensor(1)) if p else None
-        project(t["x"], t["A"], dropout)
-        grad_x(t["x"], t["h"], t["A"], dropout, t["x"].dtype, need_x=True, need_A=True)
-    prefill(t["h"], t["B"], 2.0, t["c"], t["x"].dtype)
-    grad_dy(t["dy"], t["h"], t["B"], 2.0, need_g=True, need_B=True, need_c=False)
-
-
-def rare_forms(pair: str, R: int) -> None:
-    import torch
-
-    from lora_kernels.backends.triton.kernels.grad_dy import grad_dy
-    from lora_kernels.backends.triton.kernels.grad_x import grad_x
-    from lora_kernels.values import Dropout
-
-    t, dropout = tensors(pair, R, 8192), Dropout(0.1, torch.tensor(1))
-    grad_dy(t["dy"], t["h"], t["B"], 2.0, need_g=True, need_B=True, need_c=True)
-    for need_x in (True, False):
-        grad_x(t["x"], t["h"], t["A"], dropout, t["x"].dtype, need_x=need_x, need_A=not need_x)
-
-
-def products(pair: str, R: int, dropouts: tuple[float, ...]) -> None:
-    """The products with their low-rank term in one kernel."""
-    import torch
-
-    from lora_kernels.backends.triton.kernels import lowrank_product, nf4_product
-    from lora_kernels.values import Dropout
-
-    t = tensors(pair, R, 8192)
-    for p in dropouts:
-        lowrank_product.backward(t["dy"], t["W"], t["h"], t["A"], Dropout(p, torch.tensor(1)) if p else None)
-    lowrank_product.forward(t["x"], t["W"], t["h"], t["B"], 2.0, t["c"])
-    nf4_product.product(t["x"], weight_of_4_bits(t["W"]), t["h"], t["B"], 2.0, t["c"])
-
-
-def without_a_rank(pair: str) -> None:
-    import torch
-
-    from lora_kernels.backends.triton.kernels import mask, nf4_dequantize
-
-    t = tensors(pair, 16, 8192)
-    nf4_dequantize.dequantize(weight_of_4_bits(t["W"]), torch.empty_like(t["W"]))
-    mask.drop(t["x"], 0.1, torch.tensor(1), out=torch.empty(t["x"].shape, dtype=t["A"].dtype))
-
-
-def weight_of_4_bits(W: Any) -> Any:
-    import torch
-
-    from lora_kernels.nf4 import NF4Weight
-
-    nested = (torch.empty(D * D // 64 // 256), torch.empty(256), torch.empty(()))
-    codes, absmax = (torch.empty(size, dtype=torch.uint8) for size in (D * D // 2, D * D // 64))
-    return NF4Weight(codes, absmax, *nested, W.shape, W.dtype)
 
 
 def _job(job: tuple[int, tuple[str, ...], tuple[int, ...]]) -> dict[str, dict[str, Any]]:

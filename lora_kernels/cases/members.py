@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..dtypes import dtype_name
 from ..functional.nf4 import quantize
 from ..reference.nf4 import dequantize
 from ..values import Dropout, LoRAWeights
@@ -45,6 +46,10 @@ class MembersCase:
     strided: bool = False
     autocast: torch.dtype | None = None
     offset: ClassVar[int] = 0  # of the first member's mask
+
+    def __str__(self) -> str:
+        layers = " ".join([f"{name} {K}→{layer.N}" for name, (K, layer) in self.layers().items()])
+        return f"{layers} M={torch.Size(self.shape).numel()} p={self.p} {dtype_name(self.dtype)}"
 
     def layers(self) -> dict[str, tuple[int, Layer]]:
         """(in-features, layer) of each member by name, in the order of the operation."""

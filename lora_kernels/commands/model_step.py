@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..functional.nf4 import quantize_nf4
 from ..layers.frozen_weight import is_conv1d
+from ..models.blocks import fuse_blocks
 from ..models.config import LoRAConfig
 from ..models.surgery import add_lora
 from ..nf4.state_dict import to_params4bit
@@ -32,6 +33,13 @@ def ours(model: nn.Module, config: LoRAConfig, quantize: str | None = None) -> n
     """The model with this package's layers; quantize="nf4": over 4-bit copies of their weights."""
     twin = shared_copy(model)
     add_lora(twin, config, quantize=quantize)
+    return twin
+
+
+def fused(model: nn.Module, config: LoRAConfig, quantize: str | None = None) -> nn.Module:
+    """The same with fused blocks."""
+    twin = ours(model, config, quantize)
+    fuse_blocks(twin)
     return twin
 
 

@@ -10,11 +10,13 @@ from torch import Tensor
 from ...nf4 import NF4Weight
 from ...plan import Call, Plan
 from ...values import Dropout, Grads, LoRAWeights, Needs
+from ..torch import linear as pytorch
 from ..triton import linear as triton
 from ..triton import tuning
 from ..triton.compilation import NothingCompilesError
 from ..triton.kernels.project import project
 from ..triton.kernels.tiles import row_major
+from ..triton.planning import plan_of
 from . import extension
 from .extension import DTYPES, C, address, descriptor, stream
 from .nf4 import dequantize
@@ -30,11 +32,15 @@ def plan(call: Call) -> Plan | str:
         return "there is no 4-bit weight in this call"
     if any(weight is not None and weight.quant_type is None for weight in weights):
         return "its kernels are for 4-bit weights, those for others are Triton's"
+    if len(call.members) != 1:
+        return f"its kernels compute one projection a call, this one has {len(call.members)}"
+    if weights[0] is not None and call.members[0].lora_A is None:
+        return "there are no adapters in this call"
     if (reason := extension.why_not(call.device, call.setting)) is not None:
         return reason
     if isinstance(found := triton.plan(call), str):
         return found
-    return triton.plan_of("cuda", call, forward, backward)
+    return plan_of("cuda", call, (forward, backward), (pytorch.forward, pytorch.backward))
 
 
 def forward(
@@ -45,7 +51,7 @@ def forward(
     path = path_of(x, W, A)[0] if x.numel() and len(B) else "scratch"
     if path == "skinny":
         try:
-            h = project(x, A.contiguous(), triton.dropping(dropout))
+            (h,) = project(x, (A.contiguous(),), triton.dropping(dropout))
             return (skinny(x, W, h, B, s, c),), (h,)
         except NothingCompilesError:
             pass  # the Triton backend notes it, and replaces its kernels

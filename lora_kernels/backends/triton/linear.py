@@ -1,13 +1,13 @@
 """Equations 1 to 6 (reference/linear.py): h in one pass over x; y0 = s·h·Bᵀ + c, to which the vendor's product adds x·Wᵀ in
 place; g, dB and dc in one pass over dy; dA and dx0 = undrop(g·A) in one pass over x, to which dy·W is added in place.
-What products add to is taken in chunks of rows that L2 still holds.
+What products add to is taken in chunks of rows that L2 still holds. A pass over x serves three members, each with its own mask.
 
 Where a measurement says that it wins, the product and its low-rank term are one kernel. Adapters of a rank above MAX_RANK are
 ordinary products, as PyTorch's backend takes them, over this backend's masks.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +21,15 @@ from ..products import add_product, weight_gradient
 from ..torch import linear as pytorch
 from ..torch.engine import ChunkMask
 from . import gpu, tuning
-from .compilation import give_up
 from .kernels import lowrank_product, nf4_dequantize, nf4_product
 from .kernels.grad_dy import grad_dy
 from .kernels.grad_x import grad_x
 from .kernels.mask import drop, drops
+from .kernels.members import MEMBERS
 from .kernels.prefill import prefill
 from .kernels.project import project
 from .kernels.tiles import adjacent, row_major
+from .planning import plan_of, refusal
 
 FIELDS = frozenset({"weight", "lora_A", "lora_B", "bias", "scaling"})
 notes = gpu.notes
@@ -36,65 +37,62 @@ notes = gpu.notes
 
 def plan(call: Call) -> Plan | str:
     """The kernels for this call, or the reason why there are none."""
-    if (reason := gpu.why_not(call.device, call.setting)) is not None:
-        return reason
-    if len(call.members) != 1:
-        return f"its kernels compute one projection a call, this one has {len(call.members)}"
-    if call.offset:
-        return f"its masks begin at offset 0, this call's at {call.offset}"
-    (member,) = call.members
-    for name, tensor in (("x", call.x), ("weight", member.weight), ("lora_A", member.lora_A), ("lora_B", member.lora_B)):
-        if tensor is not None and tensor.dtype == torch.float64:
-            return f"{name} is float64, for which there are no kernels"
-    if call.rows >= 1 << 31:
-        return f"got {call.rows} rows, kernels count them in 31 bits"
-    return plan_of("triton", call, forward, backward)
-
-
-def plan_of(backend: str, call: Call, forward: Callable[..., Any], backward: Callable[..., Any]) -> Plan:
-    """The plan of these functions over kernels, with PyTorch's in their place where kernels do not compile."""
-    why, setting = "the first that can compute this call", call.setting
-    forward, backward = _or_pytorch(forward, pytorch.forward, setting), _or_pytorch(backward, pytorch.backward, setting)
-    return Plan(backend, why, forward, backward)
-
-
-def _or_pytorch(kernels: Callable[..., Any], otherwise: Callable[..., Any], setting: str) -> Callable[..., Any]:
-    """`kernels`, or `otherwise` from the moment that some kernel has no tile left that compiles; a request by name raises."""
-
-    def run(first: Any, *rest: Any) -> Any:
-        tensor = first[0] if isinstance(first, tuple) else first  # backward's are the gradients of the results
-        try:
-            with gpu.device_of(tensor):
-                return kernels(first, *rest)
-        except Exception as error:
-            give_up(tensor.device, error, setting)
-            return otherwise(first, *rest)
-
-    return run
+    return refusal(call) or plan_of("triton", call, (forward, backward), (pytorch.forward, pytorch.backward))
 
 
 def forward(
     x: Tensor, members: tuple[LoRAWeights, ...], dropout: Dropout | None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """Equations 1 and 2: y[M,N] in x's dtype, h[M,R] in A's."""
-    (W, A, B, c, s), x = members[0], row_major(x)
-    if 0 in (*x.shape, *B.shape):
-        return pytorch.forward(x, members, dropout)
-    wide = A.shape[0] > tuning.MAX_RANK
-    if isinstance(W, NF4Weight) and (wide or nf4_path(x, W, A)[0] == "scratch"):
-        W = dense(W, x.dtype)
-    if wide:
-        return pytorch.forward(x, (members[0]._replace(weight=W),), dropout, WideMask)
-    dropout, s = dropping(dropout), s if s.__class__ is float else _scaling(s, x.device)
-    A, B, c = adjacent(A), adjacent(B), adjacent(c)
-    h = project(x, A, dropout)
+    """Equations 1 and 2: every member's y[M,N] in x's dtype, and its h[M,R] in A's, None without adapters."""
+    x, dropout, ys = row_major(x), dropping(dropout), []
+    hs = projections(x, members, dropout)
+    for i, member in enumerate(members):
+        if (h := hs[i]) is None:
+            y, hs[i] = by_pytorch(x, member, dropout, i)
+        else:
+            y = output(x, member, h)
+        ys.append(y)
+    return tuple(ys), tuple(hs)
+
+
+def projections(x: Tensor, members: tuple[LoRAWeights, ...], dropout: Dropout | None) -> list[Tensor | None]:
+    """Equation 1: h of every member whose adapters the kernels multiply, three in one pass over x; None of the others."""
+    hs: list[Tensor | None] = [None] * len(members)
+    numbers = [i for i, member in enumerate(members) if in_kernels(x, member)]
+    for first in range(0, len(numbers), MEMBERS):
+        three = tuple(numbers[first : first + MEMBERS])
+        found = project(x, tuple([adjacent(members[i].lora_A) for i in three]), dropout, three)
+        for i, h in zip(three, found, strict=True):
+            hs[i] = h
+    return hs
+
+
+def in_kernels(x: Tensor, member: LoRAWeights) -> bool:
+    """Whether the kernels multiply this member's adapters: it has some, of a rank that they take, and nothing is empty."""
+    B = member.lora_B
+    return B is not None and B.shape[1] <= tuning.MAX_RANK and 0 not in (*x.shape, *B.shape)
+
+
+def by_pytorch(x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: int) -> tuple[Tensor, Tensor | None]:
+    """(y, h) of any other member: equations 1 and 2 as ordinary products."""
+    W = dense(member.weight, x.dtype)
+    if member.lora_B is None:
+        return torch.nn.functional.linear(x, W, member.bias), None
+    (y,), (h,) = pytorch.forward(x, (member._replace(weight=W),), following(dropout, number), WideMask)
+    return y, h
+
+
+def output(x: Tensor, member: LoRAWeights, h: Tensor) -> Tensor:
+    """Equation 2: y[M,N] in x's dtype."""
+    W, A, B, c, _ = member
+    s, B, c = scaling_of(member, x.device), adjacent(B), adjacent(c)
     if isinstance(W, NF4Weight):
-        y = nf4_product.product(x, W, h, B, s, c)
-    elif tuning.dataflow(x, W, "forward") == "lowrank_product":
-        y = lowrank_product.forward(x, W, h, B, s, c)
-    else:
-        y = prefilled(x, W, h, B, s, c)
-    return (y,), (h,)
+        if nf4_path(x, W, A)[0] != "scratch":
+            return nf4_product.product(x, W, h, B, s, c)
+        W = dense(W, x.dtype)
+    if tuning.dataflow(x, W, "forward") == "lowrank_product":
+        return lowrank_product.forward(x, W, h, B, s, c)
+    return prefilled(x, W, h, B, s, c)
 
 
 def prefilled(x: Tensor, W: Tensor, h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
@@ -110,7 +108,7 @@ def prefilled(x: Tensor, W: Tensor, h: Tensor, B: Tensor, s: float | Tensor, c: 
 
 
 def backward(
-    dys: tuple[Tensor, ...],
+    dys: tuple[Tensor | None, ...],
     x: Tensor | None,
     members: tuple[LoRAWeights, ...],
     hs: tuple[Tensor | None, ...],
@@ -118,38 +116,121 @@ def backward(
     needs: Needs,
 ) -> Grads:
     """Equations 3 to 6 for what is wanted, as backends/torch/linear.py; dc is in float32."""
-    (W, A, B, _, s), (h,), (wanted,) = members[0], hs, needs.members
-    dy, x = row_major(dys[0]), None if x is None else row_major(x)
-    need_A, need_B, need_c = "lora_A" in wanted, "lora_B" in wanted, "bias" in wanted
-    R = B.shape[1] if needs.x or need_A else h.shape[1] if need_B else 1
-    W = dense(W, dy.dtype)
-    if 0 in (*dy.shape, *(() if W is None else W.shape), *(() if x is None else x.shape)):
-        return pytorch.backward(dys, x, (members[0]._replace(weight=W),), hs, dropout, needs)
-    if R > tuning.MAX_RANK:
-        return pytorch.backward((dy,), x, (members[0]._replace(weight=W),), hs, dropout, needs, WideMask)
-    dropout, s = dropping(dropout), s if s.__class__ is float else _scaling(s, dy.device)
-    A, B, h = adjacent(A), adjacent(B), adjacent(h)
-    g, dB, dc = grad_dy(dy, h, B, s, needs.x or need_A, need_B, need_c)
-    if needs.x and tuning.dataflow(dy, W, "backward") == "lowrank_product":
-        _, dA = grad_x(x, g, A, dropout, dy.dtype, False, need_A)
-        dx = lowrank_product.backward(dy, W, g, A, dropout)
-    else:
+    x, dropout = None if x is None else row_major(x), dropping(dropout)
+    shares: dict[int, Share] = {}
+    grads: dict[int, dict[str, Tensor]] = {}
+    apart: Tensor | None = None  # dx of the members that the kernels do not take
+    for i, (dy, member, h, wanted) in enumerate(zip(dys, members, hs, needs.members, strict=True)):
+        if dy is None:
+            continue
+        dy = row_major(dy)
+        if backward_in_kernels(dy, x, member, h):
+            shares[i] = Share(dy, member, *reductions(dy, member, h, wanted, needs.x), wanted)
+            grads[i] = shares[i].grads
+            continue
+        member, own = member._replace(weight=dense(member.weight, dy.dtype)), following(dropout, i)
+        dx, (grads[i],) = pytorch.backward((dy,), x, (member,), (h,), own, Needs(needs.x, (wanted,)), WideMask)
+        apart = dx if apart is None else apart.add_(dx)
+    dx = input_gradients(x, shares, dropout, needs.x)
+    if apart is not None:
+        dx = apart if dx is None else dx.add_(apart)
+    return Grads(dx, tuple([grads.get(i, {}) for i in range(len(members))]))
 
-        def add(dx: Tensor, rows: slice | None) -> Tensor:
-            return add_product(dx, dy if rows is None else dy[rows], W)
 
-        dx, dA = grad_x(x, g, A, dropout, dy.dtype, needs.x, need_A, add)
-    found = {"lora_A": dA, "lora_B": dB, "bias": dc}
-    if "weight" in wanted:
-        found["weight"] = weight_gradient(dy, x)
-    return Grads(dx, ({field: found[field] for field in wanted},))
+def backward_in_kernels(dy: Tensor, x: Tensor | None, member: LoRAWeights, h: Tensor | None) -> bool:
+    """As in_kernels; what no wanted gradient reads may be None."""
+    W, _, B, _, _ = member
+    low = B if B is not None else h
+    if 0 in (*dy.shape, *(() if W is None else W.shape), *(() if x is None else x.shape), *(() if low is None else low.shape)):
+        return False
+    return low is None or low.shape[1] <= tuning.MAX_RANK
+
+
+def reductions(
+    dy: Tensor, member: LoRAWeights, h: Tensor | None, wanted: tuple[str, ...], need_x: bool
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Equations 3 and 6 of one member: (g where dx or dA needs it, those of dB and dc that are wanted)."""
+    B, need_B, need_c = member.lora_B, "lora_B" in wanted, "bias" in wanted
+    need_g = B is not None and (need_x or "lora_A" in wanted)
+    g, dB, dc = grad_dy(dy, adjacent(h), adjacent(B), scaling_of(member, dy.device), need_g, need_B, need_c)
+    return g, sums_of(dB, dc)
+
+
+def sums_of(dB: Tensor | None, dc: Tensor | None) -> dict[str, Tensor]:
+    """Those that are there, by field."""
+    return {field: grad for field, grad in (("lora_B", dB), ("bias", dc)) if grad is not None}
+
+
+class Share(NamedTuple):
+    """What a member adds to dx, dy·W + undrop(g·A), g None without adapters; and its gradients, those that read x to come."""
+
+    dy: Tensor
+    member: LoRAWeights
+    g: Tensor | None
+    grads: dict[str, Tensor]
+    wanted: tuple[str, ...]
+
+
+def input_gradients(x: Tensor | None, shares: dict[int, Share], dropout: Dropout | None, need_x: bool) -> Tensor | None:
+    """Equations 4 and 5 of members by number: dx is returned, each dA, and dW, goes to its member's gradients.
+
+    Three members share a pass over x, in whose chunks every dy·W is added in place.
+    """
+    for share in shares.values():
+        if "weight" in share.wanted:
+            share.grads["weight"] = weight_gradient(share.dy, x)
+    low_rank = tuple([i for i, share in shares.items() if share.g is not None])
+    together, later = products(list(shares.values())) if need_x else ([], [])
+    in_one_kernel = need_x and len(shares) == len(low_rank) == 1 and tuning.dataflow(*together[0], "backward") != "prefill"
+
+    def add(dx: Tensor, rows: slice | None) -> None:
+        for dy, W in together:
+            add_product(dx, dy if rows is None else dy[rows], W)
+
+    dx: Tensor | None = None
+    for first in range(0, len(low_rank), MEMBERS):
+        three = low_rank[first : first + MEMBERS]
+        dtype, gs = shares[three[0]].dy.dtype, tuple([shares[i].g for i in three])
+        As, need_As = (
+            tuple([adjacent(shares[i].member.lora_A) for i in three]),
+            tuple(["lora_A" in shares[i].wanted for i in three]),
+        )
+        own_x = need_x and not in_one_kernel
+        part, dAs = grad_x(x, gs, As, dropout, dtype, own_x, need_As, add if dx is None else None, three)
+        dx = part if dx is None or part is None else dx.add_(part)
+        for i, dA in zip(three, dAs, strict=True):
+            if dA is not None:
+                shares[i].grads["lora_A"] = dA
+    if in_one_kernel:
+        return lowrank_product.backward(*together[0], gs[0], As[0], following(dropout, three[0]))
+    if together and dx is None:
+        dy, W = together.pop(0)
+        dx = dy @ W
+        add(dx, None)
+    together.clear()
+    for dy, W in later:
+        add_product(dx, dy, dense(W, dy.dtype))
+    return dx
+
+
+Pairs = list[tuple[Tensor, Tensor | NF4Weight]]
+
+
+def products(shares: list[Share]) -> tuple[Pairs, Pairs]:
+    """The (dy, W) whose products dx takes chunk by chunk, and those that follow: of 4-bit weights one is dense at a time."""
+    pairs = [(share.dy, share.member.weight) for share in shares]
+    now, later = ([pair for pair in pairs if isinstance(pair[1], NF4Weight) == four_bits] for four_bits in (False, True))
+    if later:
+        dy, W = later.pop(0)
+        now.append((dy, dense(W, dy.dtype)))
+    return now, later
 
 
 class WideMask(ChunkMask):
     """keep by the Triton kernel, for adapters that PyTorch's backend multiplies."""
 
     def __init__(self, K: int, dropout: Dropout, member: int, dtype: torch.dtype):
-        self.dropout = dropout
+        self.p, self.seed, self.offset = dropout.p, dropout.seed, dropout.offset + member
 
     def chunk(self, rows: slice) -> None:
         self.first_row = rows.start
@@ -161,7 +242,7 @@ class WideMask(ChunkMask):
         return self._drop(v, torch.empty_like(v))
 
     def _drop(self, v: Tensor, out: Tensor) -> Tensor:
-        return drop(v, self.dropout.p, self.dropout.seed, first_row=self.first_row, out=out)
+        return drop(v, self.p, self.seed, self.offset, first_row=self.first_row, out=out)
 
 
 def nf4_path(
@@ -195,6 +276,12 @@ def dropping(dropout: Dropout | None) -> Dropout | None:
     return dropout if dropout is not None and drops(dropout.p) else None
 
 
-def _scaling(s: float | Tensor, device: torch.device) -> float | Tensor:
+def following(dropout: Dropout | None, number: int) -> Dropout | None:
+    """The dropout of member `number` as that of a first member."""
+    return dropout if dropout is None else dropout._replace(offset=dropout.offset + number)
+
+
+def scaling_of(member: LoRAWeights, device: torch.device) -> float | Tensor:
     """A tensor on the device is read by the kernels; anything else is a number, and its value is at hand."""
-    return s if isinstance(s, Tensor) and s.device == device else float(s)
+    s = member.scaling
+    return s if s.__class__ is float or (isinstance(s, Tensor) and s.device == device) else float(s)

@@ -2,13 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...cases import glu_mlp
 from ...cases.linear import Problem
+from ...cases.linear_group import GroupCase
+from ...cases.members import Layer, MembersProblem
 from .suites import FORWARD, Workload
+
+TOGETHER = {"qkv": ("q", "k", "v"), "mlp": ("gate", "up", "down")}  # what is one operation each in fused blocks
 
 
 class Block(nn.Module):
@@ -29,7 +35,7 @@ class Block(nn.Module):
         return (*self.qkv(x), self.layers["o"](a), self.mlp(z))
 
     def qkv(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.layers[name](x) for name in ("q", "k", "v"))
+        return tuple(self.layers[name](x) for name in TOGETHER["qkv"])
 
     def mlp(self, x: Tensor) -> Tensor:
         return self.layers["down"](F.silu(self.layers["gate"](x)) * self.layers["up"](x))
@@ -59,6 +65,27 @@ class BlockProblem:
     def map(self, change: Callable[[Problem], Problem]) -> "BlockProblem":
         """`change` applied to every layer."""
         return replace(self, layers={name: change(problem) for name, problem in self.layers.items()})
+
+    def fused(self) -> dict[str, MembersProblem]:
+        """The operations on several layers that a fused block calls, "qkv" and "mlp", over the tensors of those layers."""
+        case = self.case
+        about: dict[str, Any] = {"M": case.M, "p": case.p, "dtype": case.dtype, "device": self.inputs[0].device}
+        found: dict[str, MembersProblem] = {}
+        for kind, names in TOGETHER.items():
+            if not self.layers.keys() >= set(names):
+                continue
+            layers = [self.layers[name] for name in names]
+            first, last = layers[0], layers[-1]
+            sizes: dict[str, Any] = {"K": first.in_features}
+            if kind == "qkv":
+                own: Any = GroupCase(**about, **sizes, members=tuple([Layer(layer.out_features) for layer in layers]))
+                dys = {name: layer.dy for name, layer in zip(names, layers, strict=True)}
+            else:
+                own = glu_mlp.Case(**about, **sizes, I=first.out_features, N=last.out_features)
+                dys = {"y": last.dy}
+            members = {name: layer.member() for name, layer in zip(names, layers, strict=True)}
+            found[kind] = MembersProblem(own, first.x, members, dys)
+        return found
 
     def step(self, module: nn.Module) -> Callable[[], object]:
         """Forward and backward to the inputs and to every trained parameter; or forward alone, in evaluation mode."""

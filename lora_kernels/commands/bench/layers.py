@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ...cases.linear import truth
-from ...cases.linear import wrong as wrong_results
+from ...cases import linear, members
+from ...cases.linear import Problem
 from ...cases.rule import Results
 from ..console import Output, first_line
 from ..measure import kernel_launches, peak_bytes, saved_bytes
@@ -109,18 +109,18 @@ def _names(compare: tuple[str, ...], quantize: str | None) -> list[str]:
 
 
 def _gate(variants: list[Variant]) -> list[str]:
-    """The gate's reasons for each different layer of this package's variants.
+    """The gate's reasons for each different call of this package's variants.
 
     Those over the same weights differ in dtypes, not in values: they share the truth, which takes longer than the layer.
     """
-    exact: dict[tuple[int, int, bool], Results] = {}
+    exact: dict[tuple[str, bool], Results] = {}
     reasons = []
     for variant in variants:
-        layers = variant.ours.layers.values() if variant.ours else ()
-        for shape, layer in {(layer.in_features, layer.out_features): layer for layer in layers}.items():
-            problem, key = layer.quantized() if variant.nf4 else layer, (*shape, variant.nf4)
-            exact[key] = exact[key] if key in exact else truth(problem)
-            reasons += [f"{variant.name}: {reason}" for reason in wrong_results(problem, exact[key])]
+        for call, problem in variant.calls().items():
+            cases: Any = linear if isinstance(problem, Problem) else members
+            key = call, variant.nf4
+            exact[key] = exact[key] if key in exact else cases.truth(problem)
+            reasons += [f"{variant.name}: {reason}" for reason in cases.wrong(problem, exact[key])]
     return reasons
 
 

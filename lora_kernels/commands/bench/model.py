@@ -1,7 +1,8 @@
 """`lora-kernels bench --model DIR`: one training step of a whole model, LoRA on all its linear layers.
 
-Rows: the frozen model without adapters (the floor), this package, PEFT eager, over the same frozen tensors, in turns. Each
-different layer of the model must pass the correctness gate, and every loss must be finite, before anything is timed.
+Rows: the frozen model without adapters (the floor), this package with each layer alone and with fused blocks, PEFT eager, and
+PEFT accelerated, over the same frozen tensors, in turns. Each different layer and block of the model must pass the correctness
+gate, and every loss must be finite, before anything is timed (model_gate.py).
 """
 
 import functools
@@ -12,27 +13,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...cases.linear import Case
-from ...cases.linear import wrong as wrong_results
 from ...dtypes import dtype_name
+from ...integrations.peft import accelerate
+from ...models.blocks import BlockReport, fuse_blocks
 from ...models.config import LoRAConfig
 from .. import model_step, pretrained
 from ..console import Output
-from ..layer_shapes import group_layers
 from ..measure import held_bytes, kernel_launches, peak_bytes, saved_bytes
 from ..timing import interleaved
 from . import peers
 from .header import Refusals, new_header, print_refusals
-from .model_rows import print_rows, times
+from .model_gate import why_wrong
+from .model_rows import print_rows, saved_over, times
 from .model_settings import Settings
 from .peers import BARE
 
-GATE_TOKENS = 256
 OTHERS = "not measured for a whole model; --quantize nf4 has bitsandbytes under PEFT"
 CAPTION = (
     "One forward + backward without the optimizer. Adapters: float32 over a 16-bit base. bare: no adapters, the gradient runs "
     "to the embeddings. x PEFT: how many times faster than PEFT. saved: kept by autograd for the backward pass beyond the "
-    "parameters. held: all that stays allocated after the forward pass, logits included. peak: allocated at once in the step."
+    "parameters; of bare's, of PEFT's: over what that row saves. held: all that stays allocated after the forward pass, logits "
+    "included. peak: allocated at once in the step. PEFT accelerated: by accelerate(), which fuses blocks."
 )
 
 
@@ -58,20 +59,23 @@ def run(
         config = LoRAConfig(r=rank, lora_alpha=2 * rank, lora_dropout=p, target_modules="all-linear")
         one = replace(settings, tokens=(tokens,), length=min(tokens, settings.length))
         case = f"{settings.model.name}, {tokens} tokens, r={rank}, p={p}, {dtype_name(settings.dtype)}"
-        peer = _peer(model, config, settings.quantize) if with_peft else None
-        if isinstance(peer, str):
-            refused = [{"peer": name, "case": case, "reason": peer} for name in compare if name in measured]
+        others = _peers(model, config, settings) if with_peft else {}
+        if isinstance(others, str):
+            refused = [{"peer": name, "case": case, "reason": others} for name in compare if name in measured]
             print_refusals(refused, output)
             refusals += refused
-            peer = None
+            others = {}
         with output.status(f"Timing a step of {case}"):
-            new, wrong = measure(model, config, one, device, repeats, peer, seed)
+            new, wrong = measure(model, config, one, device, repeats, others, seed)
         failures += [{"case": case, "reason": reason} for reason in wrong]
         rows += new
         if wrong:
             output.print(f"{case}: no times reported, the correctness gate failed", *wrong, sep="\n  ", markup=False)
         else:
             print_rows(case, new, output)
+            output.print(
+                "\n".join(row["blocks"]["report"] for row in new if row["variant"] == settings.names.fused), markup=False
+            )
         output.save_progress(result)
     output.print(CAPTION)
     return result
@@ -83,18 +87,17 @@ def measure(
     settings: Settings,
     device: torch.device,
     repeats: int,
-    peer: nn.Module | None,
+    others: dict[str, nn.Module],
     seed: int,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(rows, what is wrong): no rows where anything is wrong. peer: the model under PEFT, if it is measured."""
+    """(rows, what is wrong): no rows where anything is wrong. others: what `_peers` made."""
     ids = model_step.random_ids(model, settings.tokens[0], settings.length, seed)
-    mine, theirs = settings.names
-    models = {BARE: model_step.frozen_twin(model), mine: model_step.ours(model, config, settings.quantize)}
-    if peer is not None:
-        models[theirs] = peer
+    ours, fused = (model_step.ours(model, config, settings.quantize) for _ in range(2))
+    models = {BARE: model_step.frozen_twin(model), settings.names.ours: ours, settings.names.fused: fused, **others}
     for candidate in models.values():
         candidate.train()
-    wrong = _wrong(models, config, ids, settings, device, seed)
+    report = fuse_blocks(fused)
+    wrong = why_wrong(models, config.lora_dropout, ids, settings, device, seed)
     if wrong:
         return [], wrong
     steps = {name: model_step.step(candidate, ids) for name, candidate in models.items()}
@@ -111,43 +114,32 @@ def measure(
         rows.append(
             {
                 **about,
-                **times(name, timings, ids.numel(), None if peer is None else theirs),
+                **times(name, timings, ids.numel(), next(iter(others), None)),
                 "saved_bytes": saved_bytes(forward, exclude=[ids, *candidate.buffers()]),
                 "held_bytes": held_bytes(forward, device),
                 "peak_bytes": peak_bytes(steps[name], device),
                 "launches": kernel_launches(steps[name], device),
+                "blocks": _blocks(report) if candidate is fused else None,
             }
         )
         candidate.zero_grad(set_to_none=True)
+    for row in rows:
+        row["saved_over"] = saved_over(row, rows, [BARE, *list(others)[:1]])
     return rows, []
 
 
-def _peer(model: nn.Module, config: LoRAConfig, quantize: str | None) -> nn.Module | str:
-    """The model under PEFT, or PEFT's reason for not adapting it, such as experts in one parameter with dropout."""
+def _blocks(report: BlockReport) -> dict[str, Any]:
+    """What is fused, what not, and what the calls so far did."""
+    return {"report": str(report), "groups": len(report.groups), "mlps": len(report.mlps), "calls": report.calls()}
+
+
+def _peers(model: nn.Module, config: LoRAConfig, settings: Settings) -> dict[str, nn.Module] | str:
+    """The model under PEFT, and accelerated, by name; or PEFT's reason for not adapting it, such as experts in one parameter
+    with dropout.
+    """
     try:
-        return model_step.peft_twin(model, config, quantize)
+        peer, accelerated = (model_step.peft_twin(model, config, settings.quantize) for _ in range(2))
     except ValueError as error:
         return f"PEFT does not adapt this model: {' '.join(str(error).split())}"
-
-
-def _wrong(
-    models: dict[str, nn.Module], config: LoRAConfig, ids: torch.Tensor, settings: Settings, device: torch.device, seed: int
-) -> list[str]:
-    """The gate's reasons for each different layer, with its own dtypes, and losses that are not finite."""
-    name, _ = settings.names
-    groups = group_layers(models[name])
-    adapter = next(parameter.dtype for parameter in models[name].parameters() if parameter.requires_grad)
-    reasons = []
-    for group in groups:
-        case = Case(
-            min(GATE_TOKENS, ids.numel()), group.K, group.N, group.R, config.lora_dropout, dtype=settings.dtype, seed=seed,
-            adapter_dtype=adapter, bias=False, device=device, quant_type=settings.quantize,
-        )  # fmt: skip
-        problem = case.draw(torch.Generator(device).manual_seed(seed))
-        reasons += [f"{name} {group.K}→{group.N}: {reason}" for reason in wrong_results(problem)]
-    with torch.no_grad():
-        for name, model in models.items():
-            value = model_step.loss(model, ids).item()
-            if not abs(value) < float("inf"):
-                reasons.append(f"{name}: the loss is {value}")
-    return reasons
+    accelerate(accelerated)
+    return {settings.names.peer: peer, settings.names.accelerated: accelerated}

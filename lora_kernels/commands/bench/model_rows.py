@@ -7,7 +7,7 @@ from ..timing import Timing
 from .peers import BARE, HEADINGS
 from .rows import launches
 
-LESS_IMPORTANT = ("launches", "held", "p20–p80", "tokens/s", "peak", "saved")
+LESS_IMPORTANT = ("launches", "held", "p20–p80", "tokens/s", "of bare's", "peak", "saved")
 
 
 def times(name: str, timings: dict[str, Timing], tokens: int, peer: str | None) -> dict[str, Any]:
@@ -24,6 +24,12 @@ def times(name: str, timings: dict[str, Timing], tokens: int, peer: str | None) 
     }
 
 
+def saved_over(row: dict[str, Any], rows: list[dict[str, Any]], names: list[str]) -> dict[str, float]:
+    """What the row saves over what each of `names` does."""
+    saved = {other["variant"]: other["saved_bytes"] for other in rows}
+    return {name: row["saved_bytes"] / saved[name] for name in names}
+
+
 def print_rows(case: str, rows: list[dict[str, Any]], output: Output) -> None:
     """The case's table."""
     cells = [
@@ -34,12 +40,15 @@ def print_rows(case: str, rows: list[dict[str, Any]], output: Output) -> None:
             f"{row['tokens_per_s']:,.0f}",
             f"{row['times_bare']:.3f}",
             *(f"{faster:.3f}" for faster in row["faster_than"].values()),
-            *(format_bytes(row[name]) for name in ("saved_bytes", "held_bytes", "peak_bytes")),
+            format_bytes(row["saved_bytes"]),
+            *(f"{over:.3f}" for over in row["saved_over"].values()),
+            *(format_bytes(row[name]) for name in ("held_bytes", "peak_bytes")),
             *launches(row),
         )
         for row in rows
     ]
-    others = (HEADINGS[name] for name in rows[0]["faster_than"])
-    columns = ["variant", "median ms", "p20–p80", "tokens/s", "x bare", *others, "saved", "held", "peak"]
+    others = [HEADINGS[name] for name in rows[0]["faster_than"]]
+    over = [f"of {name.removeprefix('x ')}'s" for name in ("x bare", *others)]
+    columns = ["variant", "median ms", "p20–p80", "tokens/s", "x bare", *others, "saved", *over, "held", "peak"]
     columns += ["launches"] if launches(rows[0]) else []
     output.table(case, columns, cells, less_important=LESS_IMPORTANT)

@@ -2,12 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from .. import pretrained
 from ..options import check_count
-from .peers import BNB, OURS, OURS_NF4, PEFT
+from .peers import ACCELERATED, BNB, FUSED, OURS, OURS_NF4, PEFT
+
+
+class Names(NamedTuple):
+    """Of the variants beside the bare model."""
+
+    ours: str
+    fused: str
+    peer: str
+    accelerated: str
 
 
 @dataclass(frozen=True)
@@ -23,9 +33,9 @@ class Settings:
     quantize: str | None = None  # "nf4": this package's 4-bit layers beside bitsandbytes' under PEFT
 
     @property
-    def names(self) -> tuple[str, str]:
-        """The variants beside the bare model: this package's and the peer's."""
-        return (OURS_NF4, BNB) if self.quantize else (OURS, PEFT)
+    def names(self) -> Names:
+        ours, peer = (OURS_NF4, BNB) if self.quantize else (OURS, PEFT)
+        return Names(ours, ours + FUSED, peer, ACCELERATED[peer])
 
     def check(self) -> None:
         """Raise CommandError for values that fit a layer and no model, and for a directory that has none."""

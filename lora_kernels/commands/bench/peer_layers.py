@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ...cases.linear import Problem
+from ...functional.glu_mlp import lora_glu_mlp
+from ...functional.linear import lora_linear_group
 from ...layers.linear import LoRALinear
+from ...values import LoRAWeights
 from . import unsloth_order
-from .blocks import Block, BlockProblem
+from .blocks import TOGETHER, Block, BlockProblem
 
 
 def frozen(problem: Problem) -> nn.Linear:
@@ -67,6 +70,22 @@ def with_adapter(layer: Any, problem: Problem) -> nn.Module:
     return layer.train()
 
 
+class FusedBlock(Block):
+    """This package's layers, of which q, k and v are one operation, and the MLP another one."""
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        members, p = self._members(x, "qkv")
+        return lora_linear_group(x, members, dropout_p=p)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        members, p = self._members(x, "mlp")
+        return lora_glu_mlp(x, *members, dropout_p=p)
+
+    def _members(self, x: Tensor, kind: str) -> tuple[list[LoRAWeights], float]:
+        found = [self.layers[name].projection(x) for name in TOGETHER[kind]]  # type: ignore[operator]
+        return [member.weights for member in found], found[0].dropout_p
+
+
 class UnslothBlock(Block):
     """Single layers, and q, k, v and the MLP as one function each."""
 
@@ -76,13 +95,13 @@ class UnslothBlock(Block):
         super().__init__(problem.case.shape.block, layers)  # type: ignore[arg-type]
 
     def qkv(self, x: Tensor) -> tuple[Tensor, ...]:
-        return unsloth_order.QKVFunction.apply(x, self.s, *self._weights("q", "k", "v"))
+        return unsloth_order.QKVFunction.apply(x, self.s, *self._weights("qkv"))
 
     def mlp(self, x: Tensor) -> Tensor:
-        return unsloth_order.MLPFunction.apply(x, self.s, *self._weights("gate", "up", "down"))
+        return unsloth_order.MLPFunction.apply(x, self.s, *self._weights("mlp"))
 
-    def _weights(self, *names: str) -> list[Tensor]:
-        return [tensor for name in names for tensor in self.layers[name].weights()]  # type: ignore[operator]
+    def _weights(self, kind: str) -> list[Tensor]:
+        return [tensor for name in TOGETHER[kind] for tensor in self.layers[name].weights()]  # type: ignore[operator]
 
 
 class LoRAFusionLinear(unsloth_order.Linear):

@@ -6,7 +6,8 @@ unsloth-style  the order of operations of Unsloth's LoRA_W, LoRA_QKV and LoRA_ML
 bnb            bitsandbytes' Linear4bit (NF4, nested absmax) under PEFT, and this package over the same 4-bit weights
 lorafusion     LoRAFusion's Triton kernels from the checkout that `--lorafusion DIR` names
 
-The bare frozen linear is always there. A peer that cannot run is listed with the reason.
+The bare frozen linear is always there; in a block also this package's layers with q, k, v and the MLP as one operation each.
+A peer that cannot run is listed with the reason.
 """
 
 import importlib
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from ...cases.linear import Problem
+from ...cases.members import MembersProblem
 from ..console import FAILED, CommandError
 from . import peer_layers
 from .blocks import Block, BlockProblem
@@ -30,9 +32,12 @@ from .suites import BOTH, Workload
 PEERS = ("peft", "peft-compile", "unsloth-style", "bnb", "lorafusion")
 BARE, OURS = "bare frozen linear", "lora_kernels"
 OURS_FP32, OURS_NF4 = "lora_kernels, fp32 adapters", "lora_kernels, NF4"
+FUSED = ", fused blocks"  # behind one of these three
+OURS_FUSED = OURS + FUSED
 PEFT, PEFT_FP32, PEFT_COMPILED = "PEFT eager", "PEFT eager, fp32 adapters", "PEFT compiled"
 UNSLOTH, BNB, LORAFUSION = "Unsloth's order", "bitsandbytes NF4 + PEFT", "LoRAFusion"
 ROWS = {"peft": PEFT, "peft-compile": PEFT_COMPILED, "unsloth-style": UNSLOTH, "bnb": BNB, "lorafusion": LORAFUSION}
+ACCELERATED = {PEFT: "PEFT accelerated", BNB: f"{BNB}, accelerated"}  # by accelerate(), in place of these two
 HEADINGS = {  # of the columns "times faster than"
     PEFT: "x PEFT",
     PEFT_FP32: "x PEFT fp32",
@@ -51,6 +56,17 @@ class Variant:
     module: nn.Module
     ours: BlockProblem | None = None
     nf4: bool = False
+    fused: bool = False
+
+    def calls(self) -> dict[str, Problem | MembersProblem]:
+        """Each different call of this package's that the module makes, by what it is."""
+        if self.ours is None:
+            return {}
+        problem = self.ours.map(Problem.quantized) if self.nf4 else self.ours
+        together = problem.fused() if self.fused else {}
+        inside = {name for members in together.values() for name in members.members}
+        alone = [layer for name, layer in problem.layers.items() if name not in inside]
+        return together | {f"{layer.in_features}→{layer.out_features}": layer for layer in alone}
 
 
 def parse(text: str) -> tuple[str, ...]:
@@ -102,8 +118,7 @@ def variants(name: str, problem: BlockProblem, lorafusion: Path | None = None) -
     if name == "bare":
         return [_variant(BARE, problem, peer_layers.frozen)]
     if name == "ours":
-        rows = [_variant(OURS, problem, peer_layers.ours, problem)]
-        return rows + ([_variant(OURS_FP32, wide, peer_layers.ours, wide)] if wide else [])
+        return _ours(OURS, problem, peer_layers.ours) + (_ours(OURS_FP32, wide, peer_layers.ours) if wide else [])
     if name == "peft":
         return [_variant(PEFT, problem, peer_layers.peft)] + ([_variant(PEFT_FP32, wide, peer_layers.peft)] if wide else [])
     if name == "peft-compile":
@@ -113,18 +128,26 @@ def variants(name: str, problem: BlockProblem, lorafusion: Path | None = None) -
     if name == "unsloth-style":
         return [Variant(UNSLOTH, peer_layers.UnslothBlock(problem).train())]
     if name == "ours-nf4":
-        return [replace(_variant(OURS_NF4, problem, peer_layers.ours_nf4, problem), nf4=True)]
+        return [replace(variant, nf4=True) for variant in _ours(OURS_NF4, problem, peer_layers.ours_nf4)]
     if name == "bnb":
         return [_variant(BNB, problem, peer_layers.bnb)]
     kernels = _lorafusion(lorafusion)
     return [_variant(LORAFUSION, problem, lambda layer: peer_layers.LoRAFusionLinear(layer, kernels))]
 
 
-def _variant(
-    name: str, problem: BlockProblem, build: Callable[[Problem], nn.Module], ours: BlockProblem | None = None
-) -> Variant:
+def _variant(name: str, problem: BlockProblem, build: Callable[[Problem], nn.Module]) -> Variant:
     layers = {key: build(layer) for key, layer in problem.layers.items()}
-    return Variant(name, Block(problem.case.shape.block, layers).train(), ours)
+    return Variant(name, Block(problem.case.shape.block, layers).train())
+
+
+def _ours(name: str, problem: BlockProblem, build: Callable[[Problem], nn.Module]) -> list[Variant]:
+    """This package's layers and, in a block, the same ones fused."""
+    alone = replace(_variant(name, problem, build), ours=problem)
+    kind = problem.case.shape.block
+    if kind == "linear":
+        return [alone]
+    fused = peer_layers.FusedBlock(kind, dict(alone.module.layers)).train()  # type: ignore[arg-type]
+    return [alone, replace(alone, name=name + FUSED, module=fused, fused=True)]
 
 
 def _missing(package: str) -> str | None:

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from ...cases import glu_mlp
+from ...cases.linear import Problem
+from ...cases.members import MembersProblem
 from ...dtypes import dtype_name
-from ...functional.linear import backend_report
+from ...plan import Call, describe, report, use_backend
 from ..console import Output, format_bytes
 from ..timing import Timing
 from .peers import BARE, HEADINGS, Variant
@@ -34,12 +37,16 @@ def new_row(case: Workload, variant: Variant, timings: dict[str, Timing]) -> dic
 
 
 def _backend(variant: Variant) -> str | None:
-    """The backend that computes `variant`; None for what is not this package's."""
-    if variant.ours is None:
-        return None
-    layer = next(iter(variant.ours.layers.values()))
-    layer = layer.quantized() if variant.nf4 else layer
-    return next(row.backend for row in backend_report(layer.x, layer.W, layer.A, layer.B) if row.used)
+    """The backends that compute `variant`; None for what is not this package's."""
+    used = {row.backend: None for problem in variant.calls().values() for row in report(_call(problem)) if row.used}
+    return ", ".join(used) or None
+
+
+def _call(problem: Problem | MembersProblem) -> Call:
+    members = (problem.member(),) if isinstance(problem, Problem) else tuple(problem.members.values())
+    mlp = isinstance(problem.case, glu_mlp.Case)
+    options, x = (problem.case.activation,) if mlp else (), problem.x  # type: ignore[union-attr]
+    return describe("glu_mlp" if mlp else "linear", use_backend.current, x.dtype, x, members, problem.dropout(), options)
 
 
 def launches(row: dict[str, Any]) -> list[int]:

@@ -1,8 +1,8 @@
 """`lora-kernels demo`: fine-tune a causal language model on real text, beside PEFT, and read the adapter back.
 
-The order is: check the input; measure one training step of this package and of PEFT over the same frozen weights;
-train; compare held-out loss and a sample before and after; write the adapter, read it back here and with PEFT, and require
-the same logits (round_trip.py).
+The order is: check the input; adapt the model and fuse its blocks; measure one training step of it and of PEFT over the same
+frozen weights; train; compare held-out loss and a sample before and after; write the adapter, read it back here and with
+PEFT, and require the same logits (round_trip.py).
 """
 
 import time
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...models.blocks import fuse_blocks
 from ...models.surgery import add_lora
 from .. import pretrained
 from ..bench.peers import OURS, PEFT
@@ -57,12 +58,15 @@ def run(settings: Settings, output: Output) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     report = add_lora(model, settings.lora_config, quantize=settings.quantize)
     output.print(f"{settings.model or pretrained.DEFAULT_MODEL}: {report}", markup=False)
+    blocks = fuse_blocks(model)
+    output.print(str(blocks), markup=False)
     steps = _compare_steps(model, peft_model, corpus, settings, output)
     del peft_model
     result = _fine_tune(model, tokenizer, corpus, settings, output)
     with output.status("Reading the adapter back, with PEFT too"):
         result["round_trip"] = round_trip(model, directory, corpus.held_out[:1].to(device), settings)
     result["plot"] = str(plot(result["losses"], result["held_out"], settings.output / "loss.png"))
+    result["blocks"] = {"groups": blocks.groups, "mlps": blocks.mlps, "skipped": blocks.skipped, "calls": blocks.calls()}
     result |= {"steps": steps, "device": str(device), "dtype": str(dtype), "seconds": time.perf_counter() - started}
     result["settings"] = asdict(settings)
     print_summary(result, output)

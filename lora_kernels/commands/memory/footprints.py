@@ -5,12 +5,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from ...layers.projection import features
+from ...models.blocks import finding
 from ...models.config import LoRAConfig
 from ..layer_shapes import Layers, adapt
 from ..pretrained import meta_model
 
 ADAMW_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class Between:
+    """Features I between the linear layers of all MLPs together: of those with a gate, and of those without."""
+
+    gated: int = 0
+    plain: int = 0
+
+    def saved_bytes(self, M: int, itemsize: int) -> dict[str, int]:
+        """Of M tokens, beyond the MLPs' input. Frozen: gate, act(gate) and up; adapters in each layer alone: also what down
+        reads, their product; fused: gate and up. Without a gate: up; up and act(up); up.
+        """
+        counts = {"frozen": (3, 1), "alone": (4, 2), "fused": (2, 1)}
+        return {kind: M * itemsize * (g * self.gated + p * self.plain) for kind, (g, p) in counts.items()}
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,10 @@ class Size:
         )
         shapes[self.hidden, self.key_value] += 2
         return [Layers(K, N, count * self.layers, R) for (K, N), count in shapes.items()]
+
+    @property
+    def between(self) -> Between:
+        return Between(gated=self.layers * self.intermediate)
 
     @property
     def parameters(self) -> int:
@@ -61,14 +83,33 @@ class Footprint:
         return self.weights + self.adapters + self.saved_activations + self.gradients + self.optimizer
 
 
-def layers_of_model(directory: Path, config: LoRAConfig, option: str) -> tuple[list[Layers], int]:
-    """(the layers that `config` adapts in the model of `directory`, the number of its base parameters).
+def layers_of_model(directory: Path, config: LoRAConfig, option: str) -> tuple[list[Layers], int, Between]:
+    """(the layers that `config` adapts in the model of `directory`, the number of its base parameters, what its MLPs keep).
 
     Raises CommandError that names `option`, where they come from.
     """
     model = meta_model(directory)
     base_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return adapt(model, config, option), base_parameters
+    return adapt(model, config, option), base_parameters, between(model)
+
+
+def between(model: nn.Module) -> Between:
+    """Of the MLPs with adapted layers, found by children and sizes as `fuse_blocks` finds them; it then runs them as well."""
+    gated = plain = 0
+    for parent in model.modules():
+        members = finding.members_of(parent)
+        names = finding.mlp_members(members)
+        if names is None or not finding.has_activation(parent):
+            continue
+        sizes = [features(members[name]) for name in names]
+        if len(sizes) == 3:  # K, K and I in
+            inputs = Counter(K for K, _ in sizes)
+            gated += min(inputs, key=lambda K: inputs[K])
+        else:
+            (_, N), (I, _) = sizes  # noqa: E741
+            gated += I if N == 2 * I else 0
+            plain += I if N == I else 0
+    return Between(gated, plain)
 
 
 def footprints(

@@ -29,7 +29,7 @@ def memory(
     """Count the bytes of QLoRA and LoRA training beside full fine-tuning, for a model, a well-known size or shapes."""
     from ...models.config import LoRAConfig
     from ..layer_shapes import parse_shapes
-    from .footprints import SIZES, layers_of_model
+    from .footprints import SIZES, Between, layers_of_model
     from .run import run
 
     given = [value is not None for value in (model, size, shape)]
@@ -43,12 +43,12 @@ def memory(
     check_probability("--dropout", dropout)
     if model is not None:
         config = LoRAConfig(r=rank, lora_alpha=rank, target_modules=target or "all-linear")
-        layers, parameters = layers_of_model(model, config, "--target" if target else "--model")
+        layers, parameters, mlps = layers_of_model(model, config, "--target" if target else "--model")
     elif size is not None:
         if size not in SIZES:
             raise CommandError(f"--size: got {size!r}, expected {', '.join(SIZES)}")
-        layers, parameters = SIZES[size].adapted(rank), SIZES[size].parameters
+        layers, parameters, mlps = SIZES[size].adapted(rank), SIZES[size].parameters, SIZES[size].between
     else:
-        layers = parse_shapes(shape or (), rank)
+        layers, mlps = parse_shapes(shape or (), rank), Between()
         parameters = sum(group.K * group.N * group.count for group in layers)
-    out.write_json(run(layers, parameters, tokens, dropout, base_dtype, adapters, out))
+    out.write_json(run(layers, parameters, tokens, dropout, base_dtype, adapters, out, mlps))

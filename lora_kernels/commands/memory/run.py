@@ -3,7 +3,8 @@
 Counted: weights (QLoRA: those of the adapted layers in NF4, blocks of 64 with 8-bit absmax, the others as they are);
 gradients; AdamW's two moments (each in its parameter's dtype, as torch.optim.AdamW keeps them); and the activations that
 the adapted linear layers save for the backward pass *beyond their input x*, which every kind of training keeps and which
-layers that read the same x share. LoRA saves h[M,R] per layer, and an 8-byte seed where dropout is on. Not counted: x
+layers that read the same x share. LoRA saves h[M,R] per layer, and an 8-byte seed where dropout is on. Apart, and in no
+total: what MLPs keep between their linear layers, frozen, with adapters in each layer alone, and fused. Not counted: x
 itself, attention, norms, logits, workspaces, fragmentation, and float32 master weights.
 """
 
@@ -15,7 +16,7 @@ import torch
 from ...dtypes import dtype_name
 from ..console import Output, format_bytes
 from ..layer_shapes import Layers
-from .footprints import footprints
+from .footprints import Between, footprints
 
 CAPTION = (
     "QLoRA: adapted layers in NF4. Activations: what the linear layers save beyond their input x; every kind of training "
@@ -32,8 +33,9 @@ def run(
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
     output: Output,
+    mlps: Between = Between(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
-    """Print the two tables and return what they show."""
+    """Print the tables and return what they show."""
     result = footprints(layers, base_parameters, M, dropout > 0, dtype, adapter_dtype)
     layer_rows = [_layer_row(group, M, dropout > 0, adapter_dtype.itemsize) for group in layers]
     columns = ("K → N", "layers", "rank", "adapter parameters", "saved beyond x")
@@ -48,12 +50,18 @@ def run(
         rows.append((name.replace("_", " "), *readable))
     title = f"QLoRA, LoRA and full fine-tuning, base {dtype_name(dtype)}, adapters {dtype_name(adapter_dtype)}"
     output.table(title, ("", "QLoRA", "LoRA", "full fine-tuning"), rows, caption=CAPTION)
+    between = mlps.saved_bytes(M, dtype.itemsize)
+    if between["frozen"]:
+        cells = [format_bytes(saved) for saved in between.values()]
+        about = f"Saved between the MLPs' linear layers, M = {M} tokens, {dtype_name(dtype)}"
+        output.table(about, ("frozen model", "each layer alone", "fused blocks"), [cells])
     return {
         "tokens": M,
         "dtype": dtype_name(dtype),
         "adapter_dtype": dtype_name(adapter_dtype),
         "dropout": dropout,
         "layers": [asdict(group) for group in layers],
+        "saved_between_mlp_layers": between,
         **{kind: {**asdict(footprint), "total": footprint.total} for kind, footprint in result.items()},
         "counted": " ".join((__doc__ or "").split()),
     }

@@ -19,7 +19,8 @@ TABLE = Path(__file__).parents[2] / "backends/triton/kernels.json"
 PROCESSORS = 132
 ISSUE = PROCESSORS * 128 * 1.7e9  # instructions per second: processors × lanes × clock, H100 and H200
 WARPS = 16  # on a processor, four for each scheduler, that issue without gaps; fewer issue that part of it
-SIDE_KERNELS = ("project", "prefill", "grad_dy", "grad_x")
+SIDE_KERNELS = ("project", "prefill", "grad_dy", "grad_x")  # of a layer; the first and the last of groups too
+BLOCK_KERNELS = ("glu", "glu_backward")  # of an MLP, whose intermediate features are N
 LESS_IMPORTANT = ("matrix", "shared", "per element", "spills", "megabytes", "registers", "ctas per sm", "h200 us predicted")
 MATRIX = 790e12  # bf16 multiply-adds ·2 per second that the vendor's product reaches on them
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second of a device copy
@@ -67,10 +68,11 @@ def kernel_rows(
             continue
         data, adapter = (4 if name == "fp32" else 2 for name in dtypes.split()[:2])
         R, chunk = int(rank[1:]), (chunks or {}).get(kernel, M)
-        elements, moved, flops = _work(kernel, M, K, N, R, data, adapter)
+        n = members_of(kernel, form)
+        elements, moved, flops = _work(kernel, M, K, N, R, data, adapter, n)
         issued, warps = 0.0, WARPS
-        if kernel in SIDE_KERNELS:
-            programs, partials = _cut(kernel, M, K, N, R, chunk, *[int(size) for size in form.split()[0].split("x")])
+        if kernel in SIDE_KERNELS + BLOCK_KERNELS:
+            programs, partials = _cut(kernel, M, K, N, R, n, chunk, *[int(size) for size in form.split()[0].split("x")])
             moved += partials - (data * M * (N if kernel == "prefill" else K) if chunk < M else 0)
             warps = int(re.findall(r"w(\d+)s", form)[0]) * min(counts["ctas_per_sm"], -(-programs // PROCESSORS))
             issued = elements * counts["per_element"] / ISSUE
@@ -78,6 +80,14 @@ def kernel_rows(
         times = _times(moved, issued, warps, flops)
         rows.append(KernelRow(kernel, rank, form, **fields, megabytes=moved / 1e6, **times))
     return rows
+
+
+def members_of(kernel: str, form: str) -> int:
+    """How many members a launch serves: those of a group, "x3"; of an MLP's passes gate and up, or up alone."""
+    if kernel in BLOCK_KERNELS:
+        return 1 if "ungated" in form else 2
+    found = re.search(r" x(\d)", form)
+    return int(found[1]) if found else 1
 
 
 def _times(moved: int, issued: float, warps: int, flops: int) -> dict[str, Any]:
@@ -89,18 +99,20 @@ def _times(moved: int, issued: float, warps: int, flops: int) -> dict[str, Any]:
     return {**times, "bound": bound}
 
 
-def _cut(kernel: str, M: int, K: int, N: int, R: int, chunk: int, rows: int, columns: int) -> tuple[int, int]:
-    """(programs of a launch, bytes of all partial results written and read again) of a side kernel with this tile."""
-    strips = -(-(N if kernel in ("grad_dy", "prefill") else K) // columns)
+def _cut(kernel: str, M: int, K: int, N: int, R: int, n: int, chunk: int, rows: int, columns: int) -> tuple[int, int]:
+    """(programs of a launch, bytes of all partial results written and read again) of n members with this tile."""
+    width = K if kernel in ("project", "grad_x") else N
+    strips = -(-width // columns)
     if kernel == "prefill":
         return -(-min(chunk, M) // rows) * strips, 0
-    if kernel == "project":
+    if kernel in ("project", "glu"):
         programs = -(-M // rows)
-        count = parts(K, max(256, columns), programs)
-        return programs * count, 8 * count * M * R if count > 1 else 0
+        count = parts(width, max(256, columns), programs)
+        return programs * count, 8 * count * M * R * (n if kernel == "project" else 1) if count > 1 else 0
     counts = [parts(min(chunk, M - first), rows, strips) for first in range(0, M, chunk)]
-    of_g = 8 * strips * M * R if kernel == "grad_dy" and strips > 1 else 0
-    of_rest = 8 * sum(counts) * R * (N if kernel == "grad_dy" else K) if sum(counts) > 1 else 0
+    of_g = 8 * n * strips * M * R if kernel in ("grad_dy", "glu_backward") and strips > 1 else 0
+    sums = n + 1 if kernel == "glu_backward" else n  # down's dA too
+    of_rest = 8 * sum(counts) * sums * R * width if sum(counts) > 1 else 0
     return strips * counts[0], of_g + of_rest
 
 
@@ -110,14 +122,16 @@ def parts(width: int, tile: int, programs: int) -> int:
     return -(-tiles // -(-tiles // max(1, min(tiles, 2 * PROCESSORS // programs))))
 
 
-def _work(kernel: str, M: int, K: int, N: int, R: int, data: int, adapter: int) -> tuple[int, int, int]:
-    """Elements that pass through the main loop, bytes moved from and to memory, and floating-point operations."""
+def _work(kernel: str, M: int, K: int, N: int, R: int, data: int, adapter: int, n: int) -> tuple[int, int, int]:
+    """Elements that pass through the main loop, bytes moved from and to memory, and floating-point operations, of n members."""
     x, dy, W, narrow = data * M * K, data * M * N, data * N * K, adapter * M * R
     return {
-        "project": (M * K, x + narrow, 0),
+        "project": (M * K, x + n * narrow, 0),
         "prefill": (M * N, dy + narrow, 0),
         "grad_dy": (M * N, dy + 2 * narrow, 0),
-        "grad_x": (M * K, 2 * x + narrow, 0),
+        "grad_x": (M * K, 2 * x + n * narrow, 0),
+        "glu": (M * N, (n + 1) * dy + narrow, 0),
+        "glu_backward": (M * N, (2 * n + 1) * dy + (n + 1) * narrow, 0),
         "lowrank_product": (M * K, x + dy + W + narrow, 2 * M * N * K),
         "lowrank_product_tma": (M * K, x + dy + W + narrow, 2 * M * N * K),
         "nf4_product": (M * K, x + dy + N * K // 2 + narrow, 2 * M * N * K),

@@ -41,10 +41,10 @@ def kernel_call(kernel: str, problem: Problem) -> Callable[[], object]:
 
     x, W, A, B, dy, h, dropout = _tensors(problem)
     return {
-        "project": lambda: project(x, A, dropout),
+        "project": lambda: project(x, (A,), dropout),
         "prefill": lambda: prefill(h, B, 2.0, None, x.dtype),
         "grad_dy": lambda: grad_dy(dy, h, B, 2.0, need_g=True, need_B=True, need_c=False),
-        "grad_x": lambda: grad_x(x, h, A, dropout, x.dtype, need_x=True, need_A=True),
+        "grad_x": lambda: grad_x(x, (h,), (A,), dropout, x.dtype, need_x=True, need_As=(True,)),
     }.get(kernel) or (lambda: (lowrank_product.forward(x, W, h, B, 2.0, None), lowrank_product.backward(dy, W, h, A, dropout)))
 
 
@@ -61,7 +61,7 @@ def flow_calls(direction: str, problem: Problem) -> Iterator[tuple[str, Callable
         def add(dx: torch.Tensor, rows: slice | None) -> torch.Tensor:
             return add_product(dx, dy if rows is None else dy[rows], W)
 
-        grad_x(x, h, A, dropout, x.dtype, not in_one_kernel, True, add)
+        grad_x(x, (h,), (A,), dropout, x.dtype, not in_one_kernel, (True,), add)
         if in_one_kernel:
             lowrank_product.backward(dy, W, h, A, dropout)
 

@@ -14,6 +14,31 @@ from .sums import new_parts, sum_parts
 from .tiles import dot, load_tile, scalar, store_tile
 
 
+@triton.jit
+def add_reductions(
+    b_dy, h, b_B, parts_g, parts_dB, parts_dc, acc_dB, acc_dc, s, i_n, o_m, M, R: tl.constexpr,
+    PRECISION: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """(acc_dB + dyᵀ·h, acc_dc + Σ dy) of one tile of dy, and its part of g to memory, each where it is wanted."""
+    if parts_g is not None:
+        b_g = s * dot(b_dy, b_B, None, PRECISION)
+        store_tile(parts_g + i_n.to(tl.int64) * M * R, b_g, o_m, tl.arange(0, BR), R, M, R)
+    if parts_dB is not None:
+        acc_dB = dot(b_dy.T, load_tile(h, o_m, tl.arange(0, BR), R, M, R), acc_dB, PRECISION)
+    if parts_dc is not None:
+        acc_dc += tl.sum(b_dy.to(tl.float32), axis=0)
+    return acc_dB, acc_dc
+
+
+@triton.jit
+def store_reductions(parts_dB, parts_dc, acc_dB, acc_dc, s, i_m, o_n, N, R: tl.constexpr, BR: tl.constexpr):
+    """parts_dB[i_m, N, R], parts_dc[i_m, N]."""
+    if parts_dB is not None:
+        store_tile(parts_dB + i_m.to(tl.int64) * N * R, s * acc_dB, o_n, tl.arange(0, BR), R, N, R)
+    if parts_dc is not None:
+        tl.store(parts_dc + i_m.to(tl.int64) * N + o_n, acc_dc, mask=o_n < N)
+
+
 @triton.jit(do_not_specialize=["M"])
 def grad_dy_kernel(
     dy, h, B, parts_g, parts_dB, parts_dc, s, M, N, R: tl.constexpr, stride_dy, part_rows,
@@ -24,25 +49,18 @@ def grad_dy_kernel(
     parts_g[i_n, M, R], parts_dB[i_m, N, R], parts_dc[i_m, N]; a None among them is not computed.
     """
     i_n, i_m = tl.program_id(0), tl.program_id(1)
-    o_n, o_r = i_n * BN + tl.arange(0, BN), tl.arange(0, BR)
-    s = scalar(s)
+    o_n = i_n * BN + tl.arange(0, BN)
+    s, b_B = scalar(s), None
     if parts_g is not None:
-        b_B = load_tile(B, o_n, o_r, R, N, R)
+        b_B = load_tile(B, o_n, tl.arange(0, BR), R, N, R)
     acc_dB, acc_dc = tl.zeros([BN, BR], tl.float32), tl.zeros([BN], tl.float32)
     for m in range(i_m * part_rows, tl.minimum(M, (i_m + 1) * part_rows), BM):
         o_m = m + tl.arange(0, BM)
         b_dy = load_tile(dy, o_m, o_n, stride_dy, M, N)
-        if parts_g is not None:
-            b_g = s * dot(b_dy, b_B, None, PRECISION)
-            store_tile(parts_g + i_n.to(tl.int64) * M * R, b_g, o_m, o_r, R, M, R)
-        if parts_dB is not None:
-            acc_dB = dot(b_dy.T, load_tile(h, o_m, o_r, R, M, R), acc_dB, PRECISION)
-        if parts_dc is not None:
-            acc_dc += tl.sum(b_dy.to(tl.float32), axis=0)
-    if parts_dB is not None:
-        store_tile(parts_dB + i_m.to(tl.int64) * N * R, s * acc_dB, o_n, o_r, R, N, R)
-    if parts_dc is not None:
-        tl.store(parts_dc + i_m.to(tl.int64) * N + o_n, acc_dc, mask=o_n < N)
+        acc_dB, acc_dc = add_reductions(
+            b_dy, h, b_B, parts_g, parts_dB, parts_dc, acc_dB, acc_dc, s, i_n, o_m, M, R, PRECISION, BR
+        )
+    store_reductions(parts_dB, parts_dc, acc_dB, acc_dc, s, i_m, o_n, N, R, BR)
 
 
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]

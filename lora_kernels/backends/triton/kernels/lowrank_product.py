@@ -19,6 +19,7 @@ from .. import tuning
 from ..launch import Launch, call, dtype_of
 from ..tuning import Tile
 from .mask import edge, keep_tile
+from .members import words
 from .tiles import dot, load_tile, scalar, store_tile
 
 
@@ -34,7 +35,7 @@ def tile_of(i_tile, row_tiles, column_tiles, GROUP: tl.constexpr = 8):
 @triton.jit
 def low_rank_tile(
     u, V, c, s, seed, edge, o_m, column, M, D, R: tl.constexpr,
-    FORWARD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    FORWARD: tl.constexpr, DROP: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Forward s·u·Vᵀ + c with u = h, V = B[D, R]; backward undrop(u·V) with u = g, V = A[R, D], s = 1 / (1 - p̂)."""
@@ -44,20 +45,20 @@ def low_rank_tile(
     if c is not None:
         acc += tl.load(c + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
     if DROP:
-        acc = tl.where(keep_tile(tl.load(seed), edge, o_m, column, BD), acc, 0.0)
+        acc = tl.where(keep_tile(tl.load(seed), edge, o_m, column, OFFSET, BD), acc, 0.0)
     return acc
 
 
 @triton.jit(do_not_specialize=["M", "edge"])
 def lowrank_product_kernel(
     a, W, out, u, V, c, s, seed, edge, M, C, D, R: tl.constexpr, stride_a, stride_W,
-    FORWARD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    FORWARD: tl.constexpr, DROP: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """out[M, D] = low + a[M, C]·w, one tile per program, by pointers: any shape on any GPU."""
     i_m, i_d = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(D, BD))
     o_m, o_d = i_m * BM + tl.arange(0, BM), i_d * BD + tl.arange(0, BD)
-    acc = low_rank_tile(u, V, c, s, seed, edge, o_m, i_d * BD, M, D, R, FORWARD, DROP, PRECISION, BM, BD, BR)
+    acc = low_rank_tile(u, V, c, s, seed, edge, o_m, i_d * BD, M, D, R, FORWARD, DROP, OFFSET, PRECISION, BM, BD, BR)
     for column in range(0, C, BC):
         o_c = column + tl.arange(0, BC)
         b_w = load_tile(W, o_d, o_c, stride_W, D, C).T if FORWARD else load_tile(W, o_c, o_d, stride_W, C, D)
@@ -68,7 +69,7 @@ def lowrank_product_kernel(
 @triton.jit(do_not_specialize=["M", "edge"])
 def lowrank_product_tma_kernel(
     a, W, out, u, V, c, s, seed, edge, M, C, D, R: tl.constexpr,
-    FORWARD: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    FORWARD: tl.constexpr, DROP: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """The same with tensor descriptors a, W, out: one program per processor walks over the tiles.
@@ -80,7 +81,7 @@ def lowrank_product_tma_kernel(
         i_m, i_d = tile_of(i_tile, row_tiles, column_tiles)
         m, d = i_m * BM, i_d * BD
         o_m = m + tl.arange(0, BM)
-        acc = low_rank_tile(u, V, c, s, seed, edge, o_m, d, M, D, R, FORWARD, DROP, PRECISION, BM, BD, BR)
+        acc = low_rank_tile(u, V, c, s, seed, edge, o_m, d, M, D, R, FORWARD, DROP, OFFSET, PRECISION, BM, BD, BR)
         for column in range(0, C, BC):
             b_w = W.load([d, column]).T if FORWARD else W.load([column, d])
             acc = tl.dot(a.load([m, column]), b_w, acc)
@@ -112,10 +113,10 @@ def _call(
     forward: bool,
 ) -> Tensor:
     C, D = a.shape[1], W.shape[0 if forward else 1]
-    p, seed = (None, None) if dropout is None else (dropout.p, dropout.seed)
+    p, seed, offset = words(dropout)
     tma = tuning.gpu(a.device).capability in tuning.TMA_GPUS and tuning.tma_legal(a, W, columns=D)
     key = (
-        a.device, a.dtype, u.dtype, u.shape[1], C, D, a.stride(0), W.stride(0), dtype_of(s), dtype_of(c), p, forward,
+        a.device, a.dtype, u.dtype, u.shape[1], C, D, a.stride(0), W.stride(0), dtype_of(s), dtype_of(c), p, offset, forward,
         tuning.precision(a.dtype),
     )  # fmt: skip
     return call("lowrank_product_tma" if tma else "lowrank_product", product, key, a, W, u, V, c, s, seed)
@@ -134,13 +135,14 @@ def product(
     of_s: torch.dtype | None,
     of_c: torch.dtype | None,
     p: float | None,
+    offset: int,
     forward: bool,
     precision: str,
 ) -> Callable[..., Tensor]:
     """run(a, W, u, V, c, s, seed): low + a·w with this tile."""
     launch = Launch(
         lowrank_product_tma_kernel if tile.tma else lowrank_product_kernel, tile.options(), FORWARD=forward, DROP=p is not None,
-        PRECISION=precision, BM=tile.rows, BD=tile.columns, BC=tile.depth, BR=tuning.padded_rank(R),
+        OFFSET=offset, PRECISION=precision, BM=tile.rows, BD=tile.columns, BC=tile.depth, BR=tuning.padded_rank(R),
     )  # fmt: skip
     column_tiles, processors, bits = -(-D // tile.columns), tuning.gpu(device).processors, edge(p or 0.0)
     W_block = [tile.columns, tile.depth] if forward else [tile.depth, tile.columns]

@@ -26,7 +26,7 @@ def nf4_product_kernel(
     SPAN: tl.constexpr = BLOCKSIZE if BLOCKSIZE < BC else BC  # codes of a row and step that share an absmax
     i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BD))
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BD + tl.arange(0, BD)
-    acc = low_rank_tile(h, B, c, s, None, 0, o_m, i_n * BD, M, N, R, True, False, PRECISION, BM, BD, BR)
+    acc = low_rank_tile(h, B, c, s, None, 0, o_m, i_n * BD, M, N, R, True, False, 0, PRECISION, BM, BD, BR)
     row = tl.minimum(o_n, N - 1).to(tl.int64) * K
     for k in range(0, K, BC):
         o_byte = k // 2 + tl.arange(0, BC // 2)

@@ -46,16 +46,20 @@ def new_parts(count: int, *shape: int, dtype: torch.dtype, device: torch.device)
 
 
 def sum_parts(*sums: tuple[Tensor | None, int, torch.dtype]) -> list[Tensor | None]:
-    """Σ over the first dimension of each (parts, count, dtype), in one launch; a single part is its sum, None stays None."""
+    """Σ over the first dimension of each (parts, count, dtype), three in a launch; one part is its sum, None stays None."""
     outs = [p if p is None or count == 1 else torch.empty_like(p[0], dtype=dtype) for p, count, dtype in sums]
     pairs = zip(sums, outs, strict=True)
     jobs = [(p, out, out.numel(), count) for (p, count, _), out in pairs if p is not None and out is not None and count > 1]
-    if jobs:
-        blocks = sum([-(-size // SUM.columns) for _, _, size, _ in jobs])
-        jobs += [(*jobs[0][:2], 0, 0)] * (3 - len(jobs))  # a job without blocks
-        key = [(out.dtype, *specialized(size)) for _, out, size, _ in jobs]
-        sums_of(*key)((blocks, 1), *[argument for job in jobs for argument in job])
+    for first in range(0, len(jobs), 3):
+        _sum(jobs[first : first + 3])
     return outs
+
+
+def _sum(jobs: list[tuple]) -> None:
+    blocks = sum([-(-size // SUM.columns) for _, _, size, _ in jobs])
+    jobs += [(*jobs[0][:2], 0, 0)] * (3 - len(jobs))  # a job without blocks
+    key = [(out.dtype, *specialized(size)) for _, out, size, _ in jobs]
+    sums_of(*key)((blocks, 1), *[argument for job in jobs for argument in job])
 
 
 @kept
