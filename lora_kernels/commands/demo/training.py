@@ -7,9 +7,11 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from ...models.adalora.allocator import RankAllocator
 from ...models.parameters import lora_parameters
 from ..console import CommandError, Output
 from ..model_step import loss as model_loss
+from ..model_step import training_loss
 from .corpus import Corpus
 from .settings import Settings
 
@@ -26,6 +28,7 @@ def train(model: nn.Module, corpus: Corpus, settings: Settings, output: Output) 
     """
     parameters = lora_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+    allocator = RankAllocator(model) if settings.variant == "adalora" else None
     order = torch.Generator().manual_seed(settings.seed)
     torch.manual_seed(settings.seed)
     evaluate_after = {round(settings.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
@@ -39,9 +42,11 @@ def train(model: nn.Module, corpus: Corpus, settings: Settings, output: Output) 
             raise CommandError(f"--model: its loss is {held_out[0]} before any training; pass one with sound weights")
         for step in range(1, settings.steps + 1):
             model.train()
-            loss = model_loss(model, corpus.batch(settings.windows, order).to(parameters[0].device))
+            loss = training_loss(model, corpus.batch(settings.windows, order).to(parameters[0].device))
             loss.backward()
             optimizer.step()
+            if allocator is not None:
+                allocator.step(step - 1)
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())
             if step in evaluate_after:
