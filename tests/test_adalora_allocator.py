@@ -12,6 +12,7 @@ from lora_kernels import (
     LoRAConfig,
     RankAllocator,
     add_lora,
+    compact_ranks,
     load_lora_state_dict,
     lora_state_dict,
     merge_lora,
@@ -222,6 +223,14 @@ def test_it_refuses_a_merged_model_and_another_s_state():
     merge_lora(model.eval())
     with pytest.raises(RuntimeError, match="cannot allocate ranks: the model is merged"):
         allocator.step(1)
+
+
+def test_an_adapter_that_is_gone_is_named():
+    model = _trained(own())
+    allocator = RankAllocator(model)
+    compact_ranks(model)
+    with pytest.raises(RuntimeError, match="adapter 'default': deleted, or compacted to a plain LoRA"):
+        allocator.step(20)
 
 
 def test_nothing_is_pruned_where_the_target_is_the_beginning():

@@ -108,7 +108,11 @@ class RankAllocator:
         return budget
 
     def _parameters(self) -> dict[str, list[nn.Parameter]]:
-        """{kind: [one of each layer]}, as the layers hold them now."""
+        """{kind: [one of each layer]}, as the layers hold them now. Raises RuntimeError where the adapter is there no more."""
+        if not isinstance(lora_state(self._model).configs.get(self.adapter), AdaLoRAConfig):
+            raise RuntimeError(
+                f"adapter {self.adapter!r}: deleted, or compacted to a plain LoRA, since this RankAllocator was made"
+            )
         return {kind: [getattr(layer, kind)[self.adapter] for layer in self._layers.values()] for kind in KINDS}
 
     def _check_gradients(self, parameters: Mapping[str, list[nn.Parameter]], step: int) -> None:
