@@ -8,10 +8,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ...models.adalora.allocator import RankAllocator
+from ...models.adalora.orthogonality import orthogonality_loss
 from ...models.parameters import lora_parameters
 from ..console import CommandError, Output
 from ..model_step import loss as model_loss
-from ..model_step import training_loss
 from .corpus import Corpus
 from .settings import Settings
 
@@ -42,8 +42,8 @@ def train(model: nn.Module, corpus: Corpus, settings: Settings, output: Output) 
             raise CommandError(f"--model: its loss is {held_out[0]} before any training; pass one with sound weights")
         for step in range(1, settings.steps + 1):
             model.train()
-            loss = training_loss(model, corpus.batch(settings.windows, order).to(parameters[0].device))
-            loss.backward()
+            loss = model_loss(model, corpus.batch(settings.windows, order).to(parameters[0].device))
+            (loss if allocator is None else loss + orthogonality_loss(model)).backward()
             optimizer.step()
             if allocator is not None:
                 allocator.step(step - 1)
