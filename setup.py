@@ -24,7 +24,7 @@ FAMILY = re.compile(r"[89]\d[af]?|1\d\d[af]?")  # compute capability 8.0 and new
 CSRC = Path("csrc")
 CUDA, CPU = "lora_kernels._C", "lora_kernels._cpu"
 FLAGS = ["-O3", "-std=c++17", "--compiler-options", "-fPIC,-fvisibility=hidden"]
-CPU_FLAGS = [] if sys.platform == "win32" else ["-O3", "-ffp-contract=off"]
+CPU_FLAGS = [] if sys.platform == "win32" else ["-O3", "-ffp-contract=off", "-fno-trapping-math"]
 CPU_FLAGS += ["-fopenmp"] if sys.platform.startswith("linux") else []
 
 

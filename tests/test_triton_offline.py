@@ -16,6 +16,7 @@ from lora_kernels.commands.report import kernels as kernel_report
 
 # Local loads and stores that are known and accepted: key -> number. All others spill nothing. float16 beside float32 adapters
 # takes the tiles of bfloat16: with them grad_dy has 26 instructions an element on sm_90, 45 with one that spills nothing.
+# glu_backward has 61 with strips of 128 columns, of which it reloads a few, and 77 with half the rows and no spills.
 SPILLS: dict[str, int] = {
     "grad_x | fp32 fp32 | r64 | sm_80 | 16x32 w4s2 drop": 8,
     "grad_x | fp32 fp32 | r64 | sm_80 | 32x32 w8s2 drop": 11,
@@ -25,6 +26,9 @@ SPILLS: dict[str, int] = {
     "nf4_product | bf16 fp32 | r16 | sm_86 | 64x128x64 w8s3": 2,
     "nf4_product | bf16 bf16 | r16 | sm_89 | 64x128x64 w8s3": 2,
     "nf4_product | bf16 fp32 | r16 | sm_89 | 64x128x64 w8s3": 2,
+    "glu_backward | bf16 bf16 | r16 | sm_90 | 64x128 w8s2 drop": 17,
+    "glu_backward | bf16 bf16 | r16 | sm_90 | 64x128 w8s2 drop gelu ungated dc": 20,
+    "glu_backward | bf16 bf16 | r16 | sm_90 | 64x128 w8s2 drop gelu_tanh": 15,
     "grad_x | fp32 fp32 | r64 | sm_90 | 16x32 w4s2 drop": 8,
     "grad_x | fp32 fp32 | r64 | sm_90 | 32x32 w8s2 drop": 14,
     "grad_dy | fp16 fp32 | r16 | sm_90 | 32x256 w4s3": 196,
@@ -101,7 +105,7 @@ def test_every_rank_loads_asynchronously(written: dict[str, dict]) -> None:
 
 def test_grad_x_shares_a_processor_with_another(written: dict[str, dict]) -> None:
     rows = [
-        row for key, row in written.items() if re.match(r"grad_x \| bf16 \w+ \| r(8|16) \| sm_90 \| .* drop( \w\w| few)?$", key)
+        row for key, row in written.items() if re.match(r"grad_x \| bf16 \w+ \| r(8|16) \| sm_90 \| .* drop( dA| dx| few)?$", key)
     ]
     assert len(rows) >= 4
     assert all(row["ctas_per_sm"] >= 2 and row["spills"] == 0 for row in rows)

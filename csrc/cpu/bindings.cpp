@@ -26,21 +26,38 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "low_rank_forward",
       [](Address x, Address A, Address B, std::int64_t M, std::int64_t K, std::int64_t N, std::int64_t R, double s, double scale,
-         std::int32_t threshold, std::int64_t seed, std::uint64_t offset, int itemsize, Address y, Address h) {
-        low_rank_forward({x, A, B, M, K, N, R, s, scale, threshold, seed, offset, itemsize}, y, h);
+         std::int32_t threshold, std::int64_t seed, std::uint64_t offset, int itemsize, Address y, Address h, int threads) {
+        low_rank_forward({x, A, B, M, K, N, R, s, scale, threshold, seed, offset, itemsize}, y, h, threads);
       },
       Unlocked(), "h, and y += s * h * B^T.", arg("x"), arg("A"), arg("B"), arg("M"), arg("K"), arg("N"), arg("R"), arg("s"),
-      arg("scale"), arg("threshold"), arg("seed"), arg("offset"), arg("itemsize"), arg("y"), arg("h"));
+      arg("scale"), arg("threshold"), arg("seed"), arg("offset"), arg("itemsize"), arg("y"), arg("h"),
+      arg("threads"));
   m.def(
       "low_rank_backward",
       [](Address x, Address A, Address B, std::int64_t M, std::int64_t K, std::int64_t N, std::int64_t R, double s, double scale,
          std::int32_t threshold, std::int64_t seed, std::uint64_t offset, int itemsize, Address W, Address dy, Address h,
-         Address dx, Address dA, Address dB, Address dc) {
-        low_rank_backward({x, A, B, M, K, N, R, s, scale, threshold, seed, offset, itemsize}, W, dy, h, dx, dA, dB, dc);
+         Address dx, Address dA, Address dB, Address dc, int threads) {
+        low_rank_backward({x, A, B, M, K, N, R, s, scale, threshold, seed, offset, itemsize}, W, dy, h, dx, dA, dB, dc, threads);
       },
       Unlocked(), "dx (+)= dy * W + undrop(g * A), dA, dB, dc, each unless it is 0.", arg("x"), arg("A"), arg("B"), arg("M"),
       arg("K"), arg("N"), arg("R"), arg("s"), arg("scale"), arg("threshold"), arg("seed"), arg("offset"), arg("itemsize"),
-      arg("W"), arg("dy"), arg("h"), arg("dx"), arg("dA"), arg("dB"), arg("dc"));
+      arg("W"), arg("dy"), arg("h"), arg("dx"), arg("dA"), arg("dB"), arg("dc"), arg("threads"));
+  py::class_<Rows>(m, "Rows", py::module_local(), "A matrix whose rows' elements are adjacent.")
+      .def(py::init<Address, std::int64_t, std::string>(), arg("address"), arg("stride"), arg("dtype"));
+  m.def(
+      "glu_forward",
+      [](const std::string& activation, std::int64_t rows, std::int64_t columns, const Rows& a, const Rows* e, const Rows& u,
+         int threads) { glu_forward({rows, columns, a, e ? *e : Rows(), u, Rows(), Rows()}, activation, threads); },
+      Unlocked(), "a = act(e) * u, or act(u).", arg("activation"), arg("rows"), arg("columns"), arg("a"), arg("e").none(true),
+      arg("u"), arg("threads"));
+  m.def(
+      "glu_backward",
+      [](const std::string& activation, std::int64_t rows, std::int64_t columns, const Rows& da, const Rows* e, const Rows& u,
+         const Rows* de, const Rows& du, int threads) {
+        glu_backward({rows, columns, da, e ? *e : Rows(), u, de ? *de : Rows(), du}, activation, threads);
+      },
+      Unlocked(), "de = da * u * act'(e), du = da * act(e); without e: du = da * act'(u).", arg("activation"), arg("rows"),
+      arg("columns"), arg("da"), arg("e").none(true), arg("u"), arg("de").none(true), arg("du"), arg("threads"));
   m.def("nf4_decode", &nf4_decode, Unlocked(), "out[i, j] = element start + i * step + j of the weight.", arg("weight"),
         arg("out"), arg("dtype"), arg("out_stride"), arg("rows"), arg("columns"), arg("start"), arg("step"), arg("threads"));
 }

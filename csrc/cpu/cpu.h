@@ -5,7 +5,7 @@
 
 namespace lora_kernels::cpu {
 
-constexpr int INTERFACE = 2;  // of lora_kernels/cpu_extension.py: one more when a signature or a meaning here changes
+constexpr int INTERFACE = 3;  // of lora_kernels/cpu_extension.py: one more when a signature or a meaning here changes
 
 using Address = std::uintptr_t;
 
@@ -30,11 +30,35 @@ struct LowRank {
 };
 
 // h[M, R] = drop(x) * A^T, y[M, N] += s * h * B^T.
-void low_rank_forward(const LowRank& term, Address y, Address h);
+void low_rank_forward(const LowRank& term, Address y, Address h, int threads);
 
 // dx[M, K] = dy * W + undrop(g * A), to which dx is only added up if W is 0; dA[R, K], dB[N, R] and dc[N]; each unless its own
 // address is 0. g = s * dy * B.
-void low_rank_backward(const LowRank& term, Address W, Address dy, Address h, Address dx, Address dA, Address dB, Address dc);
+void low_rank_backward(const LowRank& term, Address W, Address dy, Address h, Address dx, Address dA, Address dB, Address dc,
+                       int threads);
+
+// A matrix of float32, bfloat16 or float16: its rows are `stride` elements apart, their elements adjacent. Address 0: none.
+struct Rows {
+  enum Type { FLOAT, BFLOAT16, HALF };
+  Address address = 0;
+  std::int64_t stride = 0;
+  Type type = FLOAT;
+  Rows() = default;
+  Rows(Address address, std::int64_t stride, const std::string& dtype);
+  Address at(std::int64_t row, std::int64_t column) const;
+};
+
+// The matrices of act(e) * u, each [rows, columns]; without e: act(u). a is da in the backward pass, which writes de and du.
+struct Glu {
+  std::int64_t rows, columns;
+  Rows a, e, u, de, du;
+};
+
+// a = act(e) * u.
+void glu_forward(const Glu& t, const std::string& activation, int threads);
+
+// de = a * u * act'(e), du = a * act(e), each written where its tile of a has been read: in a's own memory, too.
+void glu_backward(const Glu& t, const std::string& activation, int threads);
 
 // W of lora_kernels/nf4/weight.py, flattened, in blocks of `blocksize`.
 struct Weight {

@@ -1,142 +1,140 @@
-// The low-rank part of equations 1 to 6 (lora_kernels/reference/linear.py) where it is so small that PyTorch's way to each product
-// takes longer than the product: each direction is one call, on one thread. All matrices have adjacent rows.
+// The low-rank part of equations 1 to 6 (lora_kernels/reference/linear.py): each direction is one pass over the rows of x, dy, y and
+// dx, with one mask for all that needs it. PyTorch's way has a pass, and memory, for each product and mask. All matrices have
+// adjacent rows.
+#pragma GCC optimize("fp-contract=fast")  // a product and a sum rounded once: half the instructions, and no bits are promised here
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu.h"
 #include "mask.h"
+#include "products.h"
 
 namespace lora_kernels::cpu {
 namespace {
 
-constexpr int PARTS = 8;  // sums of a dot product side by side
-
-template <typename T>
-INLINE T total(const T (&parts)[PARTS]) {
-  const T a = parts[0] + parts[4], b = parts[1] + parts[5], c = parts[2] + parts[6], d = parts[3] + parts[7];
-  return (a + c) + (b + d);
-}
-
-// `COUNT` elements of out[i, j] (+)= s * sum over k of a[i, k] * b[j, k], from j = first: independent sums hide latencies.
-template <int COUNT, bool ADD, typename T>
-INLINE void dot_products(T* out, const T* a, const T* b, std::int64_t inner, T s) {
-  typedef T Vector __attribute__((vector_size(PARTS * sizeof(T))));
-  Vector sums[COUNT] = {};
-  std::int64_t k = 0;
-  for (; k + PARTS <= inner; k += PARTS) {
-    Vector u, v;
-    std::memcpy(&u, a + k, sizeof(u));
-    for (int j = 0; j < COUNT; ++j) {
-      std::memcpy(&v, b + j * inner + k, sizeof(v));
-      sums[j] += u * v;
-    }
-  }
-  for (int j = 0; j < COUNT; ++j) {
-    T parts[PARTS], rest = 0;
-    std::memcpy(parts, &sums[j], sizeof(parts));
-    for (std::int64_t l = k; l < inner; ++l) rest += a[l] * b[j * inner + l];
-    const T sum = s * (total(parts) + rest);
-    out[j] = ADD ? out[j] + sum : sum;
-  }
-}
-
-// out[i, j] (+)= s * sum over k of a[i, k] * b[j, k]
-template <bool ADD, typename T>
-INLINE void rows_by_rows(T* out, const T* a, const T* b, std::int64_t rows, std::int64_t columns, std::int64_t inner, T s) {
-  for (std::int64_t i = 0; i < rows; ++i) {
-    std::int64_t j = 0;
-    for (; j + 4 <= columns; j += 4) dot_products<4, ADD>(out + i * columns + j, a + i * inner, b + j * inner, inner, s);
-    for (; j < columns; ++j) dot_products<1, ADD>(out + i * columns + j, a + i * inner, b + j * inner, inner, s);
-  }
-}
-
-// a[i * a_row + k * a_step] is its element i, k: a matrix or its transpose.
-template <typename T>
-struct Factor {
-  const T* a;
-  std::int64_t a_row, a_step;
-};
-
-// WIDTH columns of out[i, j] = s * sum over k of a[i, k] * b[k, j], from `first`.
-template <int WIDTH, typename T>
-INLINE void column_block(T* out, Factor<T> a, const T* b, std::int64_t rows, std::int64_t columns, std::int64_t inner, T s,
-                         std::int64_t first) {
-  for (std::int64_t i = 0; i < rows; ++i) {
-    T sums[WIDTH] = {};
-    for (std::int64_t k = 0; k < inner; ++k) {
-      const T factor = a.a[i * a.a_row + k * a.a_step];
-      for (int j = 0; j < WIDTH; ++j) sums[j] += factor * b[k * columns + first + j];
-    }
-    for (int j = 0; j < WIDTH; ++j) out[i * columns + first + j] = s * sums[j];
-  }
-}
-
-// out[i, j] = s * sum over k of a[i, k] * b[k, j]
-template <typename T>
-INLINE void by_columns(T* out, Factor<T> a, const T* b, std::int64_t rows, std::int64_t columns, std::int64_t inner, T s) {
-  std::int64_t first = 0;
-  for (; first + 32 <= columns; first += 32) column_block<32>(out, a, b, rows, columns, inner, s, first);
-  for (; first + 4 <= columns; first += 4) column_block<4>(out, a, b, rows, columns, inner, s, first);
-  for (; first < columns; ++first) column_block<1>(out, a, b, rows, columns, inner, s, first);
-}
+constexpr std::int64_t BLOCK = 32;    // rows that are computed together, so that what they read of A and B stays in cache
+constexpr std::int64_t COLUMNS = 128;  // of a tile of such rows
+constexpr std::int64_t CHUNK = 64;    // rows whose parts of dA, dB and dc are summed up first: for any number of threads the same
+constexpr std::int64_t FEW = 1 << 16;  // multiplications that one thread computes before others have begun
 
 template <typename T>
 struct Term {
-  const T *x, *A, *B;
-  std::int64_t M, K, N, R;
-  T s, scale;  // scale: of the values that dropout keeps
+  const T* x;
+  std::int64_t M, K, N, R, padded;  // padded: R to whole vectors
+  T scale;                          // of the values that dropout keeps
   Mask mask;
+  const T *A, *At;    // [R, K], [K, padded]
+  const T *sB, *sBt;  // s * B: [N, padded], [R, N]
 };
 
-// drop(v), or undrop(v), which is the same; v itself without dropout.
+// What a thread computes in: rows of a tile.
 template <typename T>
-INLINE const T* dropped(std::vector<T>& room, const T* v, const Term<T>& term) {
-  if (term.mask.threshold == 0) return v;
-  room.resize(term.M * term.K);
-  for (std::int64_t i = 0; i < term.M; ++i)
-    drop_row(room.data() + i * term.K, v + i * term.K, term.scale, term.K, static_cast<std::uint32_t>(i), term.mask);
-  return room.data();
+struct Room {
+  std::uint16_t lanes[BLOCK * COLUMNS];
+  T tile[BLOCK * COLUMNS], wide[BLOCK * COLUMNS];
+};
+
+// A tile as the products read it.
+template <typename T>
+struct Tile {
+  const T* at;
+  std::int64_t row;
+};
+
+// drop(in) of a tile whose lanes are drawn, in `out`; `in` itself without dropout.
+template <typename T>
+INLINE Tile<T> dropped(T* out, const std::uint16_t* lanes, const Term<T>& term, Tile<T> in, std::int64_t rows, std::int64_t width) {
+  if (term.mask.threshold == 0) return in;
+  const std::int32_t threshold = term.mask.threshold;
+  const T scale = term.scale;
+  for (std::int64_t i = 0; i < rows; ++i)
+    for (std::int64_t j = 0; j < width; ++j)
+      out[i * COLUMNS + j] = in.at[i * in.row + j] * (lanes[i * COLUMNS + j] >= threshold ? scale : T{0});
+  return {out, COLUMNS};
 }
 
 template <typename T>
-INLINE void forward(const Term<T>& term, T* y, T* h) {
-  const auto [x, A, B, M, K, N, R, s, scale, mask] = term;
-  std::vector<T> room;
-  rows_by_rows<false>(h, dropped(room, x, term), A, M, R, K, T{1});  // 1
-  rows_by_rows<true>(y, h, B, M, N, R, s);                           // 2
+INLINE void draw(std::uint16_t* lanes, const Term<T>& term, std::int64_t first, std::int64_t rows, std::int64_t k) {
+  if (term.mask.threshold)
+    draw_lanes(lanes, static_cast<std::uint32_t>(first), rows, static_cast<std::uint32_t>(k / LANES), COLUMNS / LANES, term.mask);
 }
 
+// Equations 1 and 2 of the rows first : first + rows.
 template <typename T>
-INLINE void backward(const Term<T>& term, const T* W, const T* dy, const T* h, T* dx, T* dA, T* dB, T* dc) {
-  const auto [x, A, B, M, K, N, R, s, scale, mask] = term;
-  std::vector<T> g, room;
-  if (dx || dA) {
-    g.resize(M * R);
-    by_columns(g.data(), {dy, N, 1}, B, M, R, N, s);  // 3
+INLINE void forward(const Term<T>& term, T* y, T* h, std::int64_t first, std::int64_t rows) {
+  const std::int64_t K = term.K, N = term.N, R = term.R, padded = term.padded;
+  Room<T> room;
+  std::vector<T> sums(rows * padded);
+  for (std::int64_t k = 0; k < K; k += COLUMNS) {
+    const std::int64_t width = std::min(COLUMNS, K - k);
+    draw(room.lanes, term, first, rows, k);
+    const auto v = dropped(room.tile, room.lanes, term, Tile<T>{term.x + first * K + k, K}, rows, width);
+    combine(sums.data(), padded, rows, padded, Factor<T>{v.at, v.row, 1}, term.At + k * padded, padded, width);  // 1
   }
-  if (dx) {
-    std::vector<T> low_rank(M * K);
-    if (W) by_columns(dx, {dy, N, 1}, W, M, K, N, T{1});
-    by_columns(low_rank.data(), {g.data(), R, 1}, A, M, K, R, T{1});
-    const T* undropped = dropped(room, low_rank.data(), term);
-    for (std::int64_t i = 0; i < M * K; ++i) dx[i] += undropped[i];  // 4
-  }
-  if (dA) by_columns(dA, {g.data(), 1, R}, dropped(room, x, term), R, K, M, T{1});  // 5
-  if (dB) by_columns(dB, {dy, 1, N}, h, N, R, M, s);                                // 6
-  if (dc)
-    for (std::int64_t j = 0; j < N; ++j) {
-      dc[j] = 0;
-      for (std::int64_t i = 0; i < M; ++i) dc[j] += dy[i * N + j];  // 6
-    }
+  for (std::int64_t i = 0; i < rows; ++i) std::copy_n(sums.data() + i * padded, R, h + (first + i) * R);
+  combine(y + first * N, N, rows, N, Factor<T>{sums.data(), padded, 1}, term.sBt, N, R);  // 2
 }
 
-#define LOW_RANK(T, forward_of, backward_of)                                                                               \
-  FOR_EACH_CPU void forward_of(const Term<T>& term, T* y, T* h) { forward(term, y, h); }                                   \
-  FOR_EACH_CPU void backward_of(const Term<T>& term, const T* W, const T* dy, const T* h, T* dx, T* dA, T* dB, T* dc) { \
-    backward(term, W, dy, h, dx, dA, dB, dc);                                                                              \
+template <typename T>
+struct Gradients {
+  const T *W, *dy, *h;
+  T *dx, *dA, *dBt, *dc;  // dA, dBt and dc: the sums over a chunk of rows; 0 for what is not wanted
+};
+
+// Equation 4 of a tile.
+template <typename T>
+INLINE void add_to_dx(const Term<T>& term, const Gradients<T>& to, Room<T>& room, const T* g, std::int64_t first, std::int64_t rows,
+                      std::int64_t k, std::int64_t width) {
+  const std::int64_t K = term.K, N = term.N;
+  T* dx = to.dx + first * K + k;
+  if (to.W) {
+    for (std::int64_t i = 0; i < rows; ++i) std::fill_n(dx + i * K, width, T{0});
+    combine(dx, K, rows, width, Factor<T>{to.dy + first * N, N, 1}, to.W + k, K, N);
+  }
+  const Factor<T> factor{g, term.padded, 1};
+  if (term.mask.threshold == 0) return combine(dx, K, rows, width, factor, term.A + k, K, term.R);
+  std::fill_n(room.wide, rows * COLUMNS, T{0});
+  combine(room.wide, COLUMNS, rows, width, factor, term.A + k, K, term.R);
+  const auto v = dropped(room.tile, room.lanes, term, Tile<T>{room.wide, COLUMNS}, rows, width);
+  for (std::int64_t i = 0; i < rows; ++i)
+    for (std::int64_t j = 0; j < width; ++j) dx[i * K + j] += v.at[i * COLUMNS + j];
+}
+
+// Equations 3 to 6 of the rows first : first + rows.
+template <typename T>
+INLINE void backward(const Term<T>& term, const Gradients<T>& to, std::int64_t first, std::int64_t rows) {
+  const std::int64_t K = term.K, N = term.N, R = term.R, padded = term.padded;
+  const T* dy = to.dy + first * N;
+  std::vector<T> g(to.dx || to.dA ? rows * padded : 0);
+  for (std::int64_t n = 0; n < N; n += COLUMNS) {
+    const std::int64_t width = std::min(COLUMNS, N - n);
+    if (!g.empty()) combine(g.data(), padded, rows, padded, Factor<T>{dy + n, N, 1}, term.sB + n * padded, padded, width);  // 3
+    if (to.dBt) combine(to.dBt + n, N, R, width, Factor<T>{to.h + first * R, 1, R}, dy + n, N, rows);                       // 6
+    if (to.dc)
+      for (std::int64_t i = 0; i < rows; ++i)
+        for (std::int64_t j = n; j < n + width; ++j) to.dc[j] += dy[i * N + j];  // 6
+  }
+  if (g.empty()) return;
+  Room<T> room;
+  for (std::int64_t k = 0; k < K; k += COLUMNS) {
+    const std::int64_t width = std::min(COLUMNS, K - k);
+    draw(room.lanes, term, first, rows, k);
+    if (to.dx) add_to_dx(term, to, room, g.data(), first, rows, k, width);
+    if (!to.dA) continue;
+    const auto v = dropped(room.tile, room.lanes, term, Tile<T>{term.x + first * K + k, K}, rows, width);
+    combine(to.dA + k, K, R, width, Factor<T>{g.data(), 1, padded}, v.at, v.row, rows);  // 5
+  }
+}
+
+#define LOW_RANK(T, forward_of, backward_of)                                                                              \
+  FOR_EACH_CPU void forward_of(const Term<T>& term, T* y, T* h, std::int64_t first, std::int64_t rows) {                  \
+    forward(term, y, h, first, rows);                                                                                     \
+  }                                                                                                                       \
+  FOR_EACH_CPU void backward_of(const Term<T>& term, const Gradients<T>& to, std::int64_t first, std::int64_t rows) { \
+    backward(term, to, first, rows);                                                                                      \
   }
 LOW_RANK(float, forward_of_floats, backward_of_floats)
 LOW_RANK(double, forward_of_doubles, backward_of_doubles)
@@ -146,28 +144,95 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// to[columns, row] = s * from[rows, columns]^T: rows of `row` elements, the last of them zeros.
 template <typename T>
-Term<T> as(const LowRank& l) {
+void transpose(T* to, std::int64_t row, const T* from, std::int64_t rows, std::int64_t columns, T s) {
+  for (std::int64_t i = 0; i < rows; ++i)
+    for (std::int64_t j = 0; j < columns; ++j) to[j * row + i] = s * from[i * columns + j];
+}
+
+// A, B and their transposes as the products read them; those that are not there, or that no wanted result reads, are empty.
+template <typename T>
+struct Copies {
+  std::vector<T> At, sB, sBt;
+};
+
+template <typename T>
+Term<T> as(const LowRank& l, Copies<T>& copies, bool forward) {
   const auto t = [](Address address) { return at<const T>(address); };
-  const auto n = [](double number) { return static_cast<T>(number); };
-  return {t(l.x), t(l.A), t(l.B), l.M, l.K, l.N, l.R, n(l.s), n(l.scale), mask_of(l.threshold, l.seed, l.offset)};
+  const std::int64_t padded = (l.R + WIDTH<T> - 1) / WIDTH<T> * WIDTH<T>;
+  const T s = static_cast<T>(l.s);
+  if (forward) {
+    copies.At.resize(l.K * padded);
+    copies.sBt.resize(l.R * l.N);
+    transpose(copies.At.data(), padded, t(l.A), l.R, l.K, T{1});
+    transpose(copies.sBt.data(), l.N, t(l.B), l.N, l.R, s);
+  } else if (l.B) {
+    copies.sB.resize(l.N * padded);
+    for (std::int64_t n = 0; n < l.N; ++n)
+      for (std::int64_t r = 0; r < l.R; ++r) copies.sB[n * padded + r] = s * t(l.B)[n * l.R + r];
+  }
+  const Mask mask = mask_of(l.threshold, l.seed, l.offset);
+  return {t(l.x), l.M, l.K, l.N, l.R, padded, static_cast<T>(l.scale), mask, t(l.A), copies.At.data(), copies.sB.data(), copies.sBt.data()};
+}
+
+template <typename T, typename Rows>
+void run_forward(const LowRank& l, T* y, T* h, int threads, const Rows& forward_rows) {
+  Copies<T> copies;
+  const Term<T> term = as<T>(l, copies, true);
+#pragma omp parallel for num_threads(threads) if (l.M * l.R * (l.K + l.N) > FEW)
+  for (std::int64_t first = 0; first < l.M; first += BLOCK) forward_rows(term, y, h, first, std::min(BLOCK, l.M - first));
+}
+
+// out[size] = the sum of `parts` rows.
+template <typename T>
+void sum_of(T* out, const T* rows, std::int64_t parts, std::int64_t step, std::int64_t size) {
+  std::copy_n(rows, size, out);
+  for (std::int64_t part = 1; part < parts; ++part)
+    for (std::int64_t i = 0; i < size; ++i) out[i] += rows[part * step + i];
+}
+
+template <typename T, typename Rows>
+void run_backward(const LowRank& l, Gradients<T> to, T* dB, int threads, const Rows& backward_rows) {
+  Copies<T> copies;
+  const Term<T> term = as<T>(l, copies, false);
+  // What is summed over rows, chunk by chunk: dA, dBt and dc, as far as they are wanted.
+  const std::int64_t dA = to.dA ? l.R * l.K : 0, dBt = dB ? l.R * l.N : 0, dc = to.dc ? l.N : 0, step = dA + dBt + dc;
+  const std::int64_t chunks = std::max<std::int64_t>(1, (l.M + CHUNK - 1) / CHUNK);
+  std::vector<T> sums(chunks * step, T{0});
+#pragma omp parallel for num_threads(threads) if (l.M * l.R * (l.K + l.N) > FEW)
+  for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+    Gradients<T> part = to;
+    T* own = sums.data() + chunk * step;
+    part.dA = dA ? own : nullptr, part.dBt = dBt ? own + dA : nullptr, part.dc = dc ? own + dA + dBt : nullptr;
+    const std::int64_t last = std::min(l.M, (chunk + 1) * CHUNK);
+    for (std::int64_t first = chunk * CHUNK; first < last; first += BLOCK)
+      backward_rows(term, part, first, std::min(BLOCK, last - first));
+  }
+  if (dA) sum_of(to.dA, sums.data(), chunks, step, dA);
+  if (dc) sum_of(to.dc, sums.data() + dA + dBt, chunks, step, dc);
+  if (!dB) return;
+  sum_of(sums.data() + dA, sums.data() + dA, chunks, step, dBt);
+  transpose(dB, l.R, sums.data() + dA, l.R, l.N, static_cast<T>(l.s));
 }
 
 }  // namespace
 
-void low_rank_forward(const LowRank& l, Address y, Address h) {
-  if (l.itemsize == sizeof(float)) return forward_of_floats(as<float>(l), at<float>(y), at<float>(h));
-  if (l.itemsize == sizeof(double)) return forward_of_doubles(as<double>(l), at<double>(y), at<double>(h));
+void low_rank_forward(const LowRank& l, Address y, Address h, int threads) {
+  if (l.itemsize == sizeof(float)) return run_forward(l, at<float>(y), at<float>(h), threads, forward_of_floats);
+  if (l.itemsize == sizeof(double)) return run_forward(l, at<double>(y), at<double>(h), threads, forward_of_doubles);
   throw std::invalid_argument("low_rank_forward: got elements of " + std::to_string(l.itemsize) + " bytes, expected 4 or 8");
 }
 
-void low_rank_backward(const LowRank& l, Address W, Address dy, Address h, Address dx, Address dA, Address dB, Address dc) {
-  const auto run = [&](auto* backward, auto term, auto one) {
+void low_rank_backward(const LowRank& l, Address W, Address dy, Address h, Address dx, Address dA, Address dB, Address dc,
+                       int threads) {
+  const auto run = [&](auto* rows, auto one) {
     using T = decltype(one);
-    backward(term, at<T>(W), at<T>(dy), at<T>(h), at<T>(dx), at<T>(dA), at<T>(dB), at<T>(dc));
+    const Gradients<T> to{at<T>(W), at<T>(dy), at<T>(h), at<T>(dx), at<T>(dA), nullptr, at<T>(dc)};
+    run_backward(l, to, at<T>(dB), threads, rows);
   };
-  if (l.itemsize == sizeof(float)) return run(&backward_of_floats, as<float>(l), 1.0f);
-  if (l.itemsize == sizeof(double)) return run(&backward_of_doubles, as<double>(l), 1.0);
+  if (l.itemsize == sizeof(float)) return run(&backward_of_floats, 1.0f);
+  if (l.itemsize == sizeof(double)) return run(&backward_of_doubles, 1.0);
   throw std::invalid_argument("low_rank_backward: got elements of " + std::to_string(l.itemsize) + " bytes, expected 4 or 8");
 }
 

@@ -1,7 +1,6 @@
 // A part of a 4-bit weight, bit for bit that of lora_kernels/nf4/weight.py: equations 7 and 8, each product and sum rounded to float by
 // itself, which needs -ffp-contract=off, then W once to its dtype. A block has 16 different values: only they are computed.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -9,8 +8,8 @@
 #include <type_traits>
 
 #include "cpu.h"
+#include "numbers.h"
 
-#define INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define HAVE_AVX512  // and the compiler can shuffle by a vector
 #endif
@@ -25,46 +24,6 @@ constexpr std::int64_t SEGMENT = 1 << 14;  // elements of a row that a thread ta
 template <typename T>
 INLINE const T* pointer(Address address) {
   return reinterpret_cast<const T*>(address);
-}
-
-template <typename To, typename From>
-INLINE To bits_of(From value) {
-  static_assert(sizeof(To) == sizeof(From));
-  To bits;
-  std::memcpy(&bits, &value, sizeof(To));
-  return bits;
-}
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Half {
-  std::uint16_t bits;
-};
-
-INLINE void round_to(double& out, float value) { out = value; }
-INLINE void round_to(float& out, float value) { out = value; }
-
-INLINE void round_to(BFloat16& out, float value) {
-  const auto bits = bits_of<std::uint32_t>(value), rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;  // ties to even
-  const bool nan = (bits & 0x7FFFFFFF) > 0x7F800000;
-  out.bits = static_cast<std::uint16_t>(nan ? 0x7FC0 : rounded);
-}
-
-INLINE void round_to(Half& out, float value) {
-  const auto bits = bits_of<std::uint32_t>(value), magnitude = bits & 0x7FFFFFFF, sign = bits >> 16 & 0x8000;
-  std::uint32_t half;
-  if (magnitude > 0x7F800000) {
-    half = 0x7E00;  // NaN
-  } else if (magnitude >= 0x477FF000) {
-    half = 0x7C00;  // 65520, halfway between the largest half and the next power of two
-  } else if (magnitude < 0x38800000) {
-    // Below 2^-14 halves are 2^-24 apart, as floats are from 0.5 on: the sum rounds, and its low bits count those steps.
-    half = bits_of<std::uint32_t>(std::fabs(value) + 0.5f) - 0x3F000000;
-  } else {
-    half = (magnitude + 0xFFF + (magnitude >> 13 & 1) - ((127 - 15) << 23)) >> 13;  // ties to even
-  }
-  out.bits = static_cast<std::uint16_t>(sign | half);
 }
 
 INLINE float absmax_of(const Weight& w, std::int64_t block) {

@@ -1,4 +1,4 @@
-"""Equations 9 and 10 (reference/glu_mlp.py) between linear layers, which linear.py or whole.py computes.
+"""Equations 9 and 10 (reference/glu_mlp.py) between linear layers, which linear.py, whole.py or native.py computes.
 
 Forward, a = act(e)·u is computed a chunk of rows at a time, which down reads while it is in the cache. Backward, it is computed
 once more, for down's gradients; then de and du take da's memory and a's.
@@ -14,7 +14,7 @@ from ...mask import row_chunks
 from ...nf4 import NF4Weight
 from ...plan import Call, Plan
 from ...values import Dropout, Grads, LoRAWeights, Needs
-from . import linear, whole
+from . import linear
 from .activation import gated, gated_backward
 from .engine import ChunkMask
 
@@ -24,7 +24,7 @@ notes = linear.notes
 
 def plan(call: Call) -> Plan:
     """PyTorch computes with any tensors that pass the checks."""
-    way = whole if whole.fits(call) else linear
+    way = linear.way_of(call) or linear
     of_way = [functools.partial(function, way) for function in (forward, backward)]
     return Plan("torch", "the first that can compute this call", *of_way)
 

@@ -5,6 +5,7 @@ rounded once. x is never copied whole. The factor 1 / (1 - p̂) of dropout is ap
 """
 
 import functools
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from ...mask import keep_scale, row_chunks
 from ...plan import Call, Plan
 from ...values import Dropout, Grads, LoRAWeights, Needs
 from ..products import columns_together, product_dtype, transposed_product
-from . import small, whole
+from . import native, whole
 from .engine import (
     ChunkMask,
     add_backward_product,
@@ -34,10 +35,15 @@ FIELDS = frozenset({"weight", "lora_A", "lora_B", "bias", "scaling"})
 def plan(call: Call) -> Plan:
     """PyTorch computes with any tensors that pass the checks."""
     why = "the first that can compute this call"
+    way = way_of(call)
+    return Plan("torch", why, way.forward, way.backward) if way else Plan("torch", why, forward, backward)
+
+
+def way_of(call: Call) -> ModuleType | None:
+    """The module that computes a call's layers whole; None: this one, in chunks."""
     if not whole.fits(call):
-        return Plan("torch", why, forward, backward)
-    way = small if small.fits(call) else whole
-    return Plan("torch", why, way.forward, way.backward)
+        return None
+    return native if native.fits(call) else whole
 
 
 def notes(device: torch.device) -> list[str]:

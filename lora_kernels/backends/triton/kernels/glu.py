@@ -43,6 +43,8 @@ def glu_kernel(
         b_a = gated(b_e, load_tile(u, o_m, o_n, D, M, D), ACT).to(a.dtype.element_ty)
         store_tile(a, b_a, o_m, o_n, D, M, D)
         if A is not None:
+            if not DROP:  # a select that Triton does not move past: it would compute act twice, for the store and for the dot
+                b_a = tl.where((o_n < D)[None, :], b_a, 0.0)
             acc = add_projection(acc, b_a, A, seed, edge, o_m, o_n, n, D, R, OFFSET, DROP, PRECISION, BN, BR)
     if A is not None:
         store_tile(parts + i_n.to(tl.int64) * M * R, acc * keep_scale, o_m, tl.arange(0, BR), R, M, R)

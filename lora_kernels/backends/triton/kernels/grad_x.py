@@ -20,14 +20,24 @@ from .tiles import dot, load_tile, store_tile
 
 
 @triton.jit
-def member_gradients(
-    dx, b_x, g, b_A, parts_dA, acc_dA, seed, edge, keep_scale, first_row, o_m, k, M, R: tl.constexpr, OFFSET: tl.constexpr,
-    ALONE: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+def g_and_keep(
+    g, seed, edge, first_row, o_m, k, M, R: tl.constexpr, OFFSET: tl.constexpr, DROP: tl.constexpr, BK: tl.constexpr,
+    BR: tl.constexpr,
 ):  # fmt: skip
-    """(undrop(g·A), acc_dA + (x · keep)ᵀ·g) of one member and tile of x, each where it is wanted: one mask serves both."""
+    """A member's g of these rows, and its mask of a tile of x; without dropout g stands for it, and is not read."""
     b_g = load_tile(g, o_m, tl.arange(0, BR), R, M, R)
     if DROP:
         keep = keep_tile(seed, edge, first_row + o_m, k, OFFSET, BK)
+    else:
+        keep = b_g
+    return b_g, keep
+
+
+@triton.jit
+def member_gradients(
+    dx, b_x, b_g, keep, b_A, parts_dA, acc_dA, keep_scale, ALONE: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """(undrop(g·A), acc_dA + (x · keep)ᵀ·g) of one member and tile of x, each where it is wanted: one mask serves both."""
     if parts_dA is not None:
         if DROP:
             b_x = tl.where(keep, b_x, 0.0)
@@ -76,24 +86,18 @@ def grad_x_kernel(
     acc0, acc1, acc2 = tl.zeros([BK, BR0], tl.float32), tl.zeros([BK, BR1], tl.float32), tl.zeros([BK, BR2], tl.float32)
     for m in range(i_m * part_rows, tl.minimum(M, (i_m + 1) * part_rows), BM):
         o_m = m + tl.arange(0, BM)
+        b_g, keep = g_and_keep(g0, seed, edge, first_row, o_m, k, M, R0, OFFSET0, DROP, BK, BR0)
         b_x = None
         if x is not None:
             b_x = load_tile(x, o_m, o_k, stride_x, M, K)
-        b_dx, acc0 = member_gradients(
-            dx, b_x, g0, b_A0, parts_dA0, acc0, seed, edge, keep_scale, first_row, o_m, k, M, R0, OFFSET0, ALONE,
-            DROP, PRECISION, BK, BR0,
-        )  # fmt: skip
+        b_dx, acc0 = member_gradients(dx, b_x, b_g, keep, b_A0, parts_dA0, acc0, keep_scale, ALONE, DROP, PRECISION)
         if g1 is not None:
-            low_rank, acc1 = member_gradients(
-                dx, b_x, g1, b_A1, parts_dA1, acc1, seed, edge, keep_scale, first_row, o_m, k, M, R1, OFFSET1, ALONE,
-                DROP, PRECISION, BK, BR1,
-            )  # fmt: skip
+            b_g, keep = g_and_keep(g1, seed, edge, first_row, o_m, k, M, R1, OFFSET1, DROP, BK, BR1)
+            low_rank, acc1 = member_gradients(dx, b_x, b_g, keep, b_A1, parts_dA1, acc1, keep_scale, ALONE, DROP, PRECISION)
             b_dx += low_rank
         if g2 is not None:
-            low_rank, acc2 = member_gradients(
-                dx, b_x, g2, b_A2, parts_dA2, acc2, seed, edge, keep_scale, first_row, o_m, k, M, R2, OFFSET2, ALONE,
-                DROP, PRECISION, BK, BR2,
-            )  # fmt: skip
+            b_g, keep = g_and_keep(g2, seed, edge, first_row, o_m, k, M, R2, OFFSET2, DROP, BK, BR2)
+            low_rank, acc2 = member_gradients(dx, b_x, b_g, keep, b_A2, parts_dA2, acc2, keep_scale, ALONE, DROP, PRECISION)
             b_dx += low_rank
         if dx is not None:
             store_tile(dx, b_dx, o_m, o_k, K, M, K)
