@@ -27,7 +27,7 @@ def print_ranks(ranks: Mapping[str, int], output: Output) -> None:
     rows = []
     for number, own in layers.items():
         total = sum(own.values())
-        bar = "█" * round(BAR * total / most)
-        rows.append(("" if number is None else number, bar, total, *(own.get(name, "") for name in names)))
+        label = "" if number is None else number
+        rows.append((f"{label:<3} {'█' * round(BAR * total / most)}", total, *(own.get(name, "") for name in names)))
     title = f"Ranks that AdaLoRA kept: {sum(ranks.values())} in {len(ranks)} layers"
-    output.table(title, ("layer", "", "sum", *names), rows, None, names)
+    output.table(title, ("layer", "sum", *names), rows, None, names)
