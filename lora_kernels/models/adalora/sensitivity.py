@@ -12,10 +12,10 @@ from torch import Tensor
 KINDS = ("lora_A", "lora_B", "lora_E")
 OF_TRIPLETS = {"lora_A": 2, "lora_B": 1, "lora_E": 2}  # dimension of a block [n, …] over which a triplet's mean is
 
-# Parameters of one shape are stacked into blocks, each operation one call for a block: a step of 200 layers 576→576 at r = 12
-# takes one core 9 ms, PEFT's loop over parameters 41 and torch._foreach_* 31, for it goes through the memory of all parameters
-# in each operation. 2¹⁷ numbers stay in a core's cache; on a GPU fewer launches are worth more.
-BLOCK = {"cpu": 1 << 17}
+# Parameters of one shape are stacked into blocks, each operation one call for a block, which the cache holds for all of them
+# (torch._foreach_* goes through the memory of all parameters in each). On a CPU 2¹⁵ numbers, above which PyTorch divides an
+# operation among threads: with 2¹⁷ two threads of a busy machine took 2.1 s for a step of 20 ms. On a GPU launches cost more.
+BLOCK = {"cpu": 1 << 15}
 LARGE_BLOCK = 1 << 24
 
 
