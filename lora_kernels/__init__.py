@@ -7,6 +7,10 @@ from .integrations.peft import AccelerationReport, accelerate, accelerated, rest
 from .integrations.trainer import adapter_checkpoints
 from .layers.linear import LoRALinear
 from .mask import dropout_mask
+from .models.adalora.allocator import RankAllocator
+from .models.adalora.compaction import compact_ranks
+from .models.adalora.config import AdaLoRAConfig
+from .models.adalora.orthogonality import orthogonality_loss
 from .models.adapter_files import LoadedAdapter, load_adapter
 from .models.adapter_saving import save_adapter
 from .models.blocks import BlockReport, fuse_blocks, unfuse_blocks
@@ -26,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccelerationReport",
+    "AdaLoRAConfig",
     "BlockReport",
     "LoRAConfig",
     "LoRALinear",
@@ -33,12 +38,14 @@ __all__ = [
     "LoRAWeights",
     "LoadedAdapter",
     "NF4Weight",
+    "RankAllocator",
     "accelerate",
     "accelerated",
     "adapter_checkpoints",
     "add_lora",
     "add_weighted_adapter",
     "backend_report",
+    "compact_ranks",
     "delete_adapter",
     "dequantize_nf4",
     "dropout_mask",
@@ -52,6 +59,7 @@ __all__ = [
     "lora_plus_param_groups",
     "lora_state_dict",
     "merge_lora",
+    "orthogonality_loss",
     "quantize_nf4",
     "remove_lora",
     "restore",

@@ -9,7 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lora_kernels import BlockReport, LoRAConfig, accelerate, add_lora, fuse_blocks, load_adapter, lora_parameters, save_adapter
+from lora_kernels import (
+    AdaLoRAConfig,
+    BlockReport,
+    LoRAConfig,
+    RankAllocator,
+    accelerate,
+    add_lora,
+    fuse_blocks,
+    load_adapter,
+    lora_parameters,
+    orthogonality_loss,
+    save_adapter,
+)
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 3
@@ -51,6 +63,31 @@ def gradients(model: nn.Module, rows: torch.Tensor) -> dict[str, torch.Tensor]:
 def ddp(make, rank: int) -> dict[str, torch.Tensor]:
     model = nn.parallel.DistributedDataParallel(make())
     return gradients(model, tokens()[2 * rank : 2 * rank + 2])
+
+
+def adalora(rows: torch.Tensor, wrap=lambda model: model) -> tuple[list[dict[str, int]], list[torch.Tensor]]:
+    """Ranks after each step of a whole run with AdaLoRA, and the parameters at its end."""
+    torch.manual_seed(0)
+    model = tiny_models.llama()
+    options = {"init_r": 8, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 10, "orth_reg_weight": 1e-3}
+    add_lora(model, AdaLoRAConfig(target_modules=TARGETS, **options))
+    model = wrap(model)
+    allocator, optimizer = RankAllocator(model), torch.optim.SGD(lora_parameters(model), lr=0.5)
+    ranks = []
+    for step in range(10):
+        (model(input_ids=rows, labels=rows).loss + orthogonality_loss(model)).backward()
+        optimizer.step()
+        allocator.step(step)
+        optimizer.zero_grad()
+        ranks.append(allocator.ranks())
+    return ranks, [parameter.detach() for parameter in lora_parameters(model)]
+
+
+def adalora_ddp(rank: int) -> list:
+    """What both processes have at the end of the run."""
+    found: list = [None, None]
+    dist.all_gather_object(found, adalora(tokens()[2 * rank : 2 * rank + 2], nn.parallel.DistributedDataParallel))
+    return found
 
 
 def train(model: nn.Module, rows: torch.Tensor) -> list[float]:
@@ -113,6 +150,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
     results: dict = {"ddp-peft": ddp(peft_model, rank), "ddp-own": ddp(own_model, rank), "ddp-blocks": ddp(blocks_model, rank)}
+    results["adalora"] = adalora_ddp(rank)
     for name, options in FSDP2_OPTIONS.items():
         results[name] = fsdp2(options, rank, directory / name)
     if rank == 0:

@@ -26,7 +26,7 @@ COMMON = {"tokens": "24", "rank": "3", "dropout": "0.3", "dtype": "float16", "co
 COMMON |= {"repeats": "7", "json": "x.json", "device": "cpu"}
 MEMORY = {"tokens": "24", "rank": "3", "dropout": "0.3", "dtype": "float16", "adapter-dtype": "float16", "json": "x.json"}
 DEMO = {"model": "DIR", "text": "t", "output": "o", "rank": "3", "alpha": "3", "dropout": "0.3", "steps": "3", "lr": "3"}
-DEMO |= {"tokens-per-step": "24", "quantize": "nf4", "seed": "3", "json": "x.json"}
+DEMO |= {"tokens-per-step": "24", "quantize": "nf4", "variant": "adalora", "seed": "3", "json": "x.json"}
 KERNELS = {"target": "sm_80", "dtypes": "bf16 fp32", "shape": "64x32", "tokens": "24", "json": "x.json"}
 MODES = {
     "bench": {

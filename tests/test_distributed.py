@@ -49,6 +49,16 @@ def test_gradients_of_two_ddp_processes_are_those_of_one(results, case, make):
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_adalora_s_ranks_are_the_same_in_every_ddp_process_and_those_of_one(results):
+    (ranks, parameters), (others, other_parameters) = results[0]["adalora"]
+    assert ranks == others
+    assert all(torch.equal(a, b) for a, b in zip(parameters, other_parameters, strict=True))
+    alone, _ = worker.adalora(worker.tokens())
+    assert ranks == alone != worker.adalora(worker.tokens()[:2])[0], "one process's own gradients keep others"
+    assert len({tuple(step.values()) for step in ranks}) > 3, "they fall on the way"
+    assert sum(ranks[-1].values()) <= 2 * len(ranks[-1]) < sum(ranks[0].values())
+
+
 @pytest.mark.parametrize("case", worker.FSDP2_OPTIONS)
 def test_fsdp2_trains_as_one_process_and_its_adapter_is_whole(results, case):
     found, directory = results

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from ..functional.nf4 import quantize_nf4
 from ..layers.frozen_weight import is_conv1d
+from ..models.adalora.config import AdaLoRAConfig
+from ..models.adalora.orthogonality import orthogonality_loss
 from ..models.blocks import fuse_blocks
 from ..models.config import LoRAConfig
+from ..models.state import lora_state
 from ..models.surgery import add_lora
 from ..nf4.state_dict import to_params4bit
 
@@ -48,17 +51,17 @@ def peft_twin(model: nn.Module, config: LoRAConfig, quantize: str | None = None)
 
     quantize="nf4": its linear layers are bitsandbytes', over 4-bit weights of the same bytes as ours.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
     twin = peft_base(shared_copy(model), quantize)
-    peft_config = LoraConfig(
-        r=config.r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(twin, peft_config)
+    names = ["lora_alpha", "lora_dropout", "target_modules"]
+    if isinstance(config, AdaLoRAConfig):
+        twin.is_loaded_in_4bit = quantize is not None  # PEFT asks for it here
+        names += ["init_r", "target_r", "tinit", "tfinal", "total_step"]
+    else:
+        names += ["r"]
+    kind = AdaLoraConfig if isinstance(config, AdaLoRAConfig) else LoraConfig
+    return get_peft_model(twin, kind(**{name: getattr(config, name) for name in names}, task_type="CAUSAL_LM"))
 
 
 def peft_base(model: Any, quantize: str | None) -> Any:
@@ -84,12 +87,18 @@ def loss(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
+def training_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """What is trained on: the loss, and of AdaLoRA the regulariser that PEFT's own forward has added to it."""
+    adalora = any(isinstance(config, AdaLoRAConfig) for config in lora_state(model).configs.values())
+    return loss(model, ids) + orthogonality_loss(model) if adalora else loss(model, ids)
+
+
 def step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     """One forward + backward on `ids`, without the optimizer, which is the same for every way of training adapters."""
 
     def run() -> None:
         model.zero_grad(set_to_none=True)
-        loss(model, ids).backward()
+        training_loss(model, ids).backward()
 
     return run
 

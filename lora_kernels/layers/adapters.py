@@ -10,17 +10,18 @@ from torch import Tensor, nn
 
 from ..mask import check_p
 from ..nf4 import NF4Weight
-from .initialization import check_init, initialize, rewrites_weight
+from .initialization import check_init, initialize, initialize_triplets, rewrites_weight
 from .merging import LowRankTerm, MergeableWeight
 from .named_parameters import NamedParameters
 from .offload import execution_device
 
 DEFAULT_ADAPTER = "default"
+PARAMETERS = ("lora_A", "lora_B", "lora_E", "lora_bias")  # a layer's dicts of parameters by the name of an adapter
 
 
-def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """s = lora_alpha / r, or lora_alpha / √r (Kalajdzievski 2023)."""
-    return lora_alpha / (r**0.5 if use_rslora else r)
+def scaling(r: int, lora_alpha: float, use_rslora: bool = False, use_adalora: bool = False) -> float:
+    """s = lora_alpha / r, lora_alpha / √r (Kalajdzievski 2023), or PEFT's lora_alpha / (r + 1e-5) of AdaLoRA."""
+    return lora_alpha / (r**0.5 if use_rslora else r + 1e-5 if use_adalora else r)
 
 
 def check_adapter_name(name: object, argument: str) -> None:
@@ -39,6 +40,19 @@ def check_lora_alpha(lora_alpha: object, name: str = "lora_alpha") -> None:
         raise ValueError(f"{name}: got {lora_alpha!r}, expected a finite number above 0")
 
 
+def check_adalora(**options: object) -> None:
+    """Raise ValueError for options of an adapter that AdaLoRA, as PEFT has it, lacks."""
+    cures = {
+        "use_rslora": "its scaling is lora_alpha / r",
+        "lora_bias": "it has none",
+        "init_lora_weights": "A and B begin normal and E zero; False for random values in all three",
+    }
+    for name, value in options.items():
+        expected = "True or False" if name == "init_lora_weights" else "False"
+        if not isinstance(value, bool) or (value and expected == "False"):
+            raise ValueError(f"{name}: got {value!r}, expected {expected} for AdaLoRA: {cures[name]}")
+
+
 @dataclass
 class Adapter:
     """The settings of one adapter of a layer; its A and B are parameters of the layer."""
@@ -49,20 +63,27 @@ class Adapter:
     use_rslora: bool = False
     init_lora_weights: bool | str = True
     lora_bias: bool = False
+    use_adalora: bool = False
     scaling: float | Tensor = 1.0  # a 0-d tensor may be put here: it is read on the device
 
 
 class AdaptedWeight(MergeableWeight):
     """A frozen weight with adapters: `adapters[name]` are the settings, `lora_A[name]` [r, in], `lora_B[name]` [out, r] and
-    maybe `lora_bias[name]` [out] the parameters of adapter `name`. `active_adapter` is a name or None.
+    maybe `lora_bias[name]` [out] the parameters of adapter `name`; AdaLoRA's has singular values too, `lora_E[name]` [r, 1].
+    `active_adapter` is a name or None.
     """
 
+    lora_A: NamedParameters
+    lora_B: NamedParameters
+    lora_E: NamedParameters
+    lora_bias: NamedParameters
     _initial_A: Tensor | None
     _initial_B: Tensor | None
 
     def __init__(self, weight: nn.Parameter | NF4Weight, bias: nn.Parameter | None, **options: Any):
         super().__init__(weight, bias, **options)
-        self.lora_A, self.lora_B, self.lora_bias = NamedParameters(), NamedParameters(), NamedParameters()
+        for kind in PARAMETERS:
+            self.add_module(kind, NamedParameters())
         self.adapters: dict[str, Adapter] = {}
         self.active_adapter: str | None = None
         # A and B of an initialisation that took s·B·A out of the weight: with them the original weight is known
@@ -75,7 +96,13 @@ class AdaptedWeight(MergeableWeight):
         name = self.active_adapter
         if name is None:
             return None
-        return LowRankTerm(self.lora_A[name], self.lora_B[name], self.adapters[name].scaling, self.lora_bias.get(name, None))
+        return LowRankTerm(self.right(name), self.lora_B[name], self.adapters[name].scaling, self.lora_bias.get(name, None))
+
+    def right(self, name: str) -> Tensor:
+        """A[r, in] of adapter `name`, or E ⊙ A of AdaLoRA: what the equation calls A."""
+        modules = self._modules  # nn.Module's own look-up takes a µs for each
+        A, E = modules["lora_A"].get(name), modules["lora_E"].get(name)  # type: ignore[union-attr, operator]
+        return A if E is None else E * A  # type: ignore[return-value]
 
     def add_adapter(
         self,
@@ -87,27 +114,35 @@ class AdaptedWeight(MergeableWeight):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         lora_bias: bool = False,
+        use_adalora: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         """Add and initialise adapter `name`; the first one becomes the active one. dtype: of A, B, b, by default the weight's.
 
         name: any string without a dot; torch.export takes no keyword of Python and no attribute of nn.Module ("training").
         Raises ValueError for another one or one in use, r < 1, lora_alpha that is not a finite number above 0, lora_dropout
-        outside [0, 1], an unknown initialisation, or a second adapter beside one that rewrote the weight.
+        outside [0, 1], an unknown initialisation, an option that AdaLoRA lacks, or a second adapter beside one that rewrote the
+        weight.
         """
         self._check_new(name, r, lora_alpha, lora_dropout, init_lora_weights)
-        s = scaling(r, lora_alpha, use_rslora)
-        adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, s)
+        if use_adalora:
+            check_adalora(use_rslora=use_rslora, lora_bias=lora_bias, init_lora_weights=init_lora_weights)
+        s = scaling(r, lora_alpha, use_rslora, use_adalora)
+        adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_adalora, s)
         like: Any = {"dtype": dtype or self.base_dtype}
         if (device := execution_device(self)) is not None:  # an offloaded weight waits elsewhere
             like["device"] = device
         A, B = self.weight.new_empty(r, self.in_features, **like), self.weight.new_empty(self.out_features, r, **like)
-        self._initialize(adapter, A, B)
+        own = {"lora_A": A, "lora_B": B}
+        if use_adalora:
+            own["lora_E"] = A.new_empty(r, 1)
+        self._initialize(adapter, **own)
+        if lora_bias:
+            own["lora_bias"] = A.new_zeros(self.out_features)
         self.adapters[name] = adapter
         trainable = self.active_adapter is None and len(self.adapters) == 1
-        self.lora_A[name], self.lora_B[name] = (nn.Parameter(t, requires_grad=trainable) for t in (A, B))
-        if lora_bias:
-            self.lora_bias[name] = nn.Parameter(A.new_zeros(self.out_features), requires_grad=trainable)
+        for kind, tensor in own.items():
+            self._modules[kind][name] = nn.Parameter(tensor, requires_grad=trainable)  # type: ignore[index, operator]
         if trainable:
             self.active_adapter = name
 
@@ -153,9 +188,10 @@ class AdaptedWeight(MergeableWeight):
         self._refuse_if_merged("delete an adapter")
         self._require(name)
         self._restore_weight()
-        for named in (self.adapters, self.lora_A, self.lora_B, self.lora_bias):
+        del self.adapters[name]
+        for named in self.adapter_dicts():
             if name in named:
-                del named[name]  # type: ignore[attr-defined]
+                del named[name]
         if self.active_adapter == name:
             self.active_adapter = None
 
@@ -164,16 +200,21 @@ class AdaptedWeight(MergeableWeight):
         self._refuse_if_merged("reset an adapter")
         self._require(name)
         self._restore_weight()
-        self._initialize(self.adapters[name], self.lora_A[name].data, self.lora_B[name].data)
+        E = self.lora_E.get(name)
+        self._initialize(self.adapters[name], self.lora_A[name].data, self.lora_B[name].data, None if E is None else E.data)
         if name in self.lora_bias:
             nn.init.zeros_(self.lora_bias[name])
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """A, B and b of every adapter."""
-        return [*self.lora_A.parameters(), *self.lora_B.parameters(), *self.lora_bias.parameters()]
+        """A, B, E and b of every adapter."""
+        return [parameter for named in self.adapter_dicts() for parameter in named.parameters()]
+
+    def adapter_dicts(self) -> list[NamedParameters]:
+        """lora_A, lora_B and the other dicts of parameters by the name of an adapter."""
+        return [self._modules[kind] for kind in PARAMETERS]  # type: ignore[misc]
 
     def _parameters_of(self, name: str) -> list[nn.Parameter]:
-        return [named[name] for named in (self.lora_A, self.lora_B, self.lora_bias) if name in named]
+        return [named[name] for named in self.adapter_dicts() if name in named]
 
     def _require(self, name: str) -> None:
         if name not in self.adapters:
@@ -181,8 +222,11 @@ class AdaptedWeight(MergeableWeight):
 
     # ---- an initialisation that rewrites the weight ----
 
-    def _initialize(self, adapter: Adapter, A: Tensor, B: Tensor) -> None:
-        W = self.matrix
+    def _initialize(self, adapter: Adapter, lora_A: Tensor, lora_B: Tensor, lora_E: Tensor | None = None) -> None:
+        if lora_E is not None:
+            initialize_triplets(bool(adapter.init_lora_weights), lora_A, lora_E, lora_B)
+            return
+        A, B, W = lora_A, lora_B, self.matrix
         dense = None if isinstance(W, NF4Weight) else W.detach()
         residual = initialize(adapter.init_lora_weights, A, B, dense, float(adapter.scaling))
         if residual is not None:

@@ -1,4 +1,4 @@
-"""Initial values of A[R,K] and B[N,R], PEFT's set: each writes A and B, and may return a new base weight."""
+"""Initial values of A[R,K], B[N,R] and AdaLoRA's E[R,1], PEFT's set: each writes them, and may return a new base weight."""
 
 import math
 import re
@@ -47,6 +47,17 @@ def initialize(method: bool | str, A: Tensor, B: Tensor, weight: Tensor | None, 
     else:
         nn.init.zeros_(B)
     return None
+
+
+@torch.no_grad()
+def initialize_triplets(method: bool, A: Tensor, E: Tensor, B: Tensor) -> None:
+    """Write AdaLoRA's: A and B normal with deviation 0.02 and E zero, so that B·(E ⊙ A) = 0; False: all standard normal."""
+    for tensor in (A, B):
+        nn.init.normal_(tensor, std=0.02 if method else 1.0)
+    if method:
+        nn.init.zeros_(E)
+    else:
+        nn.init.normal_(E)
 
 
 def _orthogonal(A: Tensor, B: Tensor) -> None:

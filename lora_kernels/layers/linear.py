@@ -33,7 +33,8 @@ class LoRALinear(AdaptedWeight):
     x[..., in_features] -> y[..., out_features]. `weight` [out, in] (frozen) and `bias` keep nn.Linear's names, so a base
     checkpoint loads unchanged; adapter `name` is `lora_A[name]` [r, in] and `lora_B[name]` [out, r]. s = lora_alpha / r, or
     lora_alpha / √r with use_rslora (Kalajdzievski 2023). Dropout applies in training mode only. With lora_bias the adapter has
-    a bias too, `lora_bias[name]` [out], which is scaled like the rest: y = … + s·b.
+    a bias too, `lora_bias[name]` [out], which is scaled like the rest: y = … + s·b. With use_adalora (AdaLoRA, Zhang et al.
+    2023) it has singular values, `lora_E[name]` [r, 1]: E ⊙ A is in the place of A, and s = lora_alpha / (r + 1e-5).
 
     init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with deviation 1/r, B zero), "orthogonal" (A and B
     in orthogonal subspaces, r even), "pissa" or "pissa_niter_<n>" (principal singular vectors of W, Meng et al. 2024), "olora"
@@ -55,6 +56,7 @@ class LoRALinear(AdaptedWeight):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         lora_bias: bool = False,
+        use_adalora: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -69,6 +71,7 @@ class LoRALinear(AdaptedWeight):
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
             lora_bias=lora_bias,
+            use_adalora=use_adalora,
         )
 
     @classmethod
@@ -173,7 +176,7 @@ class LoRALinear(AdaptedWeight):
 
     def _with_dispatched_adapters(self, x: Tensor) -> Tensor:
         self._refuse_to_train()
-        hooked = [named for named in (self.lora_A, self.lora_B, self.lora_bias) if device_hook(named) is not None]
+        hooked = [named for named in self.adapter_dicts() if device_hook(named) is not None]
         return call_onloaded(hooked, self._in_compute_dtype, x)
 
     def _in_compute_dtype(self, x: Tensor) -> Tensor:
@@ -195,7 +198,7 @@ class LoRALinear(AdaptedWeight):
         b = named["lora_bias"].get(name)  # type: ignore[union-attr, operator]
         return LoRAWeights(
             self.matrix,
-            named["lora_A"].get(name),  # type: ignore[union-attr, operator, arg-type]
+            self.right(name),
             named["lora_B"].get(name),  # type: ignore[union-attr, operator, arg-type]
             c if b is None else bias_sum(c, b, adapter.scaling, self.base_dtype),
             adapter.scaling,
@@ -240,7 +243,9 @@ class LoRALinear(AdaptedWeight):
             self.reset_lora_parameters(name)
 
     def extra_repr(self) -> str:
-        adapters = ", ".join(f"{name}: r={a.r}, lora_alpha={a.lora_alpha}" for name, a in self.adapters.items())
+        adapters = ", ".join(
+            f"{name}: {'AdaLoRA ' * a.use_adalora}r={a.r}, lora_alpha={a.lora_alpha}" for name, a in self.adapters.items()
+        )
         base = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         if self._format is not None:
             base += f", {self._format.quant_type} of {self._format.dtype} in blocks of {self._format.blocksize}"

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.initialization import rewrites_weight
+from .adalora.config import AdaLoRAConfig
 from .config import LoRAConfig
 from .names import names_match, parents, trained_whole
 from .state import lora_layers
@@ -25,6 +26,8 @@ WITHOUT_EFFECT = (
     *("fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("megatron_core", "qalora_group_size", "runtime_config"),
 )
+ADALORA = tuple({field.name for field in dataclasses.fields(AdaLoRAConfig)} - {f.name for f in dataclasses.fields(LoRAConfig)})
+UNREAD_BY_ADALORA = ("r", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias")  # its rank_pattern is adalora/files.py's
 KEEPING_THE_WEIGHT = (True, False, None, "gaussian", "orthogonal", "eva")  # initialisations that leave the base weight alone
 
 
@@ -34,22 +37,25 @@ def from_peft(values: dict[str, Any], model: nn.Module, source: str) -> LoRAConf
     Raises ValueError, naming `source`, for another kind of adapter, an initialisation that rewrote the base weight, or a field
     that is set and has no counterpart here.
     """
-    if values.get("peft_type") != "LORA":
-        raise ValueError(f"{source}: peft_type is {values.get('peft_type')!r}, expected 'LORA'")
+    kind = values.get("peft_type")
+    if kind not in ("LORA", "ADALORA"):
+        raise ValueError(f"{source}: peft_type is {kind!r}, expected 'LORA' or 'ADALORA'")
+    adalora = kind == "ADALORA"
     init = values.get("init_lora_weights", True)
-    if init not in KEEPING_THE_WEIGHT:
+    if init not in KEEPING_THE_WEIGHT and not adalora:  # there it is read as True or False
         raise ValueError(
             f"{source}: init_lora_weights is {init!r}, which rewrote the base weight or changes the layer, so this adapter "
             "does not fit the original model; save it in PEFT with path_initial_model_for_weight_conversion, or merged"
         )
     for name, value in values.items():
-        if name not in SHARED and name not in WITHOUT_EFFECT and value:
+        if name not in (*SHARED, *WITHOUT_EFFECT, *(ADALORA if adalora else ())) and value:
             raise ValueError(f"{source}: {name} is {value!r}, which has no counterpart here; use PEFT for this adapter")
-    shared = {name: values[name] for name in SHARED if values.get(name) is not None}
+    names = [name for name in (*SHARED, *ADALORA) if name not in UNREAD_BY_ADALORA] if adalora else SHARED
+    shared = {name: values[name] for name in names if values.get(name) is not None}
     if "target_modules" not in shared:
         raise ValueError(f"{source}: target_modules is missing, expected a list of names or a regex")
     try:
-        config = LoRAConfig(**shared)
+        config = AdaLoRAConfig(**shared) if adalora else LoRAConfig(**shared)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
     # PEFT lists names that a model may not have: "classifier" and "score" by task
@@ -72,13 +78,13 @@ def from_config(config: Any, model: nn.Module) -> LoRAConfig:
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     values["task_type"] = getattr(config.task_type, "value", config.task_type)  # an enumeration's member
     if values["target_modules"] is None and not values.get("target_parameters"):  # PEFT's default, by the type of model
-        defaults = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        kind = config.peft_type.value
+        defaults = getattr(peft.utils, f"TRANSFORMERS_MODELS_TO_{kind}_TARGET_MODULES_MAPPING")
         values["target_modules"] = defaults.get(getattr(getattr(unwrapped(model), "config", None), "model_type", None))
     # A new adapter may begin in any way that add_lora knows, and what it is to train whole is checked with the other names.
     own = from_peft({**values, "init_lora_weights": True, "modules_to_save": None}, model, f"peft.{type(config).__name__}")
-    return dataclasses.replace(
-        own, init_lora_weights=config.init_lora_weights, modules_to_save=values["modules_to_save"] or None
-    )
+    init = bool(config.init_lora_weights) if isinstance(own, AdaLoRAConfig) else config.init_lora_weights
+    return dataclasses.replace(own, init_lora_weights=init, modules_to_save=values["modules_to_save"] or None)
 
 
 def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str, Any]:
@@ -101,8 +107,14 @@ def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str
                 f"{path}: adapter {adapter_name!r} has r={adapter.r} and scaling {float(adapter.scaling):g}, but its config "
                 f"says {r} and {scaling:g}; PEFT's file stores r and lora_alpha only: set the scaling back, or merge"
             )
+    if isinstance(config, AdaLoRAConfig) and config.total_step is None:
+        raise ValueError(
+            f"total_step: got None for adapter {adapter_name!r}, which PEFT's ADALORA file needs; give AdaLoRAConfig the "
+            "number of training steps, or make it a plain LoRA by compact_ranks(model)"
+        )
     return {
-        "peft_type": "LORA",
+        "peft_type": "ADALORA" if isinstance(config, AdaLoRAConfig) else "LORA",
+        **{name: getattr(config, name) for name in ADALORA if isinstance(config, AdaLoRAConfig)},
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "init_lora_weights": config.init_lora_weights,

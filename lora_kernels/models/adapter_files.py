@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..layers.adapters import check_adapter_name
 from ..layers.linear import DEFAULT_ADAPTER
 from . import adapter_config
+from .adalora.config import AdaLoRAConfig
+from .adalora.files import expanded
 from .adapter_checks import check_scaling, check_tensors, not_linear
 from .adapter_keys import PREFIX, adapter_tensors, exchanged_tensors, forms, planned_forms
 from .adapter_saving import CONFIG_FILE, WEIGHTS_FILE, subfolder
@@ -69,6 +71,9 @@ def load_adapter(
         folder = subfolder(directory, adapter_name)
     values, saved = _read(folder)
     config = adapter_config.from_peft(values, model, str(folder / CONFIG_FILE))
+    kept: dict[str, Tensor] = {}
+    if isinstance(config, AdaLoRAConfig):
+        saved, kept = expanded(saved, values.get("rank_pattern"), str(folder / CONFIG_FILE))
     refuse_if_merged(lora_layers(model), "load an adapter")
     refuse_offloaded_adapters(model, "load an adapter")
     present = adapter_name in lora_state(model).configs
@@ -91,6 +96,8 @@ def load_adapter(
     with torch.no_grad():
         for key, tensor in adapter_tensors(model, adapter_name).items():
             tensor.copy_(sharded_like(weights[key], tensor))
+    if isinstance(config, AdaLoRAConfig):
+        lora_state(model).allocations[adapter_name] = kept
     adapted = {
         path: layer.adapters[adapter_name].r for path, layer in lora_layers(model).items() if adapter_name in layer.adapters
     }

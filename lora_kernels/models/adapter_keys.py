@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .adalora.config import AdaLoRAConfig
 from .config import LoRAConfig
 from .exchanges import plan_exchanges
 from .state import adapted_layers, lora_exchanges, lora_layers
@@ -13,6 +14,8 @@ from .targets import adapter_dtype, features, plan_modules_to_save
 from .wrappers import named_buffers, named_parameters, plain_state_dict
 
 PREFIX = "base_model.model."
+KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}  # ours -> PEFT's
+ADALORA_KEYS = {kind: kind for kind in ("lora_A", "lora_B", "lora_E")}
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -21,10 +24,11 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         if adapter_name in layer.adapters:
-            tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[adapter_name]
-            tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[adapter_name]
-            if adapter_name in layer.lora_bias:
-                tensors[f"{PREFIX}{path}.lora_B.bias"] = layer.lora_bias[adapter_name]
+            keys = ADALORA_KEYS if layer.adapters[adapter_name].use_adalora else KEYS
+            named = {kind: getattr(layer, kind) for kind in keys}
+            tensors.update(
+                {f"{PREFIX}{path}.{keys[kind]}": own[adapter_name] for kind, own in named.items() if adapter_name in own}
+            )
     exchanges = [exchange for exchange in lora_exchanges(model) if adapter_name in exchange.choices]
     own = [path for path, layer in layers.items() if adapter_name in layer.adapters]  # to a reader others' layers are plain
     return tensors | exchanged_tensors({(e.path, e.attribute): e.choices[adapter_name] for e in exchanges}, own)
@@ -65,13 +69,13 @@ def planned_forms(
 ) -> dict[str, Form]:
     """The tensors of the adapter that add_lora would make in the layers of `plan`; changes nothing."""
     planned: dict[str, Form] = {}
-    ranks = config.ranks(plan)
+    ranks, keys = config.ranks(plan), ADALORA_KEYS if isinstance(config, AdaLoRAConfig) else KEYS
     for path, module in plan.items():
         r, (in_features, out_features), dtype = ranks[path].r, features(module), adapter_dtype(module, autocast_adapter_dtype)
-        planned[f"{PREFIX}{path}.lora_A.weight"] = Form((r, in_features), dtype)
-        planned[f"{PREFIX}{path}.lora_B.weight"] = Form((out_features, r), dtype)
-        if config.lora_bias:
-            planned[f"{PREFIX}{path}.lora_B.bias"] = Form((out_features,), dtype)
+        shapes = {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_E": (r, 1), "lora_bias": (out_features,)}
+        for kind, key in keys.items():
+            if kind != "lora_bias" or config.lora_bias:
+                planned[f"{PREFIX}{path}.{key}"] = Form(shapes[kind], dtype)
     saved = plan_modules_to_save(model, config)
     own = exchanged_tensors(plan_exchanges(model, config, saved, set(plan)), plan)
     return planned | forms(own)

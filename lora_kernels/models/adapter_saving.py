@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..layers.linear import DEFAULT_ADAPTER
 from ..layers.offload import with_values
 from . import adapter_config
+from .adalora.config import AdaLoRAConfig
+from .adalora.files import pruned, warn_if_never_allocated
 from .adapter_checks import why_not_finite
 from .adapter_keys import adapter_tensors
 from .atomic_files import all_or_nothing
@@ -77,6 +79,9 @@ def prepare_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name
         raise ValueError(
             f"adapter {adapter_name!r}: nothing was written, {len(diverged)} of its tensors are lost: {diverged[0]}"
         )
+    warn_if_never_allocated(state, adapter_name, whole)
+    if isinstance(state.configs[adapter_name], AdaLoRAConfig):
+        whole, config["rank_pattern"] = pruned(whole, state.allocations.get(adapter_name, {}))
     sharded = any(is_sharded(tensor) for tensor in own.values())
     return PreparedAdapter(target, config, whole, sharded)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..layers.adapters import check_adapter_name
 from ..layers.linear import LoRALinear
+from .adalora.config import AdaLoRAConfig
 from .config import LoRAConfig
 from .exchanges import add_exchanges, plan_exchanges
 from .state import (
@@ -136,7 +137,7 @@ def _parts(layer: LoRALinear, adapters: Sequence[str], weights: Sequence[float])
 @torch.no_grad()
 def _combine(layer: LoRALinear, parts: list[Part], adapter_name: str, combination_type: str, lora_dropout: float) -> None:
     """Add the combination of `parts` to one layer; it is computed in float32 or wider, and rounded once."""
-    As, Bs = ([_wide(named[name]) for name, _ in parts] for named in (layer.lora_A, layer.lora_B))
+    As, Bs = [_wide(layer.right(name)) for name, _ in parts], [_wide(layer.lora_B[name]) for name, _ in parts]
     if combination_type == "cat":
         A, B = torch.cat([w * A for (_, w), A in zip(parts, As, strict=True)]), torch.cat(Bs, 1)
     else:
@@ -161,6 +162,7 @@ def _config(state: LoRAState, adapters: Sequence[str], ranks: dict[str, int]) ->
     A pattern's "^" keeps it from other paths with the same end: "0" alone is "1.0" too.
     """
     configs = [state.configs[adapter] for adapter in adapters]
+    configs = [config.plain() if isinstance(config, AdaLoRAConfig) else config for config in configs]
     r = max(ranks.values())
     patterns = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != r}
     saved = sorted({name for config in configs for name in config.modules_to_save or []})

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..layers.linear import LoRALinear
@@ -19,6 +19,8 @@ class LoRAState:
 
     configs: dict[str, LoRAConfig] = field(default_factory=dict)
     exchanges: list[Exchange] = field(default_factory=list)
+    # AdaLoRA's adapters whose ranks a RankAllocator decides, or that a file brought: once ranks are final, which triplets stay
+    allocations: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)  # names of the parameters that add_lora froze
     fast_paths: dict[str, int] = field(default_factory=dict)  # see surgery.py
     state_check: RemovableHandle | None = None  # see state_dict.check_state
@@ -75,7 +77,7 @@ def refuse_offloaded_adapters(model: nn.Module, action: str, *, on_their_own: bo
     """
     together = loaded_with_another(model)
     for path, layer in lora_layers(model).items():
-        for named in (layer.lora_A, layer.lora_B, layer.lora_bias):
+        for named in layer.adapter_dicts():
             if named in together or (on_their_own and offloading_hooks(named)):
                 raise RuntimeError(
                     f"cannot {action}: accelerate offloads the adapters of {path or 'the layer'}; remove its hooks first, with "

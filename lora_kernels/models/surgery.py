@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from ..layers.adapters import check_adapter_name
 from ..layers.linear import DEFAULT_ADAPTER, LoRALinear, check_quantize
+from .adalora.config import AdaLoRAConfig
 from .adapter_config import from_config
 from .blocks import unfuse_blocks
 from .config import LoRAConfig
@@ -68,7 +69,8 @@ def add_lora(
     quantize: "nf4" puts the layers' dense weights into 4 bits (QLoRA); `remove_lora` then gives dequantised ones.
     What a transformers model lists in _keep_in_fp32_modules, as T5 its "wo", stays dense, and the report says so.
 
-    config: a LoRAConfig, or a peft.LoraConfig, whose fields mean the same (`adapter_config.from_config`).
+    config: a LoRAConfig, an AdaLoRAConfig, or a peft.LoraConfig or peft.AdaLoraConfig, whose fields mean the same
+        (`adapter_config.from_config`).
 
     Warns, with near names, of a name, pattern or layer number of `config` that means nothing in this model.
     Raises TypeError for another kind of config, and ValueError, before anything changes, for a name in use, a field of which
@@ -179,6 +181,7 @@ def _build_layers(
                 use_rslora=config.use_rslora,
                 init_lora_weights=config.init_lora_weights,
                 lora_bias=config.lora_bias,
+                use_adalora=isinstance(config, AdaLoRAConfig),
                 dtype=adapter_dtype(layer, autocast_adapter_dtype),
             )
             layers[id(module)] = layer

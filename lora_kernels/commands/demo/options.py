@@ -31,6 +31,10 @@ def demo(
     quantize: Annotated[
         str | None, typer.Option(help="nf4: adapted layers in 4 bits (QLoRA), beside PEFT + bitsandbytes.")
     ] = None,
+    variant: Annotated[
+        str,
+        typer.Option(help="lora, or adalora: ranks that fall from 1.5 times --rank to it, where they matter least."),
+    ] = "lora",
     seed: Annotated[int, typer.Option(help="Seed of initialisation, data order and dropout.")] = 0,
     json_file: Json = None,
 ) -> None:
@@ -50,6 +54,7 @@ def demo(
         lr=lr,
         seed=seed,
         quantize=quantize,
+        variant=variant,
     )
     out = Output(json_file)
     out.write_json(run(settings, out))

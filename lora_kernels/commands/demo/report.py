@@ -5,6 +5,7 @@ from typing import Any
 
 from ..bench.peers import OURS, PEFT
 from ..console import Output, format_bytes
+from .ranks import print_ranks
 
 
 def plot(losses: list[float], held_out: dict[int, float], path: Path) -> Path:
@@ -43,6 +44,8 @@ def print_summary(result: dict[str, Any], output: Output) -> None:
     for when, sample in result["sample"].items():
         output.print(f"  {when:7}{sample!r}", markup=False)
     _print_steps(result["steps"], result["settings"], output)
+    if "ranks" in result:
+        print_ranks(result["ranks"], output)
     trip = result["round_trip"]
     size = format_bytes(trip["adapter_bytes"])
     output.print(f"adapter   {trip['adapter']} ({size}), in PEFT's format", markup=False)

@@ -25,6 +25,7 @@ from ..model_step import loss as model_loss
 from ..model_step import peft_twin, step
 from ..timing import interleaved
 from .corpus import Corpus, read_text, split
+from .ranks import kept_ranks
 from .report import plot, print_summary
 from .round_trip import round_trip
 from .settings import CPU_TOKENS, GPU_TOKENS, Settings
@@ -132,7 +133,8 @@ def _fine_tune(model: nn.Module, tokenizer: Any, corpus: Corpus, settings: Setti
     losses, held_out = train(model, corpus, settings, output)
     with output.status("A sample after training"):
         after = sample(model, tokenizer, prompt)
-    return {
+    ranks = {"ranks": kept_ranks(model)} if settings.variant == "adalora" else {}
+    return ranks | {
         "losses": losses,
         "held_out": held_out,
         "prompt": tokenizer.decode(prompt[0].tolist()),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...models.adalora.config import AdaLoRAConfig
 from ...models.config import LoRAConfig
 from ..console import CommandError
 
@@ -25,6 +26,7 @@ class Settings:
     lr: float
     seed: int
     quantize: str | None = None
+    variant: str = "lora"
 
     def check(self) -> None:
         """Raise CommandError for values that need no model to be seen as wrong."""
@@ -36,6 +38,7 @@ class Settings:
             ("--lr", self.lr, 0 < self.lr < float("inf"), "a positive number"),
             ("--seed", self.seed, 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
             ("--quantize", self.quantize, self.quantize in (None, "nf4"), "nf4, or no --quantize"),
+            ("--variant", self.variant, self.variant in ("lora", "adalora"), "lora or adalora"),
         ):
             if not ok:
                 raise CommandError(f"{option}: got {value}, expected {expected}")
@@ -56,4 +59,9 @@ class Settings:
 
     @property
     def lora_config(self) -> LoRAConfig:
-        return LoRAConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules="all-linear")
+        """--variant adalora begins with ranks half as large again; a tenth of the steps before, a quarter after they fall."""
+        shared = {"lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": "all-linear"}
+        if self.variant == "lora":
+            return LoRAConfig(r=self.rank, **shared)  # type: ignore[arg-type]
+        schedule = {"tinit": self.steps // 10, "tfinal": self.steps // 4, "total_step": self.steps}
+        return AdaLoRAConfig(init_r=(3 * self.rank + 1) // 2, target_r=self.rank, **schedule, **shared)  # type: ignore[arg-type]

@@ -7,6 +7,8 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from ...models.adalora.allocator import RankAllocator
+from ...models.adalora.orthogonality import orthogonality_loss
 from ...models.parameters import lora_parameters
 from ..console import CommandError, Output
 from ..model_step import loss as model_loss
@@ -26,6 +28,7 @@ def train(model: nn.Module, corpus: Corpus, settings: Settings, output: Output) 
     """
     parameters = lora_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+    allocator = RankAllocator(model) if settings.variant == "adalora" else None
     order = torch.Generator().manual_seed(settings.seed)
     torch.manual_seed(settings.seed)
     evaluate_after = {round(settings.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
@@ -40,8 +43,10 @@ def train(model: nn.Module, corpus: Corpus, settings: Settings, output: Output) 
         for step in range(1, settings.steps + 1):
             model.train()
             loss = model_loss(model, corpus.batch(settings.windows, order).to(parameters[0].device))
-            loss.backward()
+            (loss if allocator is None else loss + orthogonality_loss(model)).backward()
             optimizer.step()
+            if allocator is not None:
+                allocator.step(step - 1)
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())
             if step in evaluate_after:

@@ -64,9 +64,10 @@ class AccelerationReport:
 def accelerate(model: nn.Module, *, blocks: bool = True) -> AccelerationReport:
     """Let every LoRA layer of `model`, a PeftModel or any tree of modules, compute with these kernels.
 
-    Exactly peft.tuners.lora.Linear and lora.bnb.Linear4bit change their class, to one that differs in `forward` alone:
-    parameters, state dict keys, optimizers and PEFT's methods stay. A call that needs more than one plain LoRA adapter goes to
-    PEFT's forward (`report.calls()` says how many, and why). Calling it again is allowed, and needed after layers were added.
+    Exactly peft.tuners.lora.Linear and lora.bnb.Linear4bit, and AdaLoRA's adalora.SVDLinear and adalora.bnb.SVDLinear4bit,
+    change their class, to one that differs in `forward` alone: parameters, state dict keys, optimizers and PEFT's methods stay.
+    A call that needs more than one plain LoRA adapter goes to PEFT's forward (`report.calls()` says how many, and why). Calling
+    it again is allowed, and needed after layers were added.
     blocks: q, k and v, and whole MLPs, become one operation each (`fuse_blocks`); False lets every layer compute alone.
 
     accelerate's hooks that move or offload a layer's tensors run around the call; other hooks make it fall back.
@@ -121,10 +122,13 @@ def restore(model: nn.Module) -> None:
 def accelerated(config: "LoraConfig") -> "LoraConfig":
     """`config` itself, whose models are created with accelerated layers: get_peft_model, from_pretrained(…, config=config).
 
-    It stays valid for add_adapter, and is not saved with the adapter. Raises TypeError for anything but a LoraConfig.
+    It stays valid for add_adapter, and is not saved with the adapter. Raises TypeError for anything but a LoraConfig, and for
+    an AdaLoraConfig, of which PEFT makes its own layers whatever it says.
     """
-    from peft import LoraConfig
+    from peft import AdaLoraConfig, LoraConfig
 
+    if isinstance(config, AdaLoraConfig):
+        raise TypeError("config: got AdaLoraConfig, expected a peft.LoraConfig; call accelerate(model) after get_peft_model")
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a peft.LoraConfig")
     config._register_custom_module({nn.Module: _create})  # type: ignore[dict-item]

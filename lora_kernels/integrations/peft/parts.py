@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
@@ -12,12 +13,19 @@ from ...layers.offload import device_hook, forward_is_replaced
 NONE_ACTIVE = "no active adapter"
 
 
+class Factor:
+    """A or B of AdaLoRA, whose layers hold parameters and no modules, as a linear layer without bias and hooks."""
+
+    def __init__(self, weight: Tensor):
+        self.weight, self.bias, self._parameters = weight, None, {"weight": weight}
+
+
 class Parts(NamedTuple):
     """What one plain adapter of a layer computes with."""
 
     base: Any  # nn.Linear or Conv1D
-    lora_A: Any  # nn.Linear
-    lora_B: Any  # nn.Linear
+    lora_A: Any  # nn.Linear, or a Factor
+    lora_B: Any
     dropout: Any  # nn.Dropout or nn.Identity
     scaling: float | Tensor
 
@@ -29,27 +37,51 @@ def fast_parts(layer: Any) -> Parts | str:
     if layer.merged_adapters:
         return "adapters are merged"
     modules, active = layer._modules, layer.active_adapter  # nn.Module's own look-up takes a µs for each attribute
-    adapters = modules["lora_A"]._modules
+    adalora = "lora_E" in modules
+    adapters = modules["lora_A"] if adalora else modules["lora_A"]._modules
     names = [name for name in ([active] if isinstance(active, str) else active) if name in adapters]
     if len(names) != 1:
         return "several active adapters" if names else NONE_ACTIVE
     name = names[0]
     if name in layer.lora_variant:
         return f"the variant {type(layer.lora_variant[name]).__name__}"
-    lora_B, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
-    parts = Parts(modules["base_layer"], adapters[name], lora_B, dropout, layer.scaling[name])
+    dropout = modules["lora_dropout"]._modules[name]
+    if adalora:
+        A, B, E, ranknum = (modules[kind][name] for kind in ("lora_A", "lora_B", "lora_E", "ranknum"))
+        if not A.shape[0]:
+            return "an adapter of rank 0"
+        parts = Parts(modules["base_layer"], *_triplets(A, B, E, ranknum, layer.scaling[name], dropout))
+    else:
+        parts = Parts(modules["base_layer"], adapters[name], modules["lora_B"]._modules[name], dropout, layer.scaling[name])
     return _why_not_modules(parts) or parts
+
+
+def _triplets(
+    A: Tensor, B: Tensor, E: Tensor, ranknum: Tensor, alpha: float, dropout: nn.Module
+) -> tuple[Factor, Factor, nn.Module, float | Tensor]:
+    """AdaLoRA's parts behind the base: E ⊙ A, B and s = alpha / (ranknum + 1e-5).
+
+    PEFT trains ranknum, unmeant, where the weight is not in a CPU's float32: s is then in A, for the gradient.
+    """
+    if ranknum.requires_grad and torch.is_grad_enabled():
+        wide = torch.promote_types(A.dtype, torch.float32)
+        return Factor((E * A * (alpha / (ranknum + 1e-5).to(wide))).to(A.dtype)), Factor(B), dropout, 1.0
+    # read on a CPU, in a µs; to read it would wait for a GPU, and end a compiler's graph
+    number = ranknum.item() if ranknum.is_cpu and not torch.compiler.is_compiling() else ranknum.detach()[0].float()
+    return Factor(E * A), Factor(B), dropout, alpha / (number + 1e-5)
 
 
 def _why_not_modules(parts: Parts) -> str | None:
     base, lora_A, lora_B, dropout, _ = parts
     if type(base).forward not in (nn.Linear.forward, Conv1D.forward) and not is_linear4bit(base):
         return f"the base layer is a {type(base).__name__}"
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+    if type(lora_A) not in (nn.Linear, Factor) or type(lora_B) not in (nn.Linear, Factor):
         return f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}"
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"lora_dropout is a {type(dropout).__name__}"
     for i, module in enumerate((base, lora_A, lora_B, dropout)):
+        if type(module) is Factor:
+            continue
         own = module.__dict__
         if "forward" in own and forward_is_replaced(module) and device_hook(module) is None:
             return f"{Parts._fields[i]}'s forward was replaced on the instance"

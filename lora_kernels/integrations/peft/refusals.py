@@ -13,7 +13,7 @@ from ...layers import linear_4bit
 from ...layers.frozen_weight import is_linear4bit
 from ...layers.offload import execution_device, offloading_hooks
 from ...plan import PLAIN
-from .parts import Parts, fast_parts, tensors_of
+from .parts import Factor, Parts, fast_parts, tensors_of
 
 EMPTY: dict[int, torch.device] = {}
 
@@ -30,7 +30,7 @@ def _brought_to(parts: Parts) -> dict[int, torch.device]:
     """Where offloading hooks put, at a call, the tensors that they keep on the meta device; by id."""
     brought: dict[int, torch.device] = {}
     for module in (parts.base, parts.lora_A, parts.lora_B):
-        if offloading_hooks(module):
+        if type(module) is not Factor and offloading_hooks(module):
             device = torch.empty(0, device=execution_device(module)).device  # with its index
             brought |= {id(t): device for t in module.parameters() if t.is_meta}
     return brought

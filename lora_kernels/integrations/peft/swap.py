@@ -4,22 +4,33 @@ import sys
 import warnings
 from typing import Any
 
-from peft.tuners import lora
+from peft.tuners import adalora, lora
 
 from ...layers import offload
 from ...layers.offload import forward_is_replaced, hooks_call_the_class_s
 from .linear import CALLS, AcceleratedLinear
+from .svd_linear import AcceleratedSVDLinear
 
 
 def classes() -> dict[type, type]:
     """PEFT's classes and ours."""
-    found: dict[type, type] = {lora.Linear: AcceleratedLinear}
+    found: dict[type, type] = {lora.Linear: AcceleratedLinear, adalora.SVDLinear: AcceleratedSVDLinear}
     bnb = sys.modules.get("peft.tuners.lora.bnb")  # PEFT imports it before it makes such a layer
     if hasattr(bnb, "Linear4bit"):
         from .linear_4bit import AcceleratedLinear4bit
 
         found[bnb.Linear4bit] = AcceleratedLinear4bit  # type: ignore[union-attr]
+    bnb = sys.modules.get("peft.tuners.adalora.bnb")
+    if hasattr(bnb, "SVDLinear4bit"):
+        from .svd_linear_4bit import AcceleratedSVDLinear4bit
+
+        found[bnb.SVDLinear4bit] = AcceleratedSVDLinear4bit  # type: ignore[union-attr]
     return found
+
+
+def shown(kind: type) -> str:
+    """A class of PEFT's layers by the name that it prints."""
+    return f"{'adalora' if issubclass(kind, adalora.layer.AdaLoraLayer) else 'lora'}.{kind.__name__}"
 
 
 def swap(layer: Any) -> str | None:
@@ -28,8 +39,7 @@ def swap(layer: Any) -> str | None:
     if type(layer) not in known and type(layer) not in known.values():
         if isinstance(layer, lora.ParamWrapper):
             return f"a lora.ParamWrapper, which adds B·A to the parameter {layer.parameter_name} itself (target_parameters)"
-        names = " and ".join(f"lora.{theirs.__name__}" for theirs in known)
-        return f"a lora.{type(layer).__name__}; {names} can be"
+        return f"a {shown(type(layer))}; {' and '.join(map(shown, known))} can be"
     ours = known.get(type(layer), type(layer))
     if forward_is_replaced(layer) and not hooks_call_the_class_s(layer):
         reason = "its forward was replaced on the instance, and the replacement does not call the class's forward"
