@@ -17,9 +17,9 @@ namespace {
 constexpr int TILE = 64;                   // elements that are computed side by side
 constexpr std::int64_t SEGMENT = 1 << 12;  // elements of a row that a thread takes at a time
 
-// ---- the functions, without a branch, so that the compiler computes many at a time; errors against float64 ----
+// ---- the functions, without a branch, so that the compiler computes many at a time ----
 
-// e^v, to 1 unit in the last place (2 where it is subnormal); infinity above 88.73, NaN for NaN. Cephes' polynomial.
+// e^v; infinity above 88.73, NaN for NaN. Cephes' polynomial.
 INLINE float exponential(float v) {
   constexpr float LOG2E = 1.44269504f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
   constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, which its low bits hold
@@ -50,7 +50,7 @@ struct Sigmoid {
   }
 };
 
-// Phi(v) = (1 + erf(v / sqrt 2)) / 2, to 2 units in the last place of 1. Polynomials: N. Juffa's for erff.
+// Phi(v) = (1 + erf(v / sqrt 2)) / 2. Polynomials: N. Juffa's for erff.
 INLINE float normal_cdf(float v) {
   const float z = v * 0.707106781f, t = std::fabs(z), s = z * z;
   float small = -5.96761703e-4f;
