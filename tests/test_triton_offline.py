@@ -16,24 +16,40 @@ from lora_kernels.commands.report import kernels as kernel_report
 
 # Local loads and stores that are known and accepted: key -> number. All others spill nothing. float16 beside float32 adapters
 # takes the tiles of bfloat16: with them grad_dy has 26 instructions an element on sm_90, 45 with one that spills nothing.
-# glu_backward has 61 with strips of 128 columns, of which it reloads a few, and 77 with half the rows and no spills.
+# glu_backward has 61 with strips of 128 columns, of which it reloads a few, and 77 with half the rows and no spills. Those of
+# float32 beside 64 ranks with 4 warps are the tiles that replace others, should they not compile.
 SPILLS: dict[str, int] = {
+    "glu | fp32 fp32 | r64 | sm_80 | 32x32 w4s2 drop": 6,
     "grad_x | fp32 fp32 | r64 | sm_80 | 16x32 w4s2 drop": 8,
     "grad_x | fp32 fp32 | r64 | sm_80 | 32x32 w8s2 drop": 11,
     "grad_dy | fp16 fp32 | r64 | sm_80 | 32x64 w8s2": 6,
     "grad_x | fp16 fp32 | r16 | sm_80 | 32x128 w8s3 drop": 20,
     "nf4_product | bf16 bf16 | r16 | sm_86 | 64x128x64 w8s3": 2,
+    "glu_backward | bf16 fp32 | r64 | sm_86 | 16x32 w4s2 drop": 3,
     "nf4_product | bf16 fp32 | r16 | sm_86 | 64x128x64 w8s3": 2,
     "nf4_product | bf16 bf16 | r16 | sm_89 | 64x128x64 w8s3": 2,
+    "glu_backward | bf16 fp32 | r64 | sm_89 | 16x32 w4s2 drop": 3,
     "nf4_product | bf16 fp32 | r16 | sm_89 | 64x128x64 w8s3": 2,
     "glu_backward | bf16 bf16 | r16 | sm_90 | 64x128 w8s2 drop": 17,
     "glu_backward | bf16 bf16 | r16 | sm_90 | 64x128 w8s2 drop gelu ungated dc": 20,
     "glu_backward | bf16 bf16 | r16 | sm_90 | 64x128 w8s2 drop gelu_tanh": 15,
+    "glu | fp32 fp32 | r64 | sm_90 | 32x32 w4s2 drop": 12,
+    "glu_backward | fp32 fp32 | r64 | sm_90 | 16x32 w4s2 drop": 249,
     "grad_x | fp32 fp32 | r64 | sm_90 | 16x32 w4s2 drop": 8,
     "grad_x | fp32 fp32 | r64 | sm_90 | 32x32 w8s2 drop": 14,
     "grad_dy | fp16 fp32 | r16 | sm_90 | 32x256 w4s3": 196,
     "lowrank_product_tma | bf16 bf16 | r16 | sm_100 | 128x256x64 w8s3 drop": 6,
     "lowrank_product_tma | fp16 fp16 | r16 | sm_100 | 128x256x64 w8s3 drop": 6,
+    "glu | fp32 fp32 | r64 | sm_100 | 32x32 w4s2 drop": 3,
+    "glu_backward | fp32 fp32 | r64 | sm_100 | 16x32 w4s2 drop": 103,
+    "glu_backward | fp32 fp32 | r64 | sm_100 | 16x32 w8s2 drop": 8,
+    "project | fp32 fp32 | r64 | sm_100 | 32x32 w4s2 drop x2": 163,
+    "project | fp32 fp32 | r64 | sm_100 | 32x32 w4s2 drop x3": 31,
+    "glu_backward | bf16 fp32 | r64 | sm_100 | 16x32 w4s2 drop": 18,
+    "glu_backward | bf16 bf16 | r16 | sm_120 | 32x128 w8s2": 3,
+    "glu | fp32 fp32 | r64 | sm_120 | 32x32 w4s2 drop": 6,
+    "glu_backward | fp32 fp32 | r64 | sm_120 | 16x32 w4s2 drop": 65,
+    "grad_x | fp32 fp32 | r64 | sm_120 | 16x32 w8s2 drop x3": 3,
     "grad_x | fp32 fp32 | r64 | sm_120 | 32x32 w8s2 drop": 10,
     "grad_dy | fp16 fp32 | r64 | sm_120 | 32x64 w8s2": 6,
     "grad_x | fp16 fp32 | r16 | sm_120 | 32x128 w8s3 drop": 27,
