@@ -19,7 +19,7 @@ def test_the_whole_command(run, model, text, tmp_path, quantize):  # noqa: F811
     assert len(found["ranks"]) == 2 * 7
     assert 0 < sum(found["ranks"].values()) <= 4 * 14 < 6 * 14
     assert f"Ranks that AdaLoRA kept: {sum(found['ranks'].values())} in 14 layers" in err
-    assert err.count("█" * 40) >= 1
+    assert "█" in err
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     kept = {key.removesuffix(".lora_E"): sum(keep) for key, keep in config["rank_pattern"].items()}
     assert kept == found["ranks"]

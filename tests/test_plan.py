@@ -157,12 +157,11 @@ def test_calls_are_hashable_and_equal_for_equal_layouts():
     assert longer != calls[0]
 
 
-def test_several_members_are_refused_by_backends_that_take_one(device):
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_several_members_are_of_the_backend_that_is_asked_for(backend, device):
     problem = Case(device=device).draw()
-    call = plan.describe("linear", "triton", problem.x.dtype, problem.x, (problem.member(),) * 2, None, ())
-    with pytest.raises(RuntimeError, match="one projection a call, this one has 2"):
-        plan.choose(call)
-    assert plan.choose(call._replace(setting="torch")).backend == "torch"
+    call = plan.describe("linear", backend, problem.x.dtype, problem.x, (problem.member(),) * 2, None, ())
+    assert plan.choose(call).backend == backend
 
 
 def test_an_operation_that_a_backend_lacks_is_a_stated_refusal():

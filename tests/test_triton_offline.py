@@ -1,6 +1,7 @@
 """Every kernel compiles for every GPU family, and its registers, spills and shared memory are those written down."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lora_kernels.commands.report import kernels as kernel_report
 # float32 beside 64 ranks with 4 warps are the tiles that replace others, should they not compile.
 SPILLS: dict[str, int] = {
     "glu | fp32 fp32 | r64 | sm_80 | 32x32 w4s2 drop": 6,
+    "glu_backward | fp32 fp32 | r16 | sm_80 | 32x32 w8s2 drop": 16,
     "grad_x | fp32 fp32 | r64 | sm_80 | 16x32 w4s2 drop": 8,
     "grad_x | fp32 fp32 | r64 | sm_80 | 32x32 w8s2 drop": 11,
     "grad_dy | fp16 fp32 | r64 | sm_80 | 32x64 w8s2": 6,
@@ -145,8 +147,18 @@ def test_the_mask_costs_about_ten_instructions_per_element(written: dict[str, di
             assert row["per_element"] - written[key.removesuffix(" drop")]["per_element"] <= 11, key
 
 
+# Compiled in every run: each pair of dtypes on sm_90, and one or two of each other kind of GPU. With LORA_KERNELS_EVERY_KERNEL
+# set, as in the CI workflow, all of them, which takes two processors three minutes more.
+USUAL = {(80, "bf16 bf16"), (80, "bf16 fp32"), (100, "bf16 bf16"), (100, "fp32 fp32"), (120, "bf16 bf16")}
+JOBS = [
+    job
+    for job in triton_offline.jobs()
+    if job[0] == 90 or (job[0], job[1][0]) in USUAL or os.environ.get("LORA_KERNELS_EVERY_KERNEL")
+]
+
+
 @pytest.mark.skipif(triton.__version__ != "3.6.0", reason="the table was written by Triton 3.6.0")
-@pytest.mark.parametrize("job", triton_offline.jobs(), ids=lambda job: f"sm_{job[0]}-{job[1][0]}".replace(" ", "-"))
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: f"sm_{job[0]}-{job[1][0]}".replace(" ", "-"))
 def test_compiled_anew_it_is_the_same(written: dict[str, dict], job: tuple) -> None:
     compiled = triton_offline.compile_jobs([job])
     different = {key: (row, written.get(key)) for key, row in compiled.items() if row != written.get(key)}

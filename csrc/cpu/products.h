@@ -25,19 +25,24 @@ struct Factor {
   std::int64_t row, step;
 };
 
-// out[ROWS, VECTORS * WIDTH] += f[ROWS, inner] * in[inner, ·]: eight sums hide the latency of a multiplication.
+// out[ROWS, VECTORS * WIDTH] += f[ROWS, inner] * in[inner, ·]: eight sums hide the latency of a multiplication. They begin at 0 and
+// are added to `out` once: each of their roundings is then of their own size, not of out's.
 template <int ROWS, int VECTORS, typename T>
 INLINE void combine_block(T* out, std::int64_t out_row, Factor<T> f, const T* in, std::int64_t in_row, std::int64_t inner) {
   Vector<T> sums[ROWS][VECTORS], values[VECTORS];
   for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < VECTORS; ++j) std::memcpy(&sums[i][j], out + i * out_row + j * WIDTH<T>, VECTOR);
+    for (int j = 0; j < VECTORS; ++j) sums[i][j] = Vector<T>{};
   for (std::int64_t k = 0; k < inner; ++k) {
     for (int j = 0; j < VECTORS; ++j) std::memcpy(&values[j], in + k * in_row + j * WIDTH<T>, VECTOR);
     for (int i = 0; i < ROWS; ++i)
       for (int j = 0; j < VECTORS; ++j) sums[i][j] += f.at[i * f.row + k * f.step] * values[j];
   }
   for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < VECTORS; ++j) std::memcpy(out + i * out_row + j * WIDTH<T>, &sums[i][j], VECTOR);
+    for (int j = 0; j < VECTORS; ++j) {
+      std::memcpy(&values[j], out + i * out_row + j * WIDTH<T>, VECTOR);
+      sums[i][j] += values[j];
+      std::memcpy(out + i * out_row + j * WIDTH<T>, &sums[i][j], VECTOR);
+    }
 }
 
 // The same for any number of rows.
@@ -60,8 +65,11 @@ INLINE void combine(T* out, std::int64_t out_row, std::int64_t rows, std::int64_
     combine_columns<4, 2>(out + j, out_row, rows, f, in + j, in_row, inner);
   for (; j + WIDTH<T> <= columns; j += WIDTH<T>) combine_columns<8, 1>(out + j, out_row, rows, f, in + j, in_row, inner);
   for (; j < columns; ++j)
-    for (std::int64_t i = 0; i < rows; ++i)
-      for (std::int64_t k = 0; k < inner; ++k) out[i * out_row + j] += f.at[i * f.row + k * f.step] * in[k * in_row + j];
+    for (std::int64_t i = 0; i < rows; ++i) {
+      T sum{0};
+      for (std::int64_t k = 0; k < inner; ++k) sum += f.at[i * f.row + k * f.step] * in[k * in_row + j];
+      out[i * out_row + j] += sum;
+    }
 }
 
 }  // namespace lora_kernels::cpu

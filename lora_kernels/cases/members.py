@@ -11,9 +11,10 @@ from ..dtypes import dtype_name
 from ..functional.nf4 import quantize
 from ..reference.nf4 import dequantize
 from ..values import Dropout, LoRAWeights
-from .rule import Results, violations
+from .rule import Results, violations, violations_on_average
 
 FIELDS = ("weight", "lora_A", "lora_B", "bias")
+DRAWS = 32  # of a case that breaks the rule in one
 
 
 @dataclass(frozen=True)
@@ -181,5 +182,12 @@ def truth(problem: MembersProblem) -> Results:
 
 
 def wrong(problem: MembersProblem, exact: Results | None = None) -> list[str]:
-    """What of the public function's results for this problem breaks the rule, a line each."""
-    return violations(ours(problem), plain(problem), truth(problem) if exact is None else exact, problem.case.read_dtype)
+    """What of the public function's results breaks the rule for this problem, and on average over draws of its case; a line each."""
+    case, generator = problem.case, torch.Generator(problem.case.device)
+    draws = [(ours(problem), plain(problem), truth(problem) if exact is None else exact)]
+    if violations(*draws[0], case.read_dtype):
+        for seed in range(1, DRAWS):
+            another = case.draw(generator.manual_seed(seed))
+            draws.append((ours(another), plain(another), truth(another)))
+        return violations_on_average(draws, case.read_dtype)
+    return []

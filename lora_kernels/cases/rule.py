@@ -27,6 +27,20 @@ def violations(tested: Results, plain: Results, exact: Results, dtype: torch.dty
     return lines
 
 
+def violations_on_average(draws: list[tuple[Results, Results, Results]], dtype: torch.dtype) -> list[str]:
+    """What in (tested, plain, exact) results of many draws of a case breaks the rule by the average of its errors.
+
+    One draw may by luck: where results are few, or made of one another, as those of an MLP.
+    """
+    lines = []
+    for name, value in draws[0][2].items():
+        own, theirs = (
+            tuple(torch.tensor([errors(draw[i][name], draw[2][name]) for draw in draws]).mean(0).tolist()) for i in (0, 1)
+        )
+        lines += [f"{name}: on average {line}" for line in judge(own, theirs, value.numel(), dtype)]
+    return lines
+
+
 def judge(tested: tuple[float, float], plain: tuple[float, float], size: int, dtype: torch.dtype) -> list[str]:
     """What of a result of `size` elements breaks the rule, by its `errors` and plain PyTorch's."""
     lines, eps = [], torch.finfo(dtype).eps
