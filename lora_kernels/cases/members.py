@@ -182,7 +182,7 @@ def truth(problem: MembersProblem) -> Results:
 
 
 def wrong(problem: MembersProblem, exact: Results | None = None) -> list[str]:
-    """What of the public function's results breaks the rule for this problem, and on average over draws of its case; a line each."""
+    """What of the public function's results breaks the rule, for this problem and on average over draws of its case."""
     case, generator = problem.case, torch.Generator(problem.case.device)
     draws = [(ours(problem), plain(problem), truth(problem) if exact is None else exact)]
     if violations(*draws[0], case.read_dtype):
