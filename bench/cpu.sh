@@ -6,7 +6,7 @@
 # Stages that run if none is named: layer (2048x2048, fp32, over tokens and dropout), small (SmolLM2's layers),
 # blocks (its q, k, v, its MLP and both, fused and each layer alone), bf16, avx2 (bf16 without bf16 instructions, as on older CPUs),
 # nf4 (against bitsandbytes + PEFT), model (a step of SmolLM2-135M, fused and each layer alone, beside PEFT) and memory (over the
-# sequence length). Together at most 9 minutes. Stages that run only if named:
+# sequence length). Together at most 11 minutes. Stages that run only if named:
 # nf4_parts (quantise, dequantise and products apart, at most 5 minutes) and curves (loss curves of accelerated PEFT models beside
 # PEFT's, at most 15). Rows and logs are written as they are made: see stages.sh. The folder's README.md and plots are made anew.
 set -uo pipefail
@@ -35,14 +35,14 @@ bench layer 80 --shape 2048x2048 --tokens 2048 --tokens 512 --tokens 256 --token
     --compare peft,unsloth-style --repeats 7
 bench small 50 --shape 576x192 --shape 576x1536 --tokens 2048 --tokens 512 --tokens 256 --tokens 128 "${both[@]}" \
     --compare peft,unsloth-style --repeats 9
-bench blocks 35 --suite decoder-small --tokens 256 "${both[@]}" --compare peft,unsloth-style --repeats 9
-bench bf16 30 --shape 2048x2048 --tokens 512 --tokens 2048 "${both[@]}" --dtype bfloat16 --repeats 5
+bench blocks 60 --suite decoder-small --tokens 256 "${both[@]}" --compare peft,unsloth-style --repeats 9
+bench bf16 45 --shape 2048x2048 --tokens 512 --tokens 2048 "${both[@]}" --dtype bfloat16 --repeats 5
 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
     bench avx2 110 --shape 2048x2048 --tokens 128 --dropout 0.1 --rank 8 --dtype bfloat16 --repeats 2
 bench nf4 40 --shape 2048x2048 --tokens 512 --tokens 2048 --dropout 0.1 --rank 8 --compare bnb --repeats 5
 model=$("$python" -c 'from lora_kernels.commands.pretrained import default_model_directory; print(default_model_directory())')
 bench model 150 --model "$model" --tokens 256 --rank 8 --dropout 0.1 --repeats 3
-stage memory 45 "$python" bench/model_memory.py --device cpu --quantize none nf4 --json "$run/memory.json"
+stage memory 75 "$python" bench/model_memory.py --device cpu --quantize none nf4 --json "$run/memory.json"
 stage nf4_parts 300 "$python" bench/nf4.py --json "$run/nf4_parts.json"
 stage curves 900 "$python" bench/loss_curves.py --json "$run/curves.json"
 "$python" bench/report.py || failed=1
