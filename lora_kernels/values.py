@@ -39,6 +39,11 @@ class Dropout(NamedTuple):
     offset: int = 0
 
 
+def following(dropout: Dropout | None, number: int) -> Dropout | None:
+    """That of a call whose member 0 is this one's member `number`."""
+    return dropout if dropout is None or number == 0 else dropout._replace(offset=dropout.offset + number)
+
+
 class Needs(NamedTuple):
     """Which gradients a backward pass computes: x's, and of each member those of the fields named."""
 

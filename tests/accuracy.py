@@ -39,7 +39,12 @@ def check(case: Case, compute: Callable[[Problem], Results] = ours) -> None:
 
 def _draw_and_run(case: Case, compute: Callable[[Problem], Results]) -> tuple[Results, Results, Results]:
     problem = case.draw()
-    tensors = {name: t for name, t in vars(problem).items() if isinstance(t, Tensor)}
+    return run(problem, {name: t for name, t in vars(problem).items() if isinstance(t, Tensor)}, compute, plain, truth)
+
+
+def run(problem: Any, tensors: dict[str, Tensor], *functions: Callable[[Any], Results]) -> tuple[Results, Results, Results]:
+    """(tested, PyTorch's, exact) results of a problem, by three functions of it; its tensors are not to be written to."""
+    compute, plain, truth = functions
     before = {name: t.detach().clone() for name, t in tensors.items()}
     with nan_in_fresh_memory():
         tested = compute(problem)

@@ -35,7 +35,7 @@ def derivative_of_another(monkeypatch):
 
 
 def masks_of_the_member_before(monkeypatch):
-    monkeypatch.setattr(glu_mlp, "of_down", lambda dropout, count: dropout and dropout._replace(offset=count - 2))
+    monkeypatch.setattr(glu_mlp, "following", lambda dropout, number: dropout and dropout._replace(offset=number - 1))
 
 
 def masks_of_every_chunk_from_row_0(monkeypatch):

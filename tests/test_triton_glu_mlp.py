@@ -157,7 +157,7 @@ MUTANTS = [
     (glu_mlp, "glu_backward", without_the_low_rank_part),
     (glu_mlp, "glu_backward", gradient_of_an_undropped_a),
     (glu_mlp, "glu_backward", gate_and_up_exchanged),
-    (glu_mlp, "of_down", lambda dropout, count: dropout),
+    (glu_mlp, "following", lambda dropout, number: dropout),
 ]
 
 

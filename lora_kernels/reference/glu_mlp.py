@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..values import Dropout, Grads, LoRAWeights, Needs
+from ..values import Dropout, Grads, LoRAWeights, Needs, following
 from . import linear
 from .activation import act, act_derivative
 
@@ -22,7 +22,7 @@ def forward(
     """((y,), (e, u, h of every member)); without a gate there is no e."""
     outputs, hs = linear.forward(x, members[:-1], dropout)
     a = activated(outputs, activation)  # 9
-    (y,), (h,) = linear.forward(a, members[-1:], of_down(dropout, len(members)))
+    (y,), (h,) = linear.forward(a, members[-1:], following(dropout, len(members) - 1))
     return (y,), (*outputs, *hs, h)
 
 
@@ -39,7 +39,7 @@ def backward(
     count = len(members) - 1
     outputs, hs, a = saved[:count], saved[count:], activated(saved[:count], activation)
     own = Needs(True, needs.members[-1:])
-    da, found = linear.backward(dys, a, members[-1:], hs[-1:], of_down(dropout, len(members)), own)
+    da, found = linear.backward(dys, a, members[-1:], hs[-1:], following(dropout, len(members) - 1), own)
     assert da is not None
     if count == 1:
         between: tuple[Tensor, ...] = (da * act_derivative(outputs[0], activation),)  # 10
@@ -54,8 +54,3 @@ def activated(outputs: tuple[Tensor, ...], activation: str) -> Tensor:
     """a = act(e)·u, or act(u)."""
     a = act(outputs[0], activation)
     return a * outputs[1] if len(outputs) == 2 else a
-
-
-def of_down(dropout: Dropout | None, count: int) -> Dropout | None:
-    """The dropout with the mask of the last of `count` members first."""
-    return None if dropout is None else dropout._replace(offset=dropout.offset + count - 1)

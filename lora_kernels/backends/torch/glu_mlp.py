@@ -13,7 +13,7 @@ from torch import Tensor
 from ...mask import row_chunks
 from ...nf4 import NF4Weight
 from ...plan import Call, Plan
-from ...values import Dropout, Grads, LoRAWeights, Needs
+from ...values import Dropout, Grads, LoRAWeights, Needs, following
 from . import linear
 from .activation import gated, gated_backward
 from .engine import ChunkMask
@@ -34,7 +34,7 @@ def forward(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """((y,), (e, u, h of every member)); without a gate there is no e. way: the module that computes the linear layers."""
     outputs, hs = way.forward(x, members[:-1], dropout)
-    y, h = _down(way, outputs, members[-1], of_down(dropout, len(members)), activation)
+    y, h = _down(way, outputs, members[-1], following(dropout, len(members) - 1), activation)
     return (y,), (*outputs, *hs, h)
 
 
@@ -51,7 +51,7 @@ def _down(
     y, a = u.new_empty(len(u), down.weight.shape[0]), u.new_empty(chunks[0].stop, u.shape[1])
     h = None if down.lora_A is None else down.lora_A.new_empty(len(u), down.lora_A.shape[0])
     for rows in chunks:
-        a_rows = gated(part_of(e, rows), u[rows], activation, a[: rows.stop - rows.start])
+        a_rows = gated(None if e is None else e[rows], u[rows], activation, a[: rows.stop - rows.start])
         mask = functools.partial(RowsMask, rows.start)
         (y[rows],), (h_rows,) = linear.forward(a_rows, (down,), dropout, mask)  # type: ignore[arg-type]
         if h is not None:
@@ -68,11 +68,6 @@ class RowsMask(ChunkMask):
 
     def chunk(self, rows: slice) -> None:
         super().chunk(slice(self._first + rows.start, self._first + rows.stop))
-
-
-def part_of(t: Tensor | None, rows: slice) -> Tensor | None:
-    """t[rows], or None."""
-    return None if t is None else t[rows]
 
 
 def backward(
@@ -92,7 +87,7 @@ def backward(
     through = needs.x or any(of_inner)
     a = gated(e, u, activation) if u is not None and ("lora_A" in wanted or "weight" in wanted) else None
     own = Needs(through, (wanted,))
-    da, found = way.backward(dys, a, members[count:], hs[count:], of_down(dropout, len(members)), own)
+    da, found = way.backward(dys, a, members[count:], hs[count:], following(dropout, count), own)
     if not through:
         return Grads(None, (*({} for _ in of_inner), *found))
     du = a if a is not None and e is not None else da if e is None else torch.empty_like(da)
@@ -100,8 +95,3 @@ def backward(
     between = (du,) if e is None else (da, du)
     dx, inner = way.backward(between, x, members[:count], hs[:count], dropout, Needs(needs.x, tuple(of_inner)))
     return Grads(dx, (*inner, *found))
-
-
-def of_down(dropout: Dropout | None, count: int) -> Dropout | None:
-    """The dropout with the mask of the last of `count` members first."""
-    return None if dropout is None else dropout._replace(offset=dropout.offset + count - 1)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ...plan import Call, Plan
-from ...values import Dropout, Grads, LoRAWeights, Needs
+from ...values import Dropout, Grads, LoRAWeights, Needs, following
 from ..products import weight_gradient
 from ..torch import glu_mlp as pytorch
 from ..torch import linear as pytorch_linear
-from ..torch.glu_mlp import of_down
 from . import linear
 from .kernels.glu import glu
 from .kernels.glu_backward import NOTHING, Down, Entry, glu_backward
@@ -33,7 +32,7 @@ def forward(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """((y,), (e, u, h of every member)); without a gate there is no e."""
     outputs, hs = linear.forward(x, members[:-1], dropout)
-    dropout, down = linear.dropping(of_down(dropout, len(members))), members[-1]
+    dropout, down = linear.dropping(following(dropout, len(members) - 1)), members[-1]
     a, h = activated(outputs, down, dropout, activation)
     if h is None:
         y, h = linear.by_pytorch(a, down, dropout, 0)
@@ -69,27 +68,27 @@ def backward(
     if 0 in (dys[0].numel(), 1 if u is None else u.numel()):
         return pytorch.backward(pytorch_linear, dys, x, members, saved, dropout, needs, activation)
     through = needs.x or any(of_inner)
-    own = of_down(dropout, len(members))
-    da, down, of_down_ = behind_down(row_major(dys[0]), outputs, members[-1], hs[-1], own, needs, activation)
+    own = following(dropout, count)
+    da, down, of_down = behind_down(row_major(dys[0]), outputs, members[-1], hs[-1], own, needs, activation)
     if not (through or down.need_A):
-        return Grads(None, (*({} for _ in of_inner), of_down_))
+        return Grads(None, (*({} for _ in of_inner), of_down))
     pairs = list(zip(members[:count], hs[:count], strict=True))
     fused = through and all(linear.backward_in_kernels(u, x, *pair) for pair in pairs)
     entries = [entry_of(*pair, names, needs.x, fused, dys[0].device) for pair, names in zip(pairs, of_inner, strict=True)]
     gate, up = entries if count == 2 else (NOTHING, *entries)
     found = glu_backward(da, outputs[0] if count == 2 else None, u, down, gate, up, activation)
     if down.need_A:
-        of_down_["lora_A"] = found.dA
+        of_down["lora_A"] = found.dA
     between = (found.de, found.du)[-count:]
     if through and not fused:
         dx, grads = linear.backward(between, x, members[:count], hs[:count], dropout, Needs(needs.x, of_inner))
-        return Grads(dx, (*grads, of_down_))
+        return Grads(dx, (*grads, of_down))
     shares = {}
     for i, (d, (g, dB, dc)) in enumerate(zip(between, (found.gate, found.up)[-count:], strict=True)):
         if d is not None:
             shares[i] = linear.Share(d, members[i], g, linear.sums_of(dB, dc), of_inner[i])
     dx = linear.input_gradients(x, shares, dropout, needs.x)
-    return Grads(dx, (*(shares[i].grads if i in shares else {} for i in range(count)), of_down_))
+    return Grads(dx, (*(shares[i].grads if i in shares else {} for i in range(count)), of_down))
 
 
 def behind_down(

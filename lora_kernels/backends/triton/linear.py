@@ -15,7 +15,7 @@ from torch import Tensor
 from ...nf4 import NF4Weight
 from ...plan import Call, Plan
 from ...scratch import slices
-from ...values import Dropout, Grads, LoRAWeights, Needs
+from ...values import Dropout, Grads, LoRAWeights, Needs, following
 from .. import nf4_paths
 from ..products import add_product, weight_gradient
 from ..torch import linear as pytorch
@@ -274,11 +274,6 @@ def dense(
 def dropping(dropout: Dropout | None) -> Dropout | None:
     """None where p is below 2^-17, and rounds to a mask of ones."""
     return dropout if dropout is not None and drops(dropout.p) else None
-
-
-def following(dropout: Dropout | None, number: int) -> Dropout | None:
-    """The dropout of member `number` as that of a first member."""
-    return dropout if dropout is None else dropout._replace(offset=dropout.offset + number)
 
 
 def scaling_of(member: LoRAWeights, device: torch.device) -> float | Tensor:
