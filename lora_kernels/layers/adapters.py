@@ -30,6 +30,12 @@ def check_adapter_name(name: object, argument: str) -> None:
         raise ValueError(f"{argument}: got {name!r}, expected a string that is not empty and has no dot")
 
 
+def check_integer(value: object, name: str, least: int) -> None:
+    """Raise ValueError unless it is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
+
+
 def check_lora_alpha(lora_alpha: object, name: str = "lora_alpha") -> None:
     """Raise ValueError unless it is a positive finite number."""
     fits = False
@@ -151,8 +157,7 @@ class AdaptedWeight(MergeableWeight):
         check_adapter_name(name, "name")
         if name in self.adapters:
             raise ValueError(f"name: got {name!r}, expected a new name; adapters here: {list(self.adapters)}")
-        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-            raise ValueError(f"r: got {r!r}, expected an integer of at least 1")
+        check_integer(r, "r", 1)
         check_lora_alpha(lora_alpha)
         check_p(lora_dropout, "lora_dropout")
         check_init(init_lora_weights, r, self.in_features, self.out_features)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..layers.adapters import check_lora_alpha, scaling
+from ..layers.adapters import check_integer, check_lora_alpha, scaling
 from ..mask import check_p
 from .names import Patterns, layer_index, layer_regex, names_match, pattern_regex
 
@@ -78,8 +78,7 @@ class LoRAConfig:
             for pattern in getattr(self, name):
                 _check_regex(name, pattern, pattern_regex(pattern))
         for name, r in {"r": self.r, **_entries("rank_pattern", self.rank_pattern)}.items():
-            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-                raise ValueError(f"{name}: got {r!r}, expected an integer of at least 1")
+            check_integer(r, name, 1)
         for name, alpha in {"lora_alpha": self.lora_alpha, **_entries("alpha_pattern", self.alpha_pattern)}.items():
             check_lora_alpha(alpha, name)
         check_p(self.lora_dropout, "lora_dropout")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...layers.adapters import check_integer
 from ..distributed import is_sharded
 from ..state import lora_state, refuse_if_merged, refuse_offloaded_adapters
 from .config import AdaLoRAConfig, active_adalora
@@ -77,8 +78,7 @@ class RankAllocator:
         on moving them. Raises RuntimeError where a gradient is missing, the model is merged, or ranks become final and no step
         was before.
         """
-        if isinstance(global_step, bool) or not isinstance(global_step, int) or global_step < 0:
-            raise ValueError(f"global_step: got {global_step!r}, expected an integer of at least 0")
+        check_integer(global_step, "global_step", 0)
         refuse_if_merged(self._layers, "allocate ranks")
         parameters, allocations = self._parameters(), lora_state(self._model).allocations
         budget = budget_at(global_step, self.config, len(self._layers))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
-from ...layers.adapters import check_adalora, scaling
+from ...layers.adapters import check_adalora, check_integer, scaling
 from ...layers.linear import LoRALinear
 from ..config import LoRAConfig, Rank
 from ..state import adapted_layers, lora_state
@@ -49,7 +49,7 @@ class AdaLoRAConfig(LoRAConfig):
             if value := getattr(self, name):
                 raise ValueError(f"{name}: got {value!r}, expected {{}}: AdaLoRA's ranks are RankAllocator's, its α is one")
         for name, least in (("init_r", 1), ("target_r", 1), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
-            _check_integer(name, getattr(self, name), least)
+            check_integer(getattr(self, name), name, least)
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
@@ -58,7 +58,7 @@ class AdaLoRAConfig(LoRAConfig):
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise ValueError(f"orth_reg_weight: got {weight!r}, expected a finite number of at least 0")
         if self.total_step is not None:
-            _check_integer("total_step", self.total_step, 1)
+            check_integer(self.total_step, "total_step", 1)
             if self.tinit >= self.total_step - self.tfinal:
                 raise ValueError(
                     f"tinit: got {self.tinit}, expected less than total_step − tfinal = {self.total_step - self.tfinal}, so "
@@ -73,11 +73,6 @@ class AdaLoRAConfig(LoRAConfig):
     def plain(self) -> LoRAConfig:
         """The LoRAConfig with the fields that both have."""
         return LoRAConfig(**{field.name: getattr(self, field.name) for field in fields(LoRAConfig)})
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
 
 
 def active_adalora(model: nn.Module) -> tuple[str, AdaLoRAConfig, dict[str, LoRALinear]]:
