@@ -1,5 +1,6 @@
 """LoRA linear layers that cost almost nothing beyond their frozen base layer: y = x·Wᵀ + (α/r)·drop(x)·Aᵀ·Bᵀ + c."""
 
+from .functional.dora import dora_norm
 from .functional.glu_mlp import lora_glu_mlp
 from .functional.linear import backend_report, lora_linear, lora_linear_group
 from .functional.nf4 import dequantize_nf4, quantize_nf4
@@ -48,6 +49,7 @@ __all__ = [
     "compact_ranks",
     "delete_adapter",
     "dequantize_nf4",
+    "dora_norm",
     "dropout_mask",
     "fuse_blocks",
     "load_adapter",

@@ -12,6 +12,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 where one of them is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of torch.autocast where it is on for this device; None where it is off, or where there is none, as on meta."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):

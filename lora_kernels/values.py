@@ -17,8 +17,9 @@ class LoRAWeights(NamedTuple):
     """One projection y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ + c, x[M, K] -> y[M, N].
 
     weight W[N, K] (an NF4Weight in 4 bits), lora_A[R, K], lora_B[N, R], bias c[N] or None, scaling s = alpha / r, a float or a
-    0-d tensor. lora_A and lora_B are both None for a plain projection, x·Wᵀ + c, among adapted ones. A new field goes here; a
-    backend that does not name it in its FIELDS refuses calls that set it.
+    0-d tensor. lora_A and lora_B are both None for a plain projection, x·Wᵀ + c, among adapted ones. With magnitude m[N] (DoRA)
+    y = (m / n) ⊙ (x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ) + c, n = ‖W + s·B·A‖ by rows. A new field goes here; a backend that does not name it
+    in its FIELDS refuses calls that set it.
     """
 
     weight: Tensor | NF4Weight
@@ -26,6 +27,7 @@ class LoRAWeights(NamedTuple):
     lora_B: Tensor | None
     bias: Tensor | None = None
     scaling: float | Tensor = 1.0
+    magnitude: Tensor | None = None
 
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")  # of an MLP; what each is: reference/activation.py

@@ -83,9 +83,9 @@ def contract(problem: Problem) -> Results:
     plan = choose(describe("linear", use_backend.current, x.dtype, x, (member,), dropout, ()))
     needs = Needs("x" in problem.leaves, (tuple(LETTERS[name] for name in problem.leaves if name != "x"),))
     with nan_in_fresh_memory(), torch.no_grad():
-        (y,), (h,) = plan.forward(x, (member,), dropout)
-        x, members, hs, dropout = kept(x, (member,), (h,), dropout, needs)
-        dx, (found,) = plan.backward((dy,), x, members, hs, dropout, needs)
+        (y,), (h, *beside) = plan.forward(x, (member,), dropout)
+        x, members, saved, dropout = kept(x, (member,), (h, *beside), dropout, needs)
+        dx, (found,) = plan.backward((dy,), x, members, saved, dropout, needs)
     assert (dx is not None) == needs.x
     assert set(found) == set(needs.members[0])
     gradients = {f"d{name}": dx if name == "x" else found[LETTERS[name]] for name in problem.leaves}
@@ -95,7 +95,7 @@ def contract(problem: Problem) -> Results:
 def expected_contract(problem: Problem) -> Results:
     """The same by the reference, h among the results, in the dtypes of the contract."""
     results = plain(problem)
-    _, (h,) = reference.forward(problem.x.detach(), (problem.member(),), problem.dropout())
+    _, (h, *_) = reference.forward(problem.x.detach(), (problem.member(),), problem.dropout())
     return {"y": results.pop("y"), "h": h.detach(), **results}
 
 
@@ -103,7 +103,7 @@ def check_contract(problem: Problem, results: Results | None = None) -> None:
     """Assert the rule and the contract's dtypes for a backend's own functions; results: of them, if at hand."""
     results = contract(problem) if results is None else results
     for name, tensor in results.items():
-        adapters = problem.A.dtype if name in ("h", "dA", "dB") else torch.float32 if name == "dc" else problem.x.dtype
+        adapters = problem.A.dtype if name in ("h", "dA", "dB") else torch.float32 if name in ("dc", "dm") else problem.x.dtype
         assert tensor.dtype == adapters, f"{name}: {tensor.dtype}, expected {adapters}"
     assert not (broken := broken_results(problem, results)), broken
 
@@ -113,7 +113,7 @@ def broken_results(problem: Problem, results: Results) -> dict[str, list[str]]:
     expected = expected_contract(problem)
     exact = truth(problem)
     wide = problem.dequantized()
-    _, (h,) = reference.forward(wide.x.detach().double(), (wide.member()._replace(**_double(wide)),), wide.dropout())
+    _, (h, *_) = reference.forward(wide.x.detach().double(), (wide.member()._replace(**_double(wide)),), wide.dropout())
     exact["h"] = h
     found = {name: violations({name: t}, {name: expected[name]}, {name: exact[name]}, t.dtype) for name, t in results.items()}
     return {name: lines for name, lines in found.items() if lines}

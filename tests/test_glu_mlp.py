@@ -126,7 +126,7 @@ def test_it_is_the_layers_and_the_activation_between_them(kind, form, device):
     problem = case_of(kind, M=33, p=0.3, activation="gelu", device=device, **form).draw()
 
     def layer(x, name, offset):
-        W, A, B, c, s = problem.members[name]
+        W, A, B, c, s, _ = problem.members[name]
         keep = dropout_mask(*x.shape, 0.3, problem.case.seed, offset=offset, device=device)
         dropped = x * keep * 65536 / (65536 - round(65536 * 0.3))
         return lora_linear(x, W, torch.zeros_like(A), B, c) + s * (dropped @ A.T) @ B.T

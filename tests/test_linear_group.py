@@ -86,7 +86,7 @@ def test_it_is_lora_linear_of_each_member(kind, p, device):
     """With the masks of offsets 0, 1, 2; the first is lora_linear's own."""
     problem = GroupCase(M=33, K=64, members=members(kind, *QKV), p=p, device=device).draw()
     ys = ours(problem)
-    for i, (name, (W, A, B, c, s)) in enumerate(problem.members.items()):
+    for i, (name, (W, A, B, c, s, _)) in enumerate(problem.members.items()):
         dropped = dropped_x(problem, i) if p else problem.x
         low_rank = s * (dropped @ A.T) @ B.T
         base = lora_linear(problem.x, W, torch.zeros_like(A), B, c)

@@ -1,6 +1,6 @@
 """A case of lora_linear: everything that a call depends on, its tensors, what it must give, its arithmetic and its bytes.
 
-x[M,K]  W[N,K]  A[R,K]  B[N,R]  c[N]  dy[M,N]      p dropout      s scaling
+x[M,K]  W[N,K]  A[R,K]  B[N,R]  c[N]  m[N]  dy[M,N]      p dropout      s scaling
 """
 
 from collections.abc import Callable
@@ -18,7 +18,14 @@ from ..reference.nf4 import dequantize
 from ..values import Dropout, LoRAWeights
 from .rule import Results, violations
 
-LETTERS = {"x": "x", "W": "weight", "A": "lora_A", "B": "lora_B", "c": "bias"}  # a tensor's letter and its name in a call
+LETTERS = {
+    "x": "x",
+    "W": "weight",
+    "A": "lora_A",
+    "B": "lora_B",
+    "c": "bias",
+    "m": "magnitude",
+}  # a tensor's letter and its name in a call
 
 
 @dataclass
@@ -26,7 +33,7 @@ class Case:
     """One call of lora_linear. dtype is of x, W and c, adapter_dtype of A and B (None: the same).
 
     needs: the letters of the tensors that get a gradient. quant_type: "nf4" or "fp4" for a 4-bit W, quantised from base_dtype.
-    strided: rows of x and dy lie apart, and begin inside their memory.
+    strided: rows of x and dy lie apart, and begin inside their memory. dora: with a magnitude, in the adapters' dtype.
     """
 
     M: int | tuple[int, ...] = 17
@@ -38,7 +45,7 @@ class Case:
     bias: bool = True
     dtype: torch.dtype = torch.float32
     adapter_dtype: torch.dtype | None = None
-    needs: tuple[str, ...] = ("x", "A", "B", "c")
+    needs: tuple[str, ...] = ("x", "A", "B", "c", "m")
     seed: int = 20260
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     strided: bool = False
@@ -47,6 +54,7 @@ class Case:
     blocksize: int = 64
     double_quant: bool = True
     base_dtype: torch.dtype = torch.bfloat16
+    dora: bool = False
 
     def __str__(self) -> str:
         return f"{self.K}→{self.N} M={self.rows} r={self.R} p={self.p} {dtype_name(self.dtype)}"
@@ -93,6 +101,7 @@ class Case:
             weight = quantize(W.to(self.base_dtype), self.quant_type, self.blocksize, self.double_quant)
         own = {"x": x.to(self.dtype), "W": weight, "A": A.to(adapter), "B": B.to(adapter), "dy": dy.to(self.read_dtype)}
         own["c"] = None if c is None else c.to(self.dtype)
+        own["m"] = normal(self.N).to(adapter) if self.dora else None
         tensors: dict[str, Any] = {name: None if t is None else t.to(self.device) for name, t in own.items()}
         problem = Problem(self, **tensors)
         for name in self.needs:
@@ -112,6 +121,7 @@ class Problem:
     B: Tensor
     c: Tensor | None
     dy: Tensor
+    m: Tensor | None = None
 
     @property
     def in_features(self) -> int:
@@ -135,8 +145,8 @@ class Problem:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What the call takes, by letter."""
-        return {name: getattr(self, name) for name in LETTERS}
+        """What the call takes, by letter; m only where there is one."""
+        return {name: getattr(self, name) for name in LETTERS if name != "m" or self.case.dora}
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -144,7 +154,7 @@ class Problem:
         return {name: t for name, t in self.inputs.items() if isinstance(t, Tensor) and t.requires_grad}
 
     def member(self) -> LoRAWeights:
-        return LoRAWeights(self.W, self.A, self.B, self.c, self.case.scaling)
+        return LoRAWeights(self.W, self.A, self.B, self.c, self.case.scaling, self.m)
 
     def dropout(self) -> Dropout | None:
         return Dropout(self.p, torch.tensor(self.case.seed, device=self.x.device)) if self.p > 0 else None
@@ -165,7 +175,7 @@ class Problem:
         return replace(self, case=replace(self.case, quant_type=None), W=dense)
 
     def compute(self, layer: Callable[..., Tensor]) -> Results:
-        """y and the wanted gradients, "dx", "dA" …, of layer(x, W, A, B, c)."""
+        """y and the wanted gradients, "dx", "dA" …, of layer(x, W, A, B, c, m)."""
         leaves, autocast = self.leaves, self.case.autocast
         with torch.autocast(self.x.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
             y = layer(*self.inputs.values())
@@ -176,16 +186,16 @@ class Problem:
 def ours(problem: Problem) -> Results:
     """lora_linear's results, by the backend that is set."""
     case = problem.case
-    return problem.compute(lambda *inputs: lora_linear(*inputs, scaling=case.scaling, dropout_p=case.p, seed=case.seed))
+    options: dict[str, Any] = {"scaling": case.scaling, "dropout_p": case.p, "seed": case.seed}
+    return problem.compute(lambda x, W, A, B, c, m=None: lora_linear(x, W, A, B, c, magnitude=m, **options))
 
 
 def plain(problem: Problem) -> Results:
     """The reference's results at the case's own dtypes: PyTorch's operations in PEFT's order."""
     scaling, dropout = problem.case.scaling, problem.dropout()
 
-    def layer(x: Tensor, *member: Any) -> Tensor:
-        W, A, B, c = member
-        ((y,), _) = reference.forward(x.reshape(-1, x.shape[-1]), (LoRAWeights(W, A, B, c, scaling),), dropout)
+    def layer(x: Tensor, W: Any, A: Tensor, B: Tensor, c: Tensor | None, m: Tensor | None = None) -> Tensor:
+        ((y,), _) = reference.forward(x.reshape(-1, x.shape[-1]), (LoRAWeights(W, A, B, c, scaling, m),), dropout)
         return y.view(*x.shape[:-1], y.shape[1])
 
     return problem.compute(layer)
@@ -195,7 +205,7 @@ def truth(problem: Problem) -> Results:
     """The reference's results in float64, over the weight that the products read."""
     exact = problem.dequantized()
     case = replace(exact.case, dtype=torch.float64, adapter_dtype=None, autocast=None, scaling=float(exact.case.scaling))
-    tensors = {name: getattr(exact, name) for name in (*LETTERS, "dy")}
+    tensors = {**exact.inputs, "dy": exact.dy}
     wide: dict[str, Any] = {
         name: None if t is None else t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()
     }

@@ -13,19 +13,20 @@ from ..reference.nf4 import dequantize
 from ..values import Dropout, LoRAWeights
 from .rule import Results, violations, violations_on_average
 
-FIELDS = ("weight", "lora_A", "lora_B", "bias")
+FIELDS = ("weight", "lora_A", "lora_B", "bias", "magnitude")
 DRAWS = 32  # of a case that breaks the rule in one
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One member: N out-features, rank R, None for a plain one; quant_type: "nf4" or "fp4" for a weight of 4 bits."""
+    """One member: N out-features, rank R, None for a plain one; quant_type: "nf4" or "fp4" in 4 bits; dora: a magnitude."""
 
     N: int
     R: int | None = 4
     bias: bool = True
     scaling: float | Tensor = 2.0
     quant_type: str | None = None
+    dora: bool = False
 
 
 @dataclass
@@ -40,7 +41,7 @@ class MembersCase:
     p: float = 0.0
     dtype: torch.dtype = torch.float32
     adapter_dtype: torch.dtype | None = None
-    needs: tuple[str, ...] = ("x", "lora_A", "lora_B", "bias")
+    needs: tuple[str, ...] = ("x", "lora_A", "lora_B", "bias", "magnitude")
     frozen: tuple[str, ...] = ()
     seed: int = 20260
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -97,7 +98,8 @@ class MembersCase:
                 return LoRAWeights(weight, None, None, c)
             A, B = normal(layer.R, K, scale=K**-0.5), normal(layer.N, layer.R, scale=layer.R**-0.5)
             A, B = A.to(adapter).to(self.device), B.to(adapter).to(self.device)
-            return LoRAWeights(weight, A, B, c, layer.scaling)
+            m = normal(layer.N).to(adapter).to(self.device) if layer.dora else None
+            return LoRAWeights(weight, A, B, c, layer.scaling, m)
 
         layers = self.layers()
         x = normal(*self.shape, next(iter(layers.values()))[0], apart=self.strided).to(self.dtype).to(self.device)
@@ -123,7 +125,7 @@ class MembersProblem:
         """Every tensor that can have a gradient, by a name such as "gate.lora_A"."""
         found = {"x": self.x}
         for owner, member in self.members.items():
-            own = {f"{owner}.{name}": value for name, value in zip(FIELDS, member[:4], strict=True)}
+            own = {f"{owner}.{name}": value for name, value in zip(FIELDS, (*member[:4], member.magnitude), strict=True)}
             found |= {name: value for name, value in own.items() if isinstance(value, Tensor)}
         return found
 
@@ -175,7 +177,7 @@ def truth(problem: MembersProblem) -> Results:
         return value if value is None else dequantize(value, problem.case.read_dtype).double()
 
     members = {
-        name: LoRAWeights._make([*(wide(value) for value in member[:4]), float(member.scaling)])
+        name: LoRAWeights._make([*map(wide, member[:4]), float(member.scaling), wide(member.magnitude)])
         for name, member in problem.members.items()
     }
     return plain(MembersProblem(case, wide(problem.x), members, {name: dy.double() for name, dy in problem.dys.items()}))

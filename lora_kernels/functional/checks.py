@@ -18,7 +18,7 @@ def check_member(x: Tensor, member: LoRAWeights, of: str = "", features: int | N
     """
     if not isinstance(member, LoRAWeights):
         raise TypeError(f"{of.rstrip('.')}: got {type(member).__name__}, expected LoRAWeights(weight, lora_A, lora_B, …)")
-    weight, lora_A, lora_B, bias, scaling = member
+    weight, lora_A, lora_B, bias, scaling, magnitude = member
     tensors: dict[str, Any] = {"x": x}
     if lora_A is not None or lora_B is not None:
         tensors |= {f"{of}lora_A": lora_A, f"{of}lora_B": lora_B}
@@ -32,6 +32,8 @@ def check_member(x: Tensor, member: LoRAWeights, of: str = "", features: int | N
         tensors[f"{of}weight"] = weight
     if bias is not None:
         tensors[f"{of}bias"] = bias
+    if magnitude is not None:
+        tensors[f"{of}magnitude"] = magnitude
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
@@ -45,7 +47,7 @@ def check_member(x: Tensor, member: LoRAWeights, of: str = "", features: int | N
 
 
 def _check_shapes(x: Tensor, member: LoRAWeights, of: str, features: int | None) -> None:
-    weight, A, B, bias, _ = member
+    weight, A, B, bias, _, magnitude = member
     for name, tensor, letters in (("weight", weight, "N, K"), ("lora_A", A, "R, K"), ("lora_B", B, "N, R")):
         if tensor is not None and tensor.ndim != 2:
             raise ValueError(f"{of}{name}: got shape {tuple(tensor.shape)}, expected two dimensions [{letters}]")
@@ -60,6 +62,10 @@ def _check_shapes(x: Tensor, member: LoRAWeights, of: str, features: int | None)
         rank, expected = f" and rank {R}", {"lora_A": (A, (R, K)), "lora_B": (B, (N, R))}
     if bias is not None:
         expected["bias"] = (bias, (N,))
+    if magnitude is not None:
+        expected["magnitude"] = (magnitude, (N,))
+        if A is None:
+            raise ValueError(f"{of}magnitude: got one for a plain member, expected None, or lora_A and lora_B beside it")
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             cure = f"; use {of}{name}.T" if tensor.ndim == 2 and tensor.T.shape == shape else ""
@@ -74,7 +80,7 @@ def _check_shapes(x: Tensor, member: LoRAWeights, of: str, features: int | None)
 
 
 def _check_dtypes(x: Tensor, member: LoRAWeights, of: str) -> None:
-    weight, A, B, bias, _ = member
+    weight, A, B, bias, _, _ = member
     if A is not None and B is not None and A.dtype != B.dtype:
         raise TypeError(f"{of}lora_B: got dtype {B.dtype}, expected {A.dtype} as lora_A; use lora_B.to(lora_A.dtype)")
     if isinstance(weight, NF4Weight):

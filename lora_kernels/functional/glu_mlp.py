@@ -46,6 +46,9 @@ def check(x: Tensor, members: Members, dropout: Dropout | None, activation: str)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
     *inner, down = members
+    for member, name in zip(members, ("gate", "up", "down")[-len(members) :], strict=True):
+        if isinstance(member, LoRAWeights) and member.magnitude is not None:
+            raise ValueError(f"{name}.magnitude: got one, expected None; compute an MLP with DoRA by lora_linear")
     for member, name in zip(inner, ("gate", "up")[-len(inner) :], strict=True):
         check_member(x, member, f"{name}.")
     features, shape = inner[0].weight.shape[0], tuple(inner[-1].weight.shape)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dtypes import wide_dtype
 from ..mask import check_p
 from ..nf4 import NF4Weight
 from ..operation import Members, Operation, call, register
@@ -24,10 +25,11 @@ def lora_linear(
     scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    magnitude: Tensor | None = None,
 ) -> Tensor:
     """y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ + c, with gradients for x, A, B, c, and W where it is trained too (Hu et al. 2021, §4.1).
 
-    Shapes: x[..., K], weight W[N, K], lora_A[R, K], lora_B[N, R], bias c[N] -> y[..., N].
+    Shapes: x[..., K], weight W[N, K], lora_A[R, K], lora_B[N, R], bias c[N], magnitude m[N] -> y[..., N].
     Dtypes: bfloat16, float16, float32 or float64. x, weight and bias share one, which is also y's; the adapters share one,
     which may be another (float32 adapters over a 16-bit base are computed in float32). Under torch.autocast, x, weight and
     bias of any dtype are read as autocast's.
@@ -36,13 +38,16 @@ def lora_linear(
     scaling: s = alpha / r, a float or a 0-d tensor, which is read on the device.
     dropout_p: applies whenever it is above 0; pass 0 in evaluation. The mask is `dropout_mask(M, K, dropout_p, seed)`.
     seed: None draws it from torch's generator of x's device.
+    magnitude: m of DoRA, y = (m / n) ⊙ (x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ) + c with n = ‖W + s·B·A‖ by rows (`dora_norm`), constant in
+    the gradient (Liu et al. 2024, eq. 5 and §4.3), in any dtype; m has a gradient. 0 where n is.
 
-    Saves x itself, h = drop(x)·Aᵀ [M, R] and the seed for the backward pass, each only if a wanted gradient reads it.
+    Saves x itself, h = drop(x)·Aᵀ [M, R] and the seed for the backward pass, each only if a wanted gradient reads it; with a
+    magnitude also n, and v = x·Wᵀ + s·h·Bᵀ [M, N] for m's gradient.
     Raises TypeError or ValueError for arguments that do not fit, and RuntimeError on a second derivative.
     """
     if lora_A is None:
         raise TypeError("lora_A: got None, expected a torch.Tensor; for no adapter use F.linear")
-    member = LoRAWeights(weight, lora_A, lora_B, bias, scaling)
+    member = LoRAWeights(weight, lora_A, lora_B, bias, scaling, magnitude)
     (y,) = call(LINEAR, x, (member,), Dropout(dropout_p, seed) if dropout_p else None)  # type: ignore[arg-type]
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
@@ -53,9 +58,9 @@ def lora_linear_group(
     """y_i = x·W_iᵀ + s_i·drop_i(x)·A_iᵀ·B_iᵀ + c_i of every member over one x, such as q, k and v, in one operation.
 
     Shapes: x[..., K], member i of W[N_i, K], A[R_i, K], B[N_i, R_i] -> a tuple of y_i[..., N_i]. A member whose lora_A and
-    lora_B are None is plain: y_i = x·W_iᵀ + c_i. Dtypes, dropout_p, seed and gradients as in `lora_linear`; member i's mask is
-    `dropout_mask(M, K, dropout_p, seed, offset=i)`. The gradient of x is summed up in one buffer; a member whose result is
-    not used costs none.
+    lora_B are None is plain: y_i = x·W_iᵀ + c_i. Dtypes, magnitudes, dropout_p, seed and gradients as in `lora_linear`; member
+    i's mask is `dropout_mask(M, K, dropout_p, seed, offset=i)`. The gradient of x is summed up in one buffer; a member whose
+    result is not used costs none.
 
     Saves x itself once, h_i [M, R_i] of each member and one seed, each only if a wanted gradient reads it.
     Raises TypeError or ValueError, naming members[i], for arguments that do not fit, and RuntimeError on a second derivative.
@@ -91,9 +96,18 @@ Kind = tuple[tuple[int, ...], torch.dtype | None] | None
 
 
 def shapes(x: Tensor, members: Members) -> tuple[list[tuple[int, ...]], list[Kind]]:
-    """([M, N] of every y, those of every h)."""
+    """([M, N] of every y, those of every h, and where there are magnitudes of every v and n)."""
     M = rows(x)
-    return [(M, m.weight.shape[0]) for m in members], [kind_of_h(M, m) for m in members]
+    ys: list[tuple[int, ...]] = [(M, m.weight.shape[0]) for m in members]
+    hs = [kind_of_h(M, m) for m in members]
+    if all(m.magnitude is None for m in members):
+        return ys, hs
+    vs: list[Kind] = [None if m.magnitude is None else (y, None) for m, y in zip(members, ys, strict=True)]
+    ns: list[Kind] = [
+        None if m.magnitude is None else (y[1:], wide_dtype(x.dtype, m.lora_A.dtype))  # type: ignore[union-attr]
+        for m, y in zip(members, ys, strict=True)
+    ]
+    return ys, [*hs, *vs, *ns]
 
 
 def rows(x: Tensor) -> int:
@@ -106,12 +120,21 @@ def kind_of_h(M: int, member: LoRAWeights) -> Kind:
     return None if member.lora_A is None else ((M, member.lora_A.shape[0]), member.lora_A.dtype)
 
 
-def kept(x: Tensor, members: Members, hs: tuple[Tensor, ...], dropout: Dropout | None, needs: Needs) -> tuple:
-    """(x, members, hs, dropout) without what no wanted gradient reads: dx reads W, A and B, dA x and B, dB h, dW x."""
+def kept(x: Tensor, members: Members, saved: tuple[Tensor | None, ...], dropout: Dropout | None, needs: Needs) -> tuple:
+    """(x, members, saved, dropout) without what no wanted gradient reads.
+
+    dx reads W, A and B, dA x and B, dB h, dW x, dm v; and with a magnitude all but dc read n.
+    """
+    count = len(members)
+    hs, vs, ns = saved[:count], saved[count : 2 * count], saved[2 * count :]
     return (
         x if needs.any("lora_A", "weight") else None,
         tuple(kept_member(member, needs.x, names) for member, names in zip(members, needs.members, strict=True)),
-        tuple(h if "lora_B" in names else None for h, names in zip(hs, needs.members, strict=True)),
+        (
+            *(h if "lora_B" in names else None for h, names in zip(hs, needs.members, strict=True)),
+            *(v if "magnitude" in names else None for v, names in zip(vs, needs.members, strict=bool(vs))),
+            *(n if needs.x or set(names) - {"bias"} else None for n, names in zip(ns, needs.members, strict=bool(ns))),
+        ),
         dropout if needs.x or needs.any("lora_A") else None,
     )
 
@@ -127,14 +150,14 @@ def kept_member(member: LoRAWeights, need_x: bool, names: tuple[str, ...]) -> Lo
 
 
 def gradient_shapes(
-    dys: tuple[Tensor | None, ...], x: Tensor | None, members: Members, hs: tuple[Tensor | None, ...], needs: Needs
+    dys: tuple[Tensor | None, ...], x: Tensor | None, members: Members, saved: tuple[Tensor | None, ...], needs: Needs
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """(shape, dtype) of each wanted gradient: dx, then the members'; dc is in float32 or wider."""
     found: list[tuple[tuple[int, ...], torch.dtype]] = []
     first = next(dy for dy in dys if dy is not None)
     if needs.x:
         found.append(((first.shape[0], members[0].weight.shape[1]), first.dtype))
-    for dy, member, h, names in zip(dys, members, hs, needs.members, strict=True):
+    for dy, member, h, names in zip(dys, members, saved[: len(members)], needs.members, strict=True):
         for name in names:
             found.append(gradient_shape(name, dy, x, member, h))  # type: ignore[arg-type]
     return found

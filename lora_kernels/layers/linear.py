@@ -188,7 +188,7 @@ class LoRALinear(AdaptedWeight):
         name = self.active_adapter
         if name is None or self._unmerged:
             return self._base_forward(x)
-        W, A, B, c, scaling = self._weights(name)
+        W, A, B, c, scaling, _ = self._weights(name)
         p = self.adapters[name].lora_dropout if self.training else 0.0
         return lora_linear(x, W, A, B, c, scaling=scaling, dropout_p=p)  # type: ignore[arg-type]
 

@@ -79,7 +79,7 @@ def why_not_together(x: Any, members: list[Projection]) -> str | None:
         return "no adapted member"
     if any(member.dropout_p != adapted[0].dropout_p for member in adapted):
         return "the members' lora_dropout differ"
-    for tensor in (x, *(t for member in members for t in member.weights[:4])):
+    for tensor in (x, *(t for member in members for t in member.weights)):
         if isinstance(tensor, Tensor) and type(tensor) not in PLAIN:
             return f"a {type(tensor).__name__} among the tensors"
     return None if x.dtype in FLOATS else f"x is of {x.dtype}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import plan as registry
-from ..dtypes import without_autocast
+from ..dtypes import wide_dtype, without_autocast
 from ..plan import choose, describe
 from ..values import Dropout, LoRAWeights, flatten, unflatten
 from .definition import OPERATIONS, Members, Operation, in_dtype, no_second_derivative, rows_of, seeded
@@ -26,8 +26,7 @@ def call(
     options: tuple[Any, ...],
 ) -> tuple[Tensor, ...]:
     """The operation's results, by its registered operator."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    members = tuple([_with_tensor_scaling(m, wide, x.device) for m in members])
+    members = tuple([_with_tensor_scaling(m, wide_dtype(dtype), x.device) for m in members])
     pieces = flatten((registry.setting, dtype, x, members, dropout, options))
     results = getattr(torch.ops.lora_kernels, operation.name)(*pieces)
     return tuple(results[: len(operation.shapes(x, members, *options)[0])])

@@ -7,6 +7,8 @@
     2  y  = x·Wᵀ + s·h·Bᵀ + c           5  dA = gᵀ·drop(x)
     3  g  = s·dy·B                      6  dB = s·dyᵀ·h      dc = Σ dy      dW = dyᵀ·x, where W is trained too
 
+A member with a magnitude goes through equations 7 to 9 (magnitude.py) too.
+
 Adapters of another dtype than x's meet it in the wider of the two, as in PEFT; h is kept in theirs. A member without adapter,
 A and B None, is y = x·Wᵀ + c.
 """
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..values import Dropout, Grads, LoRAWeights, Needs
+from . import magnitude
 from .mask import drop
 from .nf4 import dense
 
@@ -25,32 +28,39 @@ from .nf4 import dense
 def forward(
     x: Tensor, members: tuple[LoRAWeights, ...], dropout: Dropout | None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """(y of every member, h of every member)."""
-    ys, hs = [], []
-    for i, (W, A, B, c, s) in enumerate(members):
-        y, h = linear(x, dense(W, x.dtype), c), None
+    """(y of every member, h of every member; and where there are magnitudes v and n of every member)."""
+    ys: list[Any] = []
+    hs, vs, ns = list(ys), list(ys), list(ys)
+    for i, (W, A, B, c, s, m) in enumerate(members):
+        y, h, v, n = linear(x, dense(W, x.dtype), c if m is None else None), None, None, None
         if A is not None and B is not None:
             wide = torch.promote_types(x.dtype, A.dtype)
             h = linear(drop(x.to(wide), dropout, i), A.to(wide)).to(A.dtype)  # 1
             y = (y + s * linear(h.to(wide), B.to(wide))).to(y.dtype)  # 2
-        ys.append(y)
-        hs.append(h)
-    return tuple(ys), tuple(hs)
+        if A is not None and B is not None and m is not None:
+            v, n = y, magnitude.norm(dense(W, x.dtype), A, B, s)  # 7
+            y = magnitude.forward(v, m, n, c)  # 8
+        for results, result in ((ys, y), (hs, h), (vs, v), (ns, n)):
+            results.append(result)
+    return tuple(ys), (*hs, *vs, *ns) if any(n is not None for n in ns) else tuple(hs)
 
 
 def backward(
     dys: tuple[Tensor, ...],
     x: Tensor,
     members: tuple[LoRAWeights, ...],
-    hs: tuple[Any, ...],
+    saved: tuple[Any, ...],
     dropout: Dropout | None,
     needs: Needs,
 ) -> Grads:
-    """Equations 3 to 6."""
-    dx, grads = torch.zeros_like(x), []
-    for i, (dy, (W, A, B, _, s), h) in enumerate(zip(dys, members, hs, strict=True)):
+    """Equations 3 to 6, and 9."""
+    dx, grads, count = torch.zeros_like(x), [], len(members)
+    for i, (dy, (W, A, B, _, s, m), h) in enumerate(zip(dys, members, saved[:count], strict=True)):
+        own = {"bias": dy.sum(0)}
+        if m is not None:
+            dy, own["magnitude"] = magnitude.backward(dy, saved[count + i], m, saved[2 * count + i])  # 9
         dx = dx + dy @ dense(W, x.dtype)
-        grads.append({"weight": dy.T @ x, "bias": dy.sum(0)})
+        grads.append({"weight": dy.T @ x} | own)
         if A is None or B is None:
             continue
         g = s * dy @ B  # 3

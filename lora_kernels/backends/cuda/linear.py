@@ -47,7 +47,7 @@ def forward(
     x: Tensor, members: tuple[LoRAWeights, ...], dropout: Dropout | None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """Equations 1 and 2: y[M,N] in x's dtype, h[M,R] in A's."""
-    (W, A, B, c, s), x = members[0], row_major(x)
+    (W, A, B, c, s, _), x = members[0], row_major(x)
     path = path_of(x, W, A)[0] if x.numel() and len(B) else "scratch"
     if path == "skinny":
         try:

@@ -15,6 +15,7 @@ from ... import cpu_extension
 from ...mask import keep_scale, row_chunks
 from ...plan import Call, Plan
 from ...values import Dropout, Grads, LoRAWeights, Needs
+from .. import magnitude
 from ..products import columns_together, product_dtype, transposed_product
 from . import native, whole
 from .engine import (
@@ -28,15 +29,17 @@ from .engine import (
     total,
     work_dtype,
 )
+from .magnitude import STEPS
 
-FIELDS = frozenset({"weight", "lora_A", "lora_B", "bias", "scaling"})
+FIELDS = frozenset({"weight", "lora_A", "lora_B", "bias", "scaling", "magnitude"})
 
 
 def plan(call: Call) -> Plan:
     """PyTorch computes with any tensors that pass the checks."""
     why = "the first that can compute this call"
     way = way_of(call)
-    return Plan("torch", why, way.forward, way.backward) if way else Plan("torch", why, forward, backward)
+    functions = (way.forward, way.backward) if way else (forward, backward)
+    return Plan("torch", why, *(magnitude.around(functions, STEPS) if "magnitude" in call.fields else functions))
 
 
 def way_of(call: Call) -> ModuleType | None:
@@ -64,7 +67,7 @@ def _forward_of(
     x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: int, mask: type[ChunkMask]
 ) -> tuple[Tensor, Tensor | None]:
     """(y, h) of one member."""
-    W, A, B, c, s = member
+    W, A, B, c, s, _ = member
     (M, K), N = x.shape, W.shape[0]
     if A is None or B is None:
         y = x.new_empty(M, N, dtype=sum_dtype(x, W))
@@ -131,7 +134,7 @@ def _backward_of(
     dx_dtype: torch.dtype,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """(dx with one member's part, its wanted gradients but W's); dx is summed up in dx_dtype."""
-    W, A, B, _, s = member
+    W, A, B, _, s, _ = member
     (M, N), work = dy.shape, work_dtype(dy, B, h)
     need_A, low_rank_x = "lora_A" in wanted, need_x and A is not None
     Aw = to(A, work) if low_rank_x else None

@@ -53,7 +53,7 @@ def forward(
 
 
 def _forward_of(x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: int) -> tuple[Tensor, Tensor | None]:
-    (W, A, B, c, s), M, dtype = member, x.shape[0], x.dtype
+    (W, A, B, c, s, _), M, dtype = member, x.shape[0], x.dtype
     y = F.linear(x, one_tile(W, dtype) if isinstance(W, NF4Weight) else W, c)
     if A is None:
         return y, None
@@ -91,7 +91,7 @@ def _backward_of(
     dropout: Dropout | None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """(dx with one member's part, its wanted gradients but W's)."""
-    (W, A, B, _, s), (M, N), dtype, device = member, dy.shape, dy.dtype, dy.device
+    (W, A, B, _, s, _), (M, N), dtype, device = member, dy.shape, dy.dtype, dy.device
     R = 0 if B is None and h is None else (h if B is None else B).shape[1]
     K = W.shape[1] if need_x else x.shape[1] if "lora_A" in wanted else 0
     found, W_address = {}, 0

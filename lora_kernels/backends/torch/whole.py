@@ -50,7 +50,7 @@ def forward(
 
 
 def _forward_of(x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: int) -> tuple[Tensor, Tensor | None]:
-    W, A, B, c, s = member
+    W, A, B, c, s, _ = member
     h = None if A is None else F.linear(x if dropout is None else _dropped(x, dropout, number), A)  # 1
     y = F.linear(x, one_tile(W, x.dtype) if isinstance(W, NF4Weight) else W, c)
     return y if h is None else y.addmm_(h, B.T, alpha=float(s)), h  # 2
@@ -80,7 +80,7 @@ def _backward_of(
     dropout: Dropout | None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """(dx with one member's part, its wanted gradients but W's)."""
-    (W, A, B, _, _), s = member, float(member.scaling)
+    (W, A, B, _, _, _), s = member, float(member.scaling)
     found = {}
     if (need_x and A is not None) or "lora_A" in wanted:
         g = product(dy, columns_together(B, dy), s)  # 3

@@ -84,7 +84,7 @@ def by_pytorch(x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: 
 
 def output(x: Tensor, member: LoRAWeights, h: Tensor) -> Tensor:
     """Equation 2: y[M,N] in x's dtype."""
-    W, A, B, c, _ = member
+    W, A, B, c, _, _ = member
     s, B, c = scaling_of(member, x.device), adjacent(B), adjacent(c)
     if isinstance(W, NF4Weight):
         if nf4_path(x, W, A)[0] != "scratch":
@@ -139,7 +139,7 @@ def backward(
 
 def backward_in_kernels(dy: Tensor, x: Tensor | None, member: LoRAWeights, h: Tensor | None) -> bool:
     """As in_kernels; what no wanted gradient reads may be None."""
-    W, _, B, _, _ = member
+    W, _, B, _, _, _ = member
     low = B if B is not None else h
     if 0 in (*dy.shape, *(() if W is None else W.shape), *(() if x is None else x.shape), *(() if low is None else low.shape)):
         return False

@@ -94,7 +94,7 @@ def _computed(layer: Any, parts: Parts, x: Tensor) -> Tensor | str:
 
 def compute(x: Tensor, parts: Parts, tensors: tuple[Any, ...]) -> Tensor:
     """y = x·Wᵀ + s·(drop(x)·Aᵀ·Bᵀ + b) + c as a fresh tensor."""
-    W, A, B, c, scaling = weights_of(parts, tensors)
+    W, A, B, c, scaling, _ = weights_of(parts, tensors)
     y = lora_linear(x, W, A, B, c, scaling=scaling, dropout_p=_dropout_p(parts.dropout))  # type: ignore[arg-type]
     return y.to(x.dtype) if is_linear4bit(parts.base) else y  # Linear4bit returns x's dtype under autocast too
 

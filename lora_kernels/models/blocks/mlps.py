@@ -152,6 +152,8 @@ def computed(module: Any, wiring: Wiring, x: Any) -> Tensor | str:
         if isinstance(halves, str):
             return halves
         weights[:1] = halves if wiring.gate_half == 0 else halves[::-1]
+    if any(member.magnitude is not None for member in weights):
+        return "DoRA"
     gate = weights[0] if len(weights) == 3 else None
     try:
         y = lora_glu_mlp(x, gate, *weights[-2:], activation=wiring.activation, dropout_p=p)
@@ -162,12 +164,14 @@ def computed(module: Any, wiring: Wiring, x: Any) -> Tensor | str:
 
 def _halves(member: Projection) -> list[Any] | str:
     """The two projections whose results a fused one's result is made of; they share its A, and drop x each for itself."""
-    W, A, B, c, scaling = member.weights
+    W, A, B, c, scaling, m = member.weights
     if isinstance(W, NF4Weight):
         return "gate and up are halves of one 4-bit weight, whose blocks cannot be shared"
     N = W.shape[0] // 2
     parts = (slice(0, N), slice(N, None))
     return [
-        type(member.weights)(W[rows], A, None if B is None else B[rows], None if c is None else c[rows], scaling)
+        type(member.weights)(
+            W[rows], A, None if B is None else B[rows], None if c is None else c[rows], scaling, None if m is None else m[rows]
+        )
         for rows in parts
     ]
