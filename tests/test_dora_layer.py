@@ -67,12 +67,13 @@ def random_layer(seed):
     pick = random.Random(seed)
     options = {"use_dora": True, "r": pick.choice((1, 3, 8, 27)), "lora_alpha": pick.choice((1, 6, 20.5))}
     options["use_rslora"] = pick.random() < 0.5
+    dtype = pick.choice((torch.float32, torch.float32, torch.bfloat16, torch.float64))
     return Layer(
         shape=pick.choice(((1,), (17,), (2, 3, 7))),
-        dtype=pick.choice((torch.float32, torch.float32, torch.bfloat16, torch.float64)),
+        dtype=dtype,
         bias=pick.random() < 0.7,
         conv1d=pick.random() < 0.3,
-        autocast_adapter_dtype=pick.random() < 0.7,
+        autocast_adapter_dtype=dtype != torch.bfloat16,
         options=tuple(options.items()),
     )
 
