@@ -41,10 +41,10 @@ def peft_model() -> nn.Module:
     return model
 
 
-def own_model(dtype: torch.dtype = torch.float32, quantize: str | None = None, blocks: bool = False) -> nn.Module:
+def own_model(dtype: torch.dtype = torch.float32, quantize: str | None = None, blocks: bool = False, **options) -> nn.Module:
     torch.manual_seed(0)
     model = tiny_models.llama().to(dtype)
-    add_lora(model, LoRAConfig(target_modules=TARGETS, r=4, init_lora_weights=False), quantize=quantize)
+    add_lora(model, LoRAConfig(target_modules=TARGETS, r=4, init_lora_weights=False, **options), quantize=quantize)
     if blocks:
         assert len(fuse_blocks(model).mlps) == 2
     return model
@@ -140,6 +140,7 @@ FSDP2_OPTIONS = {
     "fsdp2-fp32": {},
     "fsdp2-bf16": {"dtype": torch.bfloat16},
     "fsdp2-blocks": {"blocks": True},
+    "fsdp2-dora": {"use_dora": True},
 }
 if torch.__version__ >= (2, 12):  # before, FSDP2 shards no frozen uint8 weights
     FSDP2_OPTIONS["fsdp2-nf4"] = {"dtype": torch.bfloat16, "quantize": "nf4"}

@@ -66,7 +66,7 @@ def check_dora(*, lora_bias: bool) -> None:
     """Raise ValueError for an option of an adapter that DoRA, as PEFT has it, lacks."""
     if lora_bias:
         raise ValueError(
-            "lora_bias: got True, expected False for DoRA, whose equation has none, nor PEFT: it refuses the two together"
+            "lora_bias: got True, expected False for DoRA, as in PEFT: its equation has no bias of an adapter's own"
         )
 
 

@@ -12,8 +12,8 @@ from .offload import keep_present_values, offloading_hooks, onloaded, restore_va
 
 
 class LowRankTerm(NamedTuple):
-    """What an adapter adds: s·B·A to the weight and, unless b is None, s·b to the bias; with m of DoRA, the weight's rows then
-    have these norms.
+    """What an adapter adds: s·B·A to the weight and, unless b is None, s·b to the bias. With m (DoRA), the weight's rows are
+    scaled by m / n then.
     """
 
     A: Tensor
