@@ -28,4 +28,4 @@ def test_the_whole_command(run, model, text, tmp_path, quantize):  # noqa: F811
 def test_another_variant_is_one_line(run, model, text):  # noqa: F811
     code, out, err = run("--model", model, "--text", text, "--variant", "vera")
     assert (code, out) == (2, "")
-    assert err == "lora-kernels: --variant: got vera, expected lora or adalora\n"
+    assert err == "lora-kernels: --variant: got vera, expected lora, dora or adalora\n"
