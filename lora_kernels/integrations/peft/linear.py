@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ...functional.linear import lora_linear
@@ -80,7 +80,9 @@ def _computed(layer: Any, parts: Parts, x: Tensor) -> Tensor | str:
     """y, or the reason in the tensors why PEFT's own forward has to compute; accelerate's hooks bring offloaded ones first."""
     hooked = [m for m in modules_of(parts) if "forward" in m.__dict__ and forward_is_replaced(m)]
     if hooked:
-        return call_onloaded(hooked, lambda x: why_not_tensors(layer, parts, x) or compute(layer, x, parts, tensors_of(parts)), x)
+        return call_onloaded(
+            hooked, lambda x: why_not_tensors(layer, parts, x) or compute(layer, x, parts, tensors_of(parts)), x
+        )
     tensors = tensors_of(parts)
     if torch.compiler.is_compiling() or not is_plain(layer, parts, tensors, x):
         return why_not_tensors(layer, parts, x) or compute(layer, x, parts, tensors)

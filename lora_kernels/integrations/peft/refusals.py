@@ -45,7 +45,7 @@ def is_plain(layer: Any, parts: Parts, tensors: tuple[Any, ...], x: Tensor) -> b
         and type(A) in PLAIN
         and type(B) in PLAIN
         and (c is None or (type(c) in PLAIN and c.dtype == W.dtype))
-        and (m is None or type(m) in PLAIN)
+        and (m is None or (type(m) in PLAIN and x.ndim != 1))
         and not W.requires_grad
         and b is None
         and parts.lora_A.bias is None
@@ -82,7 +82,12 @@ def why_not_parameters(layer: LoraLayer, parts: Parts, brought: Mapping[int, tor
         return "DoRA with a bias of lora_B, which PEFT's norm takes for a part of the weight"
     (K, N), R = (layer.in_features, layer.out_features), A.shape[0]
     shape = W.shape if not four_bit else (N, K)
-    if shape != ((K, N) if isinstance(base, Conv1D) else (N, K)) or A.shape != (R, K) or B.shape != (N, R) or (m is not None and m.shape != (N,)):
+    if (
+        shape != ((K, N) if isinstance(base, Conv1D) else (N, K))
+        or A.shape != (R, K)
+        or B.shape != (N, R)
+        or (m is not None and m.shape != (N,))
+    ):
         return "parameters are sharded, or have other shapes than the layer's"
     if A.dtype != B.dtype:
         return "lora_A and lora_B differ in dtype"
@@ -98,6 +103,8 @@ def why_not_input(layer: LoraLayer, parts: Parts, x: Tensor) -> str | None:
         return "torch.func transforms"
     if x.dtype != dtype and not layer.cast_input_dtype_enabled:
         return "casting of the input is disabled"
+    if parts.magnitude is not None and x.ndim == 1:
+        return "DoRA of a vector, which PEFT returns as a row"
     return linear_4bit.why_not_input(base, x) if is_linear4bit(base) else _why_not_dtypes(x, base.weight, base.bias)
 
 
