@@ -57,6 +57,8 @@ def fast_parts(layer: Any) -> Parts | str:
         A, B, E, ranknum = (modules[kind][name] for kind in ("lora_A", "lora_B", "lora_E", "ranknum"))
         if not A.shape[0]:
             return "an adapter of rank 0"
+        if not A.device == E.device == ranknum.device:  # on the meta device until its file is loaded
+            return "tensors on different devices"
         parts = Parts(modules["base_layer"], *_triplets(A, B, E, ranknum, layer.scaling[name], dropout))
     else:
         lora_B = modules["lora_B"]._modules[name]
