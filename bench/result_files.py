@@ -49,6 +49,7 @@ def kind(run: dict[str, Any]) -> str:
         "section": "nf4",
         "over": "kernels",
         "distance_of_seeds": "curves",
+        "layers": "ranks",
         "variants": "parts",
         "variant": "layer",
     }

@@ -68,7 +68,7 @@ class Variant:
         together = problem.fused() if self.fused else {}
         inside = {name for members in together.values() for name in members.members}
         alone = [layer for name, layer in problem.layers.items() if name not in inside]
-        return together | {f"{layer.in_features}→{layer.out_features}": layer for layer in alone}
+        return together | {f"{p.in_features}→{p.out_features}{' DoRA' * p.case.dora}": p for p in alone}
 
 
 def parse(text: str) -> tuple[str, ...]:
