@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import accelerate
+from lora_kernels.integrations.peft import AccelerationReport
 from lora_kernels.mask import draw_seed, dropout_mask, keep_scale
 
 
@@ -59,6 +60,13 @@ class Layer:
                 nn.init.normal_(parameter)
         return model
 
+    def accelerate(self, model: nn.Module) -> AccelerationReport:
+        return accelerate(model)
+
+    def fix_mask(self, layer: nn.Module, seed: Tensor) -> None:
+        """Let PEFT's layer drop what lora_linear with this seed does."""
+        layer.lora_dropout["default"] = FixedMask(self.lora_dropout, seed)
+
     def run(self, model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
         """y and the gradients of x and of every trained parameter, by name."""
         x = x.detach().requires_grad_()
@@ -72,7 +80,7 @@ class Layer:
         """Assert the rule for the accelerated layer against PEFT's own, PEFT's dtypes, and that the fast path computed."""
         plain = self.build()
         ours = copy.deepcopy(plain)
-        report = accelerate(ours)
+        report = self.accelerate(ours)
         x, dy = (
             torch.randn(*self.shape, self.K).to(self.dtype),
             torch.randn(*self.shape, self.N).to(self.autocast or self.dtype),
@@ -80,7 +88,7 @@ class Layer:
         torch.manual_seed(11)
         seed = draw_seed(x.device)
         if self.lora_dropout:
-            plain.base_model.model[0].lora_dropout["default"] = FixedMask(self.lora_dropout, seed)
+            self.fix_mask(plain.base_model.model[0], seed)
         torch.manual_seed(11)
         tested, reference = self.run(ours, x, dy), self.run(plain, x, dy)
         exact_case = copy.copy(self)

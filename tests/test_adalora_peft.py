@@ -127,6 +127,14 @@ def test_files_with_rank_pattern_and_merging(tmp_path):
     close(made(X), loaded(X))
 
 
+def test_factors_on_the_meta_device_where_ranknum_is_not():
+    """As while PEFT loads a file with low_cpu_mem_usage."""
+    made = peft()
+    for name in ("lora_A", "lora_B", "lora_E"):
+        getattr(made.base_model.model.up, name).to("meta")
+    assert accelerate(made).falling_back == {"base_model.model.up": "tensors on different devices"}
+
+
 def test_what_falls_back():
     plain = peft(init_lora_weights=False, lora_dropout=0.2).eval()
     plain.add_adapter("other", AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["up"], inference_mode=True))

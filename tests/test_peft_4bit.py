@@ -46,7 +46,7 @@ def dense(model, dtype, weight_dtype):
     base[0].weight.data = W.clone()
     if source.base_layer.bias is not None:
         base[0].bias.data = source.base_layer.bias.data.to(weight_dtype)
-    twin = get_peft_model(base, LoraConfig(target_modules=["0"], r=4))
+    twin = get_peft_model(base, LoraConfig(target_modules=["0"], r=4, use_dora=source.use_dora["default"]))
     layer(twin).load_state_dict({k: v for k, v in source.state_dict().items() if "lora_" in k}, strict=False)
     return twin.to(dtype)
 
@@ -55,8 +55,9 @@ def dense(model, dtype, weight_dtype):
 @pytest.mark.parametrize(
     "options", [{}, {"compress_statistics": False}, {"bias": False}, {"quant_type": "fp4"}, {"quant_storage": BF16}], ids=str
 )
-def test_results_by_the_one_rule(dtype, options):
-    plain = adapted(dtype, **options)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_results_by_the_one_rule(dtype, options, use_dora):
+    plain = adapted(dtype, config=LoraConfig(target_modules=["0"], r=4, init_lora_weights=False, use_dora=use_dora), **options)
     ours = copy.deepcopy(plain)
     report = accelerate(ours)
     x, dy = torch.randn(5, 3, 64).to(dtype), torch.randn(5, 3, 96).to(dtype)
@@ -94,6 +95,25 @@ def test_dtypes_under_autocast_are_peft_s(autocast, dtype):
     assert a.dtype == b.dtype
     torch.testing.assert_close(b.float(), a.float(), rtol=0.05, atol=0.05)
     assert report.calls() == {FAST: 1}
+
+
+@pytest.mark.parametrize("loaded_in_4bit", [True, False])
+def test_dora_s_dtype_under_a_gpu_s_autocast_is_peft_s(loaded_in_4bit):
+    config = LoraConfig(target_modules=["0"], r=4, init_lora_weights=False, use_dora=True)
+    plain = adapted(BF16, config=config, loaded_in_4bit=loaded_in_4bit)
+    ours = copy.deepcopy(plain)
+    report = accelerate(ours)
+    with torch.autocast("cpu", BF16):
+        torch.set_autocast_enabled("cuda", True)  # what PEFT asks for, on a CPU too
+        try:
+            for dtype in (BF16, FP32):
+                x = torch.randn(2, 64).to(dtype)
+                a, b = plain(x), ours(x)
+                assert (a.dtype, isinstance(layer(ours).projection(x), str)) == (b.dtype, loaded_in_4bit and dtype == BF16)
+                torch.testing.assert_close(b.float(), a.float(), rtol=0.05, atol=0.05)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert report.calls() == {FAST: 2}
 
 
 def test_without_peft_s_flag_its_dense_layer_over_a_linear4bit_is_fast_too():

@@ -125,15 +125,14 @@ def test_what_falls_back_gives_peft_s_own_result_and_says_why(change, reason, ch
     assert report.calls() == {FAST: 0, reason: 2}
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}], ids=str)
-def test_variants_fall_back(options):
-    plain = adapted(**options)
+def test_variants_fall_back():
+    plain = adapted(alora_invocation_tokens=[1])
     ours = copy.deepcopy(plain)
     report = accelerate(ours)
     assert torch.equal(ours(IDS), plain(IDS))
-    assert report.calls() == {FAST: 0, "the variant DoraLinearVariant": 2}
+    assert report.calls() == {FAST: 0, "the variant ALoraLinearVariant": 2}
     assert report.falling_back.keys() == set(report.accelerated)
-    assert str(report).startswith("0 of 2 LoRA layers fast now: 2 × the variant DoraLinearVariant\n")
+    assert str(report).startswith("0 of 2 LoRA layers fast now: 2 × the variant ALoraLinearVariant\n")
 
 
 def test_a_mixed_batch_falls_back():

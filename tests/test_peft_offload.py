@@ -17,8 +17,9 @@ every_way = pytest.mark.parametrize("how", HOW)
 
 @every_way
 @pytest.mark.parametrize("accelerated_first", [True, False])
-def test_a_dispatched_peft_model_is_fast(how, accelerated_first, tmp_path):
-    plain = adapted()
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_a_dispatched_peft_model_is_fast(how, accelerated_first, use_dora, tmp_path):
+    plain = adapted(use_dora=use_dora)
     ours = copy.deepcopy(plain)
     if accelerated_first:
         report = accelerate(ours)

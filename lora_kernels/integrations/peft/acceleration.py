@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -61,7 +62,7 @@ class AccelerationReport:
     __repr__ = __str__
 
 
-def accelerate(model: nn.Module, *, blocks: bool = True) -> AccelerationReport:
+def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "peft") -> AccelerationReport:
     """Let every LoRA layer of `model`, a PeftModel or any tree of modules, compute with these kernels.
 
     Exactly peft.tuners.lora.Linear and lora.bnb.Linear4bit, and AdaLoRA's adalora.SVDLinear and adalora.bnb.SVDLinear4bit,
@@ -69,11 +70,16 @@ def accelerate(model: nn.Module, *, blocks: bool = True) -> AccelerationReport:
     A call that needs more than one plain LoRA adapter goes to PEFT's forward (`report.calls()` says how many, and why). Calling
     it again is allowed, and needed after layers were added.
     blocks: q, k and v, and whole MLPs, become one operation each (`fuse_blocks`); False lets every layer compute alone.
+    dora_dropout: what lora_dropout means to DoRA in training. "peft": PEFT drops x in the base product too, y = x·Wᵀ +
+    (m/n - 1)·drop(x)·Wᵀ + (m/n)·s·drop(x)·Aᵀ·Bᵀ + c, and its own forward computes that. "low_rank": y = (m/n) ⊙ (x·Wᵀ +
+    s·drop(x)·Aᵀ·Bᵀ) + c, fast, another function. Without dropout, and in evaluation, both are fast and the same. n is float32
+    where PEFT rounds it to the adapter's dtype; a row with n = 0 gives c, where PEFT gives NaN.
 
     accelerate's hooks that move or offload a layer's tensors run around the call; other hooks make it fall back.
     Warns where a layer's forward was replaced on the instance by something other than accelerate's hooks: that one still
-    runs. Raises ImportError without peft, ValueError for a model without LoRA layers.
+    runs. Raises ImportError without peft, ValueError for a model without LoRA layers or another dora_dropout.
     """
+    _check_dora_dropout(dora_dropout)
     from peft.tuners.lora import LoraLayer
 
     from .refusals import why_not_at_present
@@ -90,7 +96,7 @@ def accelerate(model: nn.Module, *, blocks: bool = True) -> AccelerationReport:
             if not inside and (weights := why_fused(module)) is not None:
                 without_lora[path] = weights
             continue
-        reason = UNCALLED if in_attention(path, modules) else swap(module)
+        reason = UNCALLED if in_attention(path, modules) else swap(module, dora_dropout)
         if reason is not None:
             skipped[path] = reason
             continue
@@ -119,34 +125,40 @@ def restore(model: nn.Module) -> None:
             change_class(module, accelerated[type(module)])
 
 
-def accelerated(config: "LoraConfig") -> "LoraConfig":
+def _check_dora_dropout(dora_dropout: str) -> None:
+    if dora_dropout not in ("peft", "low_rank"):
+        raise ValueError(f"dora_dropout: got {dora_dropout!r}, expected 'peft' or 'low_rank'")
+
+
+def accelerated(config: "LoraConfig", *, dora_dropout: str = "peft") -> "LoraConfig":
     """`config` itself, whose models are created with accelerated layers: get_peft_model, from_pretrained(…, config=config).
 
-    It stays valid for add_adapter, and is not saved with the adapter. Raises TypeError for anything but a LoraConfig, and for
-    an AdaLoraConfig, of which PEFT makes its own layers whatever it says.
+    It stays valid for add_adapter, and is not saved with the adapter. dora_dropout: as in `accelerate`. Raises TypeError for
+    anything but a LoraConfig, and for an AdaLoraConfig, of which PEFT makes its own layers whatever it says.
     """
+    _check_dora_dropout(dora_dropout)
     from peft import AdaLoraConfig, LoraConfig
 
     if isinstance(config, AdaLoraConfig):
         raise TypeError("config: got AdaLoraConfig, expected a peft.LoraConfig; call accelerate(model) after get_peft_model")
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a peft.LoraConfig")
-    config._register_custom_module({nn.Module: _create})  # type: ignore[dict-item]
+    config._register_custom_module({nn.Module: partial(_create, dora_dropout)})  # type: ignore[dict-item]
     return config
 
 
-def _create(target: nn.Module, adapter_name: str, config: "LoraConfig", **kwargs: Any) -> nn.Module:
+def _create(dora_dropout: str, target: nn.Module, adapter_name: str, config: "LoraConfig", **kwargs: Any) -> nn.Module:
     """The layer that PEFT itself makes of `target`, accelerated if it can be."""
     from peft.tuners.lora import LoraLayer, LoraModel
 
     from .swap import swap
 
     registered = config._custom_modules
-    config._custom_modules = {key: value for key, value in (registered or {}).items() if value is not _create}
+    config._custom_modules = {kind: make for kind, make in (registered or {}).items() if kind is not nn.Module}
     try:
         layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
     finally:
         config._custom_modules = registered
     if isinstance(layer, LoraLayer):
-        swap(layer)
+        swap(layer, dora_dropout)
     return layer

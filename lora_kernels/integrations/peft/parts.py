@@ -3,6 +3,8 @@
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
@@ -11,6 +13,9 @@ from ...layers.frozen_weight import is_linear4bit
 from ...layers.offload import device_hook, forward_is_replaced
 
 NONE_ACTIVE = "no active adapter"
+LOW_RANK_DROPOUT = "_lora_kernels_low_rank_dropout"  # an attribute of layers whose DoRA drops x as lora_linear does
+NAMES = ("base", "lora_A", "lora_B", "dropout", "magnitude")
+DROPS_TWICE = 'DoRA with dropout, where PEFT drops x in the base product too (accelerate\'s dora_dropout="low_rank" does not)'
 
 
 class Factor:
@@ -28,6 +33,7 @@ class Parts(NamedTuple):
     lora_B: Any
     dropout: Any  # nn.Dropout or nn.Identity
     scaling: float | Tensor
+    magnitude: Any = None  # of DoRA, the module that holds m
 
 
 def fast_parts(layer: Any) -> Parts | str:
@@ -43,17 +49,34 @@ def fast_parts(layer: Any) -> Parts | str:
     if len(names) != 1:
         return "several active adapters" if names else NONE_ACTIVE
     name = names[0]
-    if name in layer.lora_variant:
-        return f"the variant {type(layer.lora_variant[name]).__name__}"
     dropout = modules["lora_dropout"]._modules[name]
+    magnitude = _magnitude(layer, name, dropout) if name in layer.lora_variant else None
+    if isinstance(magnitude, str):
+        return magnitude
     if adalora:
         A, B, E, ranknum = (modules[kind][name] for kind in ("lora_A", "lora_B", "lora_E", "ranknum"))
         if not A.shape[0]:
             return "an adapter of rank 0"
+        if not A.device == E.device == ranknum.device:  # on the meta device until its file is loaded
+            return "tensors on different devices"
         parts = Parts(modules["base_layer"], *_triplets(A, B, E, ranknum, layer.scaling[name], dropout))
     else:
-        parts = Parts(modules["base_layer"], adapters[name], modules["lora_B"]._modules[name], dropout, layer.scaling[name])
+        lora_B = modules["lora_B"]._modules[name]
+        parts = Parts(modules["base_layer"], adapters[name], lora_B, dropout, layer.scaling[name], magnitude)
     return _why_not_modules(parts) or parts
+
+
+def _magnitude(layer: Any, name: str, dropout: nn.Module) -> nn.Module | str:
+    """DoRA's module that holds m, or why the adapter is PEFT's own to compute.
+
+    PEFT drops x in training as in x·Wᵀ + (m/n - 1)·drop(x)·Wᵀ + (m/n)·s·drop(x)·Aᵀ·Bᵀ: with a second base product.
+    """
+    variant = layer.lora_variant[name]
+    if type(variant) is not DoraLinearVariant:
+        return f"the variant {type(variant).__name__}"
+    if dropout_p(dropout) and LOW_RANK_DROPOUT not in layer.__dict__:
+        return DROPS_TWICE
+    return layer._modules["lora_magnitude_vector"]._modules[name]
 
 
 def _triplets(
@@ -72,27 +95,39 @@ def _triplets(
 
 
 def _why_not_modules(parts: Parts) -> str | None:
-    base, lora_A, lora_B, dropout, _ = parts
+    base, lora_A, lora_B, dropout, _, magnitude = parts
     if type(base).forward not in (nn.Linear.forward, Conv1D.forward) and not is_linear4bit(base):
         return f"the base layer is a {type(base).__name__}"
     if type(lora_A) not in (nn.Linear, Factor) or type(lora_B) not in (nn.Linear, Factor):
         return f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}"
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"lora_dropout is a {type(dropout).__name__}"
-    for i, module in enumerate((base, lora_A, lora_B, dropout)):
+    if magnitude is not None and type(magnitude) is not DoraLinearLayer:
+        return f"lora_magnitude_vector is a {type(magnitude).__name__}"
+    for i, module in enumerate(modules_of(parts)):
         if type(module) is Factor:
             continue
         own = module.__dict__
         if "forward" in own and forward_is_replaced(module) and device_hook(module) is None:
-            return f"{Parts._fields[i]}'s forward was replaced on the instance"
+            return f"{NAMES[i]}'s forward was replaced on the instance"
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return f"{Parts._fields[i]} has hooks"
+            return f"{NAMES[i]} has hooks"
     return "global module hooks" if torch_module._has_any_global_hook() else None
 
 
-def tensors_of(parts: Parts) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """(W, c, A, B, b) as the modules hold them: a 4-bit W packed, Conv1D's transposed; b is PEFT's lora_bias."""
-    base, lora_A, lora_B, _, _ = parts
+def modules_of(parts: Parts) -> tuple[Any, ...]:
+    """Those that PEFT's forward calls, in the order of NAMES."""
+    base, lora_A, lora_B, dropout, _, magnitude = parts  # torch 2.8 traces no slice of a NamedTuple
+    return (base, lora_A, lora_B, dropout) if magnitude is None else (base, lora_A, lora_B, dropout, magnitude)
+
+
+def dropout_p(dropout: nn.Module) -> float:
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
+def tensors_of(parts: Parts) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(W, c, A, B, b, m) as the modules hold them: a 4-bit W packed, Conv1D's transposed; b is PEFT's lora_bias, m DoRA's."""
+    base, lora_A, lora_B, _, _, magnitude = parts
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
     A, B = lora_A.weight if A is None else A, lora_B.weight if B is None else B  # FSDP1 makes them plain attributes
-    return base.weight, base.bias, A, B, lora_B.bias
+    return base.weight, base.bias, A, B, lora_B.bias, None if magnitude is None else magnitude.weight

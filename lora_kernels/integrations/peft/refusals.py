@@ -13,7 +13,7 @@ from ...layers import linear_4bit
 from ...layers.frozen_weight import is_linear4bit
 from ...layers.offload import execution_device, offloading_hooks
 from ...plan import PLAIN
-from .parts import Factor, Parts, fast_parts, tensors_of
+from .parts import Factor, Parts, fast_parts, modules_of, tensors_of
 
 EMPTY: dict[int, torch.device] = {}
 
@@ -29,7 +29,7 @@ def why_not_at_present(layer: LoraLayer) -> str | None:
 def _brought_to(parts: Parts) -> dict[int, torch.device]:
     """Where offloading hooks put, at a call, the tensors that they keep on the meta device; by id."""
     brought: dict[int, torch.device] = {}
-    for module in (parts.base, parts.lora_A, parts.lora_B):
+    for module in modules_of(parts):
         if type(module) is not Factor and offloading_hooks(module):
             device = torch.empty(0, device=execution_device(module)).device  # with its index
             brought |= {id(t): device for t in module.parameters() if t.is_meta}
@@ -38,13 +38,14 @@ def _brought_to(parts: Parts) -> dict[int, torch.device]:
 
 def is_plain(layer: Any, parts: Parts, tensors: tuple[Any, ...], x: Tensor) -> bool:
     """Whether lora_linear takes the tensors as they are, and refuses whatever may be wrong with them."""
-    W, c, A, B, b = tensors
+    W, c, A, B, b, m = tensors
     return (
         type(x) in PLAIN
         and type(W) in PLAIN
         and type(A) in PLAIN
         and type(B) in PLAIN
         and (c is None or (type(c) in PLAIN and c.dtype == W.dtype))
+        and (m is None or (type(m) in PLAIN and x.ndim != 1))
         and not W.requires_grad
         and b is None
         and parts.lora_A.bias is None
@@ -66,20 +67,27 @@ def why_not_parameters(layer: LoraLayer, parts: Parts, brought: Mapping[int, tor
 
     brought: by id, where tensors will be then that are elsewhere now.
     """
-    base, lora_A, _, _, scaling = parts
-    W, c, A, B, b = tensors_of(parts)
+    base, lora_A, _, _, scaling, _ = parts
+    W, c, A, B, b, m = tensors_of(parts)
     four_bit = is_linear4bit(base)
     device = _place(W, brought)
-    for t in (A, B, c, b) if four_bit else (W, A, B, c, b):
+    for t in (A, B, c, b, m) if four_bit else (W, A, B, c, b, m):
         if t is not None and (reason := _why_not_tensor(t, device, brought)):
             return reason
     if W.requires_grad:
         return "the base weight is trained"
     if lora_A.bias is not None:
         return "lora_A has a bias"
+    if b is not None and m is not None:
+        return "DoRA with a bias of lora_B, which PEFT's norm takes for a part of the weight"
     (K, N), R = (layer.in_features, layer.out_features), A.shape[0]
     shape = W.shape if not four_bit else (N, K)
-    if shape != ((K, N) if isinstance(base, Conv1D) else (N, K)) or A.shape != (R, K) or B.shape != (N, R):
+    if (
+        shape != ((K, N) if isinstance(base, Conv1D) else (N, K))
+        or A.shape != (R, K)
+        or B.shape != (N, R)
+        or (m is not None and m.shape != (N,))
+    ):
         return "parameters are sharded, or have other shapes than the layer's"
     if A.dtype != B.dtype:
         return "lora_A and lora_B differ in dtype"
@@ -95,6 +103,8 @@ def why_not_input(layer: LoraLayer, parts: Parts, x: Tensor) -> str | None:
         return "torch.func transforms"
     if x.dtype != dtype and not layer.cast_input_dtype_enabled:
         return "casting of the input is disabled"
+    if parts.magnitude is not None and x.ndim == 1:
+        return "DoRA of a vector, which PEFT returns as a row"
     return linear_4bit.why_not_input(base, x) if is_linear4bit(base) else _why_not_dtypes(x, base.weight, base.bias)
 
 

@@ -9,6 +9,7 @@ from peft.tuners import adalora, lora
 from ...layers import offload
 from ...layers.offload import forward_is_replaced, hooks_call_the_class_s
 from .linear import CALLS, AcceleratedLinear
+from .parts import LOW_RANK_DROPOUT
 from .svd_linear import AcceleratedSVDLinear
 
 
@@ -33,7 +34,7 @@ def shown(kind: type) -> str:
     return f"{'adalora' if issubclass(kind, adalora.layer.AdaLoraLayer) else 'lora'}.{kind.__name__}"
 
 
-def swap(layer: Any) -> str | None:
+def swap(layer: Any, dora_dropout: str) -> str | None:
     """Change a layer of PEFT's into ours, if it is not one yet; the reason why it cannot be."""
     known = classes()
     if type(layer) not in known and type(layer) not in known.values():
@@ -46,11 +47,15 @@ def swap(layer: Any) -> str | None:
         warnings.warn(f"lora_kernels.accelerate: a {type(layer).__name__} is left as it is: {reason}", stacklevel=3)
         return reason
     change_class(layer, ours)
+    vars(layer).pop(LOW_RANK_DROPOUT, None)
+    if dora_dropout == "low_rank":
+        vars(layer)[LOW_RANK_DROPOUT] = True
     return None
 
 
 def change_class(layer: Any, new: Any) -> None:
-    """Give `layer` the class `new`, and no counter."""
+    """Give `layer` the class `new`, and nothing of ours."""
     if type(layer) is not new:
         offload.change_class(layer, new)
-        vars(layer).pop(CALLS, None)
+        for name in (CALLS, LOW_RANK_DROPOUT):
+            vars(layer).pop(name, None)
