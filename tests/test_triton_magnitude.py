@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from accuracy import Case, check_contract, contract, nan_in_fresh_memory
 from kinds import DTYPES
 from members_accuracy import check as check_members
@@ -15,6 +17,7 @@ from lora_kernels import dora_norm, use_backend
 from lora_kernels.backends.torch import linear as pytorch
 from lora_kernels.backends.triton import compilation, linear, magnitude, planning
 from lora_kernels.backends.triton.kernels import row_norm
+from lora_kernels.backends.triton.kernels.tiles import dot
 from lora_kernels.cases.linear_group import GroupCase
 from lora_kernels.cases.members import Layer
 from lora_kernels.cases.rule import Results, violations
@@ -46,12 +49,11 @@ def strided(t: Tensor, how: str) -> Tensor:
     N, K = t.shape
     if how == "expanded":
         return t[:1].expand(N, K)
-    sizes, steps = {"rows": ((N + 2, K + 5), (1, 1)), "columns": ((2 * N + 2, 3 * K + 5), (2, 3))}.get(
-        how, ((K + 2, N + 5), (1, 1))
-    )
+    down, across = (2, 3) if how == "columns" else (1, 1)
+    sizes = (across * K + 5, down * N + 5) if how == "transposed" else (down * N + 5, across * K + 5)
     memory = torch.full(sizes, torch.nan, dtype=t.dtype, device=t.device)
     view = memory.T if how == "transposed" else memory
-    return view[1 :: steps[0], 2 :: steps[1]][:N, :K].copy_(t)
+    return view[1::down, 2::across][:N, :K].copy_(t)
 
 
 def judged(tested: Results, plain: Results, exact: Results, dtype: torch.dtype) -> None:
@@ -90,10 +92,25 @@ def test_norms_where_the_update_cancels_the_weight(pair: tuple[torch.dtype, torc
 
     s is a power of two: PyTorch multiplies B by it before, the kernel the product after, and here each rounding counts.
     """
-    dtype, adapter = pair
+    check_norm(*cancelling(*pair, noise), 2.0, pair[0])
+
+
+def cancelling(dtype: torch.dtype, adapter: torch.dtype, noise: float) -> tuple[Tensor, Tensor, Tensor]:
+    """W, A and B with W + 2·B·A near zero."""
     A, B = apart(8, 300, dtype=adapter), apart(40, 8, dtype=adapter)
-    W = (-2 * (B.double() @ A.double()) * (1 + noise * torch.randn(40, 300, device=DEVICE))).to(dtype)
-    check_norm(W, A, B, 2.0, dtype)
+    return (-2 * (B.double() @ A.double()) * (1 + noise * torch.randn(40, 300, device=DEVICE))).to(dtype), A, B
+
+
+@triton.jit
+def update_by_dot(b_B, b_A, PRECISION: tl.constexpr):
+    return dot(b_B, b_A, None, PRECISION)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels are replaced in the interpreter")
+def test_a_product_of_two_parts_is_caught_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_norm, "update_of", update_by_dot)
+    with pytest.raises(AssertionError, match="n: "):
+        check_norm(*cancelling(BF16, FP32, 1e-5), 2.0, BF16)
 
 
 @pytest.mark.parametrize(("dtype", "adapter"), [(BF16, BF16), (FP16, FP32), (FP32, FP32)])
@@ -131,7 +148,7 @@ def test_the_scale(M: int, N: int, dtype: torch.dtype, of_m: torch.dtype, of_c: 
 @pytest.mark.parametrize(("M", "N"), [(1, 1), (129, 40), (33, 300)])
 def test_its_gradients(M: int, N: int, needs: tuple[bool, bool, bool]) -> None:
     """M is split; dv, dm and dc each only where it is needed, and without what they do not read."""
-    need_v, need_m, need_c = needs
+    need_v, need_m, _ = needs
     dy, v = strided(apart(M, N, dtype=FP16), "rows"), apart(M, N, dtype=FP16)
     m, n = apart(N, dtype=FP32), apart(N, dtype=FP32).abs_()
     n[N // 2] = 0
