@@ -11,7 +11,7 @@
 # --seconds N: each has a limit of its own and no more than what is left. Stages that run only if named, most with --seconds 1800:
 # addmm_beta_all, kernels_all and nf4_all (every shape), tune (`lora-kernels tune`, which writes
 # lora_kernels/backends/triton/tuned/<device>.json), decoder (a decoder layer's linears and activation, fused
-# and each alone), small (few tokens, as CUDA graphs), peers
+# and each alone), dora (layers with a magnitude, beside PEFT's), small (few tokens, as CUDA graphs), peers
 # (every peer at Llama's shapes), model (a step of the model in $MODEL) and memory (over the sequence length).
 #
 # A stage that fails costs only itself; the exit code is 1 if any did. Rows and logs are written as they are made: see stages.sh.
@@ -20,7 +20,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 default="nvidia-smi csrc smoke tests addmm_beta kernels nf4 ncu bench sanitizer"
-known="$default addmm_beta_all kernels_all nf4_all tune decoder small peers model memory"
+known="$default addmm_beta_all kernels_all nf4_all tune decoder dora small peers model memory"
 quick='' total=590 wanted=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -96,6 +96,7 @@ measure kernels_all 600 kernel_passes
 measure nf4_all 600 nf4_gpu
 stage tune 540 "$python" -m lora_kernels tune --folder lora_kernels/backends/triton/tuned --json "$run/tune.json"
 measure decoder 270 layers --suite decoder --compare peft,unsloth-style
+measure dora 180 layers --suite tokens --tokens 512 --tokens 2048 --tokens 8192 --dropout 0 --variant dora --compare peft,bnb
 measure small 180 layers --suite tokens --tokens 1 --tokens 8 --tokens 64 --tokens 512 --dropout 0 --compare peft,bnb
 measure peers 420 layers --suite llama --tokens 8192 --compare peft,peft-compile,unsloth-style,bnb
 stage model 240 "$python" -m lora_kernels bench --device "$device" --json "$run/model.json" --model "${MODEL:-none}" \

@@ -1,6 +1,6 @@
 """`lora-kernels bench` where typer and rich are not installed: layers beside the bare linear and the peers, in plain lines.
 
-    PYTHONPATH=. python bench/layers.py [--suite NAME] [--shape KxN] [--tokens M] [--dropout P] [--compare NAME,…] [--json FILE]
+    PYTHONPATH=. python bench/layers.py [--suite NAME] [--shape KxN] [--tokens M] [--dropout P] [--variant dora] [--json FILE]
 
 The options and the rows are the command's; the JSON file is complete after each case.
 """
@@ -57,13 +57,14 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, action="append", default=[])
     parser.add_argument("--dropout", type=float, action="append", default=[])
     parser.add_argument("--compare", type=peers.parse, default=("peft",), metavar="NAME,...")
+    parser.add_argument("--variant", default="lora", choices=("lora", "dora"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     device = torch.device(options.device)
     axes = {"shapes": tuple(options.shape), "tokens": tuple(options.tokens), "dropouts": tuple(options.dropout)}
-    suite = choose_suite(options.suite, device, **axes)
+    suite = choose_suite(options.suite, device, dora=options.variant == "dora", **axes)
     result = layers.run(suite, device, options.repeats, PlainOutput(options.json), options.compare)  # type: ignore[arg-type]
     return 1 if result["failures"] or not result["rows"] else 0
 

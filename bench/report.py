@@ -148,6 +148,14 @@ def curves_table(run: dict[str, Any]) -> str:
     return about + table(columns, rows)
 
 
+def ranks_table(run: dict[str, Any]) -> str:
+    rows = []
+    for row in run["rows"]:
+        times = [f"{row['ms'][name]['median']:,.1f}" for name in ("peft", "ours")]
+        rows.append([f"{row['layers']} layers of {row['features']} features", *times, f"{row['ratio']:.1f}"])
+    return "A step of AdaLoRA's allocator.\n\n" + table(["layers", "PEFT ms", "ours ms", "× PEFT"], rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "layer": layer_table,
     "model": model_table,
@@ -157,6 +165,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "parts": parts_table,
     "beta": beta_table,
     "curves": curves_table,
+    "ranks": ranks_table,
 }
 
 
@@ -204,6 +213,7 @@ def readme_block(folder: Path) -> str:
     """
     for name, data in newest_first(folder):
         layers = [(stage, row) for stage, run in runs(data) if kind(run) == "layer" for row in run["rows"]]
+        layers = [(stage, row) for stage, row in layers if not row.get("dora")]
         layers = [(stage, row) for stage, row in layers if row["dtype"] == "float32"]
         blocks = [row for _, row in layers if row.get("block", "linear") != "linear"]
         layers = [(stage, row) for stage, row in layers if row.get("block", "linear") == "linear"]
@@ -212,7 +222,7 @@ def readme_block(folder: Path) -> str:
         rows = _readme_rows([row for stage, row in layers if stage == "layer"])
         rows += [row for row in _readme_rows([row for stage, row in layers if stage != "layer"]) if row[3].startswith("**")]
         columns = ["layer", "× bare linear", "PEFT × bare", "faster than PEFT", "saved beyond x (PEFT; bare)"]
-        steps = [row for _, run in runs(data) if kind(run) == "model" for row in run["rows"]]
+        steps = [row for stage, run in runs(data) if stage == "model" for row in run["rows"]]
         rows += _readme_rows(blocks, OURS_FUSED) + _readme_rows(steps, OURS, OURS_FUSED)
         source = f"From [{name}](bench/results/{folder.name}/{name}); all rows, spreads and plots: "
         source += f"[bench/results/{folder.name}](bench/results/{folder.name}/README.md). "

@@ -49,6 +49,7 @@ def kind(run: dict[str, Any]) -> str:
         "section": "nf4",
         "over": "kernels",
         "distance_of_seeds": "curves",
+        "layers": "ranks",
         "variants": "parts",
         "variant": "layer",
     }
@@ -65,12 +66,13 @@ def cases(rows: Rows) -> Iterator[tuple[str, Rows]]:
 
 def case_name(row: dict[str, Any]) -> str:
     """Shape, tokens, rank, dropout and dtype."""
+    dora = " DoRA" if row.get("dora") else ""
     if "model" in row:
-        return f"{row['model']}, {row['tokens']} tokens, r={row['R']}, p={row['p']:g}, {row['dtype']}"
+        return f"{row['model']}, {row['tokens']} tokens, r={row['R']}, p={row['p']:g}, {row['dtype']}{dora}"
     block = row.get("block", "linear")
     sizes = f"{row['K']}→{row['N']}" if block == "linear" else f"{block} {row['K']}/{row['kv']}/{row['N']}"
     forward = " forward" if row["op"] == "forward" else ""
-    return f"{sizes} M={row['M']} r={row['R']} p={row['p']:g} {row['dtype']}{forward}"
+    return f"{sizes} M={row['M']} r={row['R']} p={row['p']:g} {row['dtype']}{forward}{dora}"
 
 
 def ratios(row: dict[str, Any], case: Rows, names: list[str]) -> list[str]:

@@ -137,9 +137,9 @@ class SameMasks:
         monkeypatch.setattr("lora_kernels.operation.definition.draw_seed", lambda device: self.seed)
         monkeypatch.setattr("lora_kernels.layers.linear.lora_linear", self.lora_linear)
 
-    def lora_linear(self, x, W, A, B, c, *, scaling, dropout_p):
+    def lora_linear(self, x, W, A, B, c, *, scaling, dropout_p, magnitude=None):
         dropout = Dropout(dropout_p, self.seed, self.offsets[A.data_ptr()]) if dropout_p else None
-        (y,) = call(LINEAR, x, (LoRAWeights(W, A, B, c, scaling),), dropout)
+        (y,) = call(LINEAR, x, (LoRAWeights(W, A, B, c, scaling, magnitude),), dropout)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -23,9 +23,3 @@ def test_the_whole_command(run, model, text, tmp_path, quantize):  # noqa: F811
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     kept = {key.removesuffix(".lora_E"): sum(keep) for key, keep in config["rank_pattern"].items()}
     assert kept == found["ranks"]
-
-
-def test_another_variant_is_one_line(run, model, text):  # noqa: F811
-    code, out, err = run("--model", model, "--text", text, "--variant", "vera")
-    assert (code, out) == (2, "")
-    assert err == "lora-kernels: --variant: got vera, expected lora or adalora\n"

@@ -47,7 +47,7 @@ ODD = [  # values of another type than the field's, and regexes that are none
     *(("exclude_modules", value) for value in (3, [None], "(")),
     *((name, value) for name in ("rank_pattern", "alpha_pattern") for value in (["q"], "q", {"(": 1})),
     *(("layers_to_transform", value) for value in ("0", ["0"], 0.5)),
-    *((name, value) for name in ("use_rslora", "lora_bias") for value in (1, "yes")),
+    *((name, value) for name in ("use_rslora", "lora_bias", "use_dora") for value in (1, "yes")),
 ]
 DAMAGES = [
     (
@@ -72,7 +72,7 @@ DAMAGES = [
     (change_config(r=8), r"has shape \(4, 8\), expected \(8, 8\)"),
     (change_config(init_lora_weights="pissa"), "init_lora_weights is 'pissa', which rewrote the base weight"),
     (change_config(init_lora_weights="olora"), "rewrote the base weight"),
-    (change_config(use_dora=True), "use_dora is True, which has no counterpart here"),
+    (change_config(use_dora=True), "missing 4 .*_vector', which DoRA has: use_dora is true|use_dora is True, but this model"),
     (change_config(peft_type="IA3"), "peft_type is 'IA3'"),
     (change_config(target_modules=["nothing"]), "matches no linear layer"),
     (change_config(target_modules=None), "target_modules is missing"),

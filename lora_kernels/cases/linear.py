@@ -161,8 +161,13 @@ class Problem:
 
     def with_adapters(self, dtype: torch.dtype) -> "Problem":
         """The same problem with its adapters in `dtype`."""
-        A, B = (t.detach().to(dtype).requires_grad_(t.requires_grad) for t in (self.A, self.B))
-        return replace(self, case=replace(self.case, adapter_dtype=dtype), A=A, B=B)
+        own = {name: t for name in "ABm" if isinstance(t := getattr(self, name), Tensor)}
+        own = {name: t.detach().to(dtype).requires_grad_(t.requires_grad) for name, t in own.items()}
+        return replace(self, case=replace(self.case, adapter_dtype=dtype), **own)  # type: ignore[arg-type]
+
+    def without_magnitude(self) -> "Problem":
+        """The same problem of plain LoRA."""
+        return replace(self, case=replace(self.case, dora=False), m=None)
 
     def quantized(self) -> "Problem":
         """The same problem with its weight in 4 bits, NF4 with nested absmax."""

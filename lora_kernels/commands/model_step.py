@@ -59,7 +59,7 @@ def peft_twin(model: nn.Module, config: LoRAConfig, quantize: str | None = None)
         twin.is_loaded_in_4bit = quantize is not None  # PEFT asks for it here
         names += ["init_r", "target_r", "tinit", "tfinal", "total_step"]
     else:
-        names += ["r"]
+        names += ["r", "use_dora"]
     kind = AdaLoraConfig if isinstance(config, AdaLoRAConfig) else LoraConfig
     return get_peft_model(twin, kind(**{name: getattr(config, name) for name in names}, task_type="CAUSAL_LM"))
 

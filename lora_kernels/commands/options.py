@@ -84,6 +84,13 @@ def parse_dtype(name: str, option: str = "--dtype") -> Any:
     return dtypes[name]
 
 
+def parse_variant(name: str, *known: str) -> str:
+    """Raises CommandError unless it is one of those known."""
+    if name not in known:
+        raise CommandError(f"--variant: got {name}, expected {' or '.join([', '.join(known[:-1]), known[-1]])}")
+    return name
+
+
 def parse_quantize(name: str | None) -> str | None:
     """Raises CommandError unless it is nf4, or left out."""
     if name not in (None, "nf4"):

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..functional.dora import dora_norm
 from ..mask import check_p
 from ..nf4 import NF4Weight
 from .initialization import check_init, initialize, initialize_triplets, rewrites_weight
 from .merging import LowRankTerm, MergeableWeight
 from .named_parameters import NamedParameters
-from .offload import execution_device
+from .offload import execution_device, onloaded
 
 DEFAULT_ADAPTER = "default"
-PARAMETERS = ("lora_A", "lora_B", "lora_E", "lora_bias")  # a layer's dicts of parameters by the name of an adapter
+# a layer's dicts of parameters by the name of an adapter
+PARAMETERS = ("lora_A", "lora_B", "lora_E", "lora_bias", "lora_magnitude")
 
 
 def scaling(r: int, lora_alpha: float, use_rslora: bool = False, use_adalora: bool = False) -> float:
@@ -51,12 +53,21 @@ def check_adalora(**options: object) -> None:
     cures = {
         "use_rslora": "its scaling is lora_alpha / r",
         "lora_bias": "it has none",
+        "use_dora": "it has no magnitude",
         "init_lora_weights": "A and B begin normal and E zero; False for random values in all three",
     }
     for name, value in options.items():
         expected = "True or False" if name == "init_lora_weights" else "False"
         if not isinstance(value, bool) or (value and expected == "False"):
             raise ValueError(f"{name}: got {value!r}, expected {expected} for AdaLoRA: {cures[name]}")
+
+
+def check_dora(*, lora_bias: bool) -> None:
+    """Raise ValueError for an option of an adapter that DoRA, as PEFT has it, lacks."""
+    if lora_bias:
+        raise ValueError(
+            "lora_bias: got True, expected False for DoRA, whose equation has none, nor PEFT: it refuses the two together"
+        )
 
 
 @dataclass
@@ -70,19 +81,21 @@ class Adapter:
     init_lora_weights: bool | str = True
     lora_bias: bool = False
     use_adalora: bool = False
+    use_dora: bool = False
     scaling: float | Tensor = 1.0  # a 0-d tensor may be put here: it is read on the device
 
 
 class AdaptedWeight(MergeableWeight):
     """A frozen weight with adapters: `adapters[name]` are the settings, `lora_A[name]` [r, in], `lora_B[name]` [out, r] and
-    maybe `lora_bias[name]` [out] the parameters of adapter `name`; AdaLoRA's has singular values too, `lora_E[name]` [r, 1].
-    `active_adapter` is a name or None.
+    maybe `lora_bias[name]` [out] the parameters of adapter `name`; AdaLoRA's has singular values too, `lora_E[name]` [r, 1],
+    DoRA's a magnitude, `lora_magnitude[name]` [out]. `active_adapter` is a name or None.
     """
 
     lora_A: NamedParameters
     lora_B: NamedParameters
     lora_E: NamedParameters
     lora_bias: NamedParameters
+    lora_magnitude: NamedParameters
     _initial_A: Tensor | None
     _initial_B: Tensor | None
 
@@ -98,11 +111,12 @@ class AdaptedWeight(MergeableWeight):
 
     @property
     def active_term(self) -> LowRankTerm | None:
-        """s·B·A and s·b of the active adapter; None where no adapter is active."""
+        """s·B·A, s·b and m of the active adapter; None where no adapter is active."""
         name = self.active_adapter
         if name is None:
             return None
-        return LowRankTerm(self.right(name), self.lora_B[name], self.adapters[name].scaling, self.lora_bias.get(name, None))
+        b, m = self.lora_bias.get(name), self.lora_magnitude.get(name)
+        return LowRankTerm(self.right(name), self.lora_B[name], self.adapters[name].scaling, b, m)
 
     def right(self, name: str) -> Tensor:
         """A[r, in] of adapter `name`, or E ⊙ A of AdaLoRA: what the equation calls A."""
@@ -121,20 +135,23 @@ class AdaptedWeight(MergeableWeight):
         init_lora_weights: bool | str = True,
         lora_bias: bool = False,
         use_adalora: bool = False,
+        use_dora: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Add and initialise adapter `name`; the first one becomes the active one. dtype: of A, B, b, by default the weight's.
+        """Add and initialise adapter `name`; the first one becomes the active one. dtype: of its tensors, or the weight's.
 
         name: any string without a dot; torch.export takes no keyword of Python and no attribute of nn.Module ("training").
         Raises ValueError for another one or one in use, r < 1, lora_alpha that is not a finite number above 0, lora_dropout
-        outside [0, 1], an unknown initialisation, an option that AdaLoRA lacks, or a second adapter beside one that rewrote the
-        weight.
+        outside [0, 1], an unknown initialisation, an option that AdaLoRA or DoRA lacks, or a second adapter beside one that
+        rewrote the weight.
         """
         self._check_new(name, r, lora_alpha, lora_dropout, init_lora_weights)
         if use_adalora:
-            check_adalora(use_rslora=use_rslora, lora_bias=lora_bias, init_lora_weights=init_lora_weights)
+            check_adalora(use_rslora=use_rslora, lora_bias=lora_bias, use_dora=use_dora, init_lora_weights=init_lora_weights)
+        if use_dora:
+            check_dora(lora_bias=lora_bias)
         s = scaling(r, lora_alpha, use_rslora, use_adalora)
-        adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_adalora, s)
+        adapter = Adapter(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias, use_adalora, use_dora, s)
         like: Any = {"dtype": dtype or self.base_dtype}
         if (device := execution_device(self)) is not None:  # an offloaded weight waits elsewhere
             like["device"] = device
@@ -145,6 +162,8 @@ class AdaptedWeight(MergeableWeight):
         self._initialize(adapter, **own)
         if lora_bias:
             own["lora_bias"] = A.new_zeros(self.out_features)
+        if use_dora:
+            own["lora_magnitude"] = self._norm(A, B, s).to(A.dtype)
         self.adapters[name] = adapter
         trainable = self.active_adapter is None and len(self.adapters) == 1
         for kind, tensor in own.items():
@@ -201,7 +220,7 @@ class AdaptedWeight(MergeableWeight):
             self.active_adapter = None
 
     def reset_lora_parameters(self, name: str) -> None:
-        """Initialise A and B of adapter `name` again, as when it was added."""
+        """Initialise A, B and all else of adapter `name` again, as when it was added."""
         self._refuse_if_merged("reset an adapter")
         self._require(name)
         self._restore_weight()
@@ -209,9 +228,12 @@ class AdaptedWeight(MergeableWeight):
         self._initialize(self.adapters[name], self.lora_A[name].data, self.lora_B[name].data, None if E is None else E.data)
         if name in self.lora_bias:
             nn.init.zeros_(self.lora_bias[name])
+        if name in self.lora_magnitude:
+            n = self._norm(self.lora_A[name], self.lora_B[name], self.adapters[name].scaling)
+            self.lora_magnitude[name].data.copy_(n)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """A, B, E and b of every adapter."""
+        """A, B, E, b and m of every adapter."""
         return [parameter for named in self.adapter_dicts() for parameter in named.parameters()]
 
     def adapter_dicts(self) -> list[NamedParameters]:
@@ -237,6 +259,11 @@ class AdaptedWeight(MergeableWeight):
         if residual is not None:
             self.weight = self.as_weight(residual)
             self._initial_A, self._initial_B, self._initial_scaling = A.clone(), B.clone(), float(adapter.scaling)
+
+    def _norm(self, A: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
+        """n[out] = ‖W + s·B·A‖ by rows: DoRA's magnitude with which the layer's function is what it is without one."""
+        with onloaded(self):
+            return dora_norm(self.matrix, A, B, s)
 
     @property
     def initial_term(self) -> LowRankTerm | None:

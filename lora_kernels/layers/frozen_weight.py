@@ -17,6 +17,7 @@ from ..functional.nf4 import quantize
 from ..nf4 import NF4Weight
 from ..nf4.state_dict import from_state, to_state
 from ..nf4.storage import as_bytes, as_storage
+from ..reference.magnitude import over
 from .offload import give_hook, offloading_hooks
 
 BUFFERS = ("absmax", "nested_absmax", "nested_map", "nested_offset")  # of NF4Weight, here with the prefix "_weight_"
@@ -110,14 +111,18 @@ class FrozenWeight(nn.Module):
         return replace(w, dtype=form.dtype)
 
     @torch.no_grad()
-    def plus(self, A: Tensor, B: Tensor, scaling: float | Tensor) -> Tensor:
-        """W + s·B·A[out, in], in float32 or wider, under autocast too."""
+    def plus(self, A: Tensor, B: Tensor, scaling: float | Tensor, magnitude: Tensor | None = None) -> Tensor:
+        """W + s·B·A[out, in], or with a magnitude (m / n) ⊙ (W + s·B·A), in float32 or wider, under autocast too."""
         W = self.matrix
         with without_autocast(W.device):
             if isinstance(W, NF4Weight):
-                return W.dequantize(torch.float32).addmm_(B.float(), A.float() * scaling)
-            wide = torch.promote_types(torch.promote_types(W.dtype, A.dtype), torch.float32)
-            return W.to(wide) + scaling * (B.to(wide) @ A.to(wide))
+                total = W.dequantize(torch.float32).addmm_(B.float(), A.float() * scaling)
+            else:
+                wide = torch.promote_types(torch.promote_types(W.dtype, A.dtype), torch.float32)
+                total = W.to(wide) + scaling * (B.to(wide) @ A.to(wide))
+            if magnitude is None:
+                return total
+            return total.mul_(over(magnitude, torch.linalg.vector_norm(total, dim=1))[:, None])
 
     def as_weight(self, matrix: Tensor) -> nn.Parameter:
         """W[out, in] as a dense `weight` of this layer."""

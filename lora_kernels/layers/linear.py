@@ -34,7 +34,10 @@ class LoRALinear(AdaptedWeight):
     checkpoint loads unchanged; adapter `name` is `lora_A[name]` [r, in] and `lora_B[name]` [out, r]. s = lora_alpha / r, or
     lora_alpha / √r with use_rslora (Kalajdzievski 2023). Dropout applies in training mode only. With lora_bias the adapter has
     a bias too, `lora_bias[name]` [out], which is scaled like the rest: y = … + s·b. With use_adalora (AdaLoRA, Zhang et al.
-    2023) it has singular values, `lora_E[name]` [r, 1]: E ⊙ A is in the place of A, and s = lora_alpha / (r + 1e-5).
+    2023) it has singular values, `lora_E[name]` [r, 1]: E ⊙ A is in the place of A, and s = lora_alpha / (r + 1e-5). With
+    use_dora (DoRA, Liu et al. 2024) it has a magnitude, `lora_magnitude[name]` [out], which begins as n = ‖W + s·B·A‖ by rows:
+    y = (m / n) ⊙ (x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ) + c, n constant in the gradient. PEFT's, in training with dropout, is another
+    function: y = x·Wᵀ + (m / n − 1) ⊙ drop(x)·Wᵀ + (m / n) ⊙ s·drop(x)·Aᵀ·Bᵀ + c.
 
     init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with deviation 1/r, B zero), "orthogonal" (A and B
     in orthogonal subspaces, r even), "pissa" or "pissa_niter_<n>" (principal singular vectors of W, Meng et al. 2024), "olora"
@@ -57,6 +60,7 @@ class LoRALinear(AdaptedWeight):
         init_lora_weights: bool | str = True,
         lora_bias: bool = False,
         use_adalora: bool = False,
+        use_dora: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -72,6 +76,7 @@ class LoRALinear(AdaptedWeight):
             init_lora_weights=init_lora_weights,
             lora_bias=lora_bias,
             use_adalora=use_adalora,
+            use_dora=use_dora,
         )
 
     @classmethod
@@ -188,9 +193,9 @@ class LoRALinear(AdaptedWeight):
         name = self.active_adapter
         if name is None or self._unmerged:
             return self._base_forward(x)
-        W, A, B, c, scaling, _ = self._weights(name)
+        W, A, B, c, scaling, m = self._weights(name)
         p = self.adapters[name].lora_dropout if self.training else 0.0
-        return lora_linear(x, W, A, B, c, scaling=scaling, dropout_p=p)  # type: ignore[arg-type]
+        return lora_linear(x, W, A, B, c, scaling=scaling, dropout_p=p, magnitude=m)  # type: ignore[arg-type]
 
     def _weights(self, name: str) -> LoRAWeights:
         """The layer with adapter `name`; its bias is c + s·b."""
@@ -202,6 +207,7 @@ class LoRALinear(AdaptedWeight):
             named["lora_B"].get(name),  # type: ignore[union-attr, operator, arg-type]
             c if b is None else bias_sum(c, b, adapter.scaling, self.base_dtype),
             adapter.scaling,
+            named["lora_magnitude"].get(name),  # type: ignore[union-attr, operator, arg-type]
         )
 
     def projection(self, x: Tensor) -> Projection | str:
@@ -244,7 +250,8 @@ class LoRALinear(AdaptedWeight):
 
     def extra_repr(self) -> str:
         adapters = ", ".join(
-            f"{name}: {'AdaLoRA ' * a.use_adalora}r={a.r}, lora_alpha={a.lora_alpha}" for name, a in self.adapters.items()
+            f"{name}: {'AdaLoRA ' * a.use_adalora}{'DoRA ' * a.use_dora}r={a.r}, lora_alpha={a.lora_alpha}"
+            for name, a in self.adapters.items()
         )
         base = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         if self._format is not None:

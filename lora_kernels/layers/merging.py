@@ -1,4 +1,4 @@
-"""MergeableWeight: W becomes W + s·B·A and is put back bit-exactly."""
+"""MergeableWeight: W becomes W + s·B·A, or DoRA's (m / n) ⊙ (W + s·B·A), and is put back bit-exactly."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,12 +12,15 @@ from .offload import keep_present_values, offloading_hooks, onloaded, restore_va
 
 
 class LowRankTerm(NamedTuple):
-    """What an adapter adds: s·B·A to the weight and, unless b is None, s·b to the bias."""
+    """What an adapter adds: s·B·A to the weight and, unless b is None, s·b to the bias; with m of DoRA, the weight's rows then
+    have these norms.
+    """
 
     A: Tensor
     B: Tensor
     scaling: float | Tensor
     bias: Tensor | None = None
+    magnitude: Tensor | None = None
 
 
 class MergeableWeight(FrozenWeight):
@@ -42,7 +45,7 @@ class MergeableWeight(FrozenWeight):
 
     def merge(self) -> float | None:
         """W + s·B·A, rounded once to W's dtype, becomes the weight; the unmerged one is kept, so unmerge() is bit-exact.
-        c + s·b becomes the bias of an adapter with lora_bias.
+        c + s·b becomes the bias of an adapter with lora_bias. With a magnitude (DoRA) it is (m / n) ⊙ (W + s·B·A), the bias c.
 
         A 4-bit W is dequantised, added to and quantised again; the relative error of that, ‖new − (W + s·B·A)‖ / ‖W + s·B·A‖,
         is returned. The tensor that may be shared with other modules is not written to. Costs a second weight while merged, in
@@ -57,7 +60,7 @@ class MergeableWeight(FrozenWeight):
             raise RuntimeError("cannot merge: the adapter is on the meta device and has no values; do not offload it")
         weight, bias, error = self.weight, self.bias, None
         with onloaded(self):
-            W, wanted, wanted_bias = self.matrix, self.plus(term.A, term.B, term.scaling), self._plus_bias(term)
+            W, wanted, wanted_bias = self.matrix, self.plus(term.A, term.B, term.scaling, term.magnitude), self._plus_bias(term)
         if isinstance(W, NF4Weight):
             merged = self._requantize(wanted)
             self._hold(merged)

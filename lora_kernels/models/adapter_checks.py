@@ -1,4 +1,4 @@
-"""Whether an adapter's file fits a model: its tensors and its scaling, with everything that does not in one message."""
+"""Whether an adapter's file fits a model: its tensors and its settings, with everything that does not in one message."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from ..dtypes import FLOATS, dtype_name
 from ..layers.frozen_weight import is_conv1d
 from ..layers.linear import LoRALinear
 from ..layers.offload import offloaded_tensors, with_values
-from .adapter_keys import PREFIX, Form, base_tensors
+from .adapter_keys import MAGNITUDE, PREFIX, Form, base_tensors
 from .config import LoRAConfig
 from .distributed import full
 from .state import lora_layers
@@ -36,7 +36,8 @@ def check_tensors(model: nn.Module, saved: dict[str, Tensor], expected: dict[str
     problems = []
     missing = sorted(expected.keys() - saved.keys())
     if missing:
-        problems.append(f"missing {len(missing)} of {len(expected)}, such as {missing[0]!r}")
+        dora = ", which DoRA has: use_dora is true" * missing[0].endswith(MAGNITUDE)
+        problems.append(f"missing {len(missing)} of {len(expected)}, such as {missing[0]!r}{dora}")
     weights = (base.get(f"{key.partition('.lora_')[0]}.weight", base.get(key)) for key in expected)
     offloaded = {id(each.tensor) for each in offloaded_tensors(model).values()}  # adapters over these are elsewhere
     if any(weight is not None and weight.is_meta and id(weight) not in offloaded for weight in weights):
@@ -109,6 +110,8 @@ def _why_unknown(
     for inside in (".original_module.", ".modules_to_save."):  # with bias="all" PEFT also writes its wrapper's inside
         if inside in key and key.replace(inside, ".") in expected:
             return None
+    if key.endswith(f".{MAGNITUDE}") and not any(name.endswith(MAGNITUDE) for name in expected):
+        return f"unknown {key!r}, a magnitude of DoRA, but use_dora is not true"
     if key in base:  # embeddings and heads that are adapted, or were resized, are saved whole
         own, theirs = base[key], saved[key]
         if own.shape == theirs.shape and same_values(own, theirs).all():
@@ -132,11 +135,16 @@ def same_values(own: Tensor, theirs: Tensor) -> Tensor:
     return full(own).detach().cpu().to(narrow) == theirs.to(narrow)
 
 
-def check_scaling(model: nn.Module, config: LoRAConfig, adapter_name: str, source: Path) -> None:
-    """Raise ValueError where the file scales an adapter that the model has already in another way."""
+def check_settings(model: nn.Module, config: LoRAConfig, adapter_name: str, source: Path) -> None:
+    """Raise ValueError where the file has, or scales, an adapter that the model has already in another way."""
     layers = {path: layer for path, layer in lora_layers(model).items() if adapter_name in layer.adapters}
     ranks = config.ranks(layers)
     for path, layer in layers.items():
+        if layer.adapters[adapter_name].use_dora != config.use_dora:
+            raise ValueError(
+                f"{source}: use_dora is {config.use_dora}, but this model's adapter {adapter_name!r} was added with "
+                f"use_dora={not config.use_dora}; use another adapter name"
+            )
         scaling, own = ranks[path].scaling, float(layer.adapters[adapter_name].scaling)
         if abs(own - scaling) > 1e-6 * abs(scaling):
             raise ValueError(

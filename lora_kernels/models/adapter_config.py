@@ -17,7 +17,7 @@ from .wrappers import named_modules, unwrapped
 
 SHARED = (  # fields of the same name and meaning
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"),
-    *("layers_to_transform", "layers_pattern", "use_rslora", "lora_bias", "bias", "modules_to_save", "task_type"),
+    *("layers_to_transform", "layers_pattern", "use_rslora", "lora_bias", "use_dora", "bias", "modules_to_save", "task_type"),
 )
 # Fields that do not change what a saved adapter computes. fan_in_fan_out follows from the type of each layer; the *_config
 # fields only shape the initial values.

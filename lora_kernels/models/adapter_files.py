@@ -14,8 +14,8 @@ from ..layers.linear import DEFAULT_ADAPTER
 from . import adapter_config
 from .adalora.config import AdaLoRAConfig
 from .adalora.files import expanded
-from .adapter_checks import check_scaling, check_tensors, not_linear
-from .adapter_keys import PREFIX, adapter_tensors, exchanged_tensors, forms, planned_forms
+from .adapter_checks import check_settings, check_tensors, not_linear
+from .adapter_keys import MAGNITUDE, PREFIX, adapter_tensors, exchanged_tensors, forms, planned_forms
 from .adapter_saving import CONFIG_FILE, WEIGHTS_FILE, subfolder
 from .config import LoRAConfig
 from .distributed import sharded_like
@@ -70,6 +70,7 @@ def load_adapter(
     if (subfolder(directory, adapter_name) / CONFIG_FILE).is_file():
         folder = subfolder(directory, adapter_name)
     values, saved = _read(folder)
+    saved = {key.removesuffix(".weight") if key.endswith(f".{MAGNITUDE}.weight") else key: t for key, t in saved.items()}
     config = adapter_config.from_peft(values, model, str(folder / CONFIG_FILE))
     kept: dict[str, Tensor] = {}
     if isinstance(config, AdaLoRAConfig):
@@ -78,7 +79,7 @@ def load_adapter(
     refuse_offloaded_adapters(model, "load an adapter")
     present = adapter_name in lora_state(model).configs
     if present:
-        check_scaling(model, config, adapter_name, folder)
+        check_settings(model, config, adapter_name, folder)
         expected = forms(adapter_tensors(model, adapter_name))
     else:
         try:

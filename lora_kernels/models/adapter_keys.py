@@ -14,7 +14,11 @@ from .targets import adapter_dtype, features, plan_modules_to_save
 from .wrappers import named_buffers, named_parameters, plain_state_dict
 
 PREFIX = "base_model.model."
-KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}  # ours -> PEFT's
+MAGNITUDE = "lora_magnitude_vector"
+KEYS = {  # ours -> PEFT's
+    **{"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"},
+    **{"lora_bias": "lora_B.bias", "lora_magnitude": MAGNITUDE},
+}
 ADALORA_KEYS = {kind: kind for kind in ("lora_A", "lora_B", "lora_E")}
 
 
@@ -72,10 +76,10 @@ def planned_forms(
     ranks, keys = config.ranks(plan), ADALORA_KEYS if isinstance(config, AdaLoRAConfig) else KEYS
     for path, module in plan.items():
         r, (in_features, out_features), dtype = ranks[path].r, features(module), adapter_dtype(module, autocast_adapter_dtype)
-        shapes = {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_E": (r, 1), "lora_bias": (out_features,)}
-        for kind, key in keys.items():
-            if kind != "lora_bias" or config.lora_bias:
-                planned[f"{PREFIX}{path}.{key}"] = Form(shapes[kind], dtype)
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_E": (r, 1)}
+        shapes |= {"lora_bias": (out_features,)} if config.lora_bias else {}
+        shapes |= {"lora_magnitude": (out_features,)} if config.use_dora else {}
+        planned |= {f"{PREFIX}{path}.{key}": Form(shapes[kind], dtype) for kind, key in keys.items() if kind in shapes}
     saved = plan_modules_to_save(model, config)
     own = exchanged_tensors(plan_exchanges(model, config, saved, set(plan)), plan)
     return planned | forms(own)

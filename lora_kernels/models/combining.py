@@ -48,9 +48,9 @@ def add_weighted_adapter(
 
     weights: numbers, of numpy too, or 0-d tensors.
 
-    Raises KeyError for an unknown adapter, ValueError for a name in use, another combination_type, weights that are not as many
-    finite numbers, ranks that differ, or modules that several train, and RuntimeError while merged or where accelerate offloads
-    the adapters; then nothing has changed.
+    Raises KeyError for an unknown adapter, ValueError for one with DoRA, a name in use, another combination_type, weights that
+    are not as many finite numbers, ranks that differ, or modules that several train, and RuntimeError while merged or where
+    accelerate offloads the adapters; then nothing has changed.
     """
     refuse_in_fsdp1(model, "combine adapters")
     layers, state = adapted_layers(model), lora_state(model)
@@ -89,6 +89,11 @@ def _check(
     for adapter in adapters:
         if adapter not in state.configs:
             raise KeyError(f"adapter {adapter!r}: not found; adapters here: {list(state.configs)}, made by add_lora")
+        if state.configs[adapter].use_dora:
+            raise ValueError(
+                f"adapters: {adapter!r} is a DoRA adapter, expected adapters without a magnitude: (m / n) ⊙ (W + s·B·A) is no "
+                "sum of W and a product of small matrices; merge it into the base, or save a merged model (save_merged)"
+            )
     check_adapter_name(adapter_name, "adapter_name")
     here = list(dict.fromkeys([*state.configs, *(name for layer in layers.values() for name in layer.adapters)]))
     if adapter_name in here:  # a layer's own add_adapter makes some that no config is for

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..layers.adapters import check_integer, check_lora_alpha, scaling
+from ..layers.adapters import check_dora, check_integer, check_lora_alpha, scaling
 from ..mask import check_p
 from .names import Patterns, layer_index, layer_regex, names_match, pattern_regex
 
@@ -40,6 +40,7 @@ class LoRAConfig:
     exclude_modules: names or a regex, as for target_modules, that are left alone.
     init_lora_weights: see LoRALinear.
     lora_bias: give each adapter a bias of its own, scaled with it.
+    use_dora: give each adapter a magnitude (DoRA, Liu et al. 2024), see LoRALinear; without lora_bias.
     bias: which biases are trained: "none", "lora_only" (those of the adapted layers) or "all".
     modules_to_save: modules to train whole, in a copy beside the adapters, such as a new classifier head: each path that ends
         in one of these names, which as in PEFT may begin inside a word: "norm" means "input_layernorm" too.
@@ -64,6 +65,7 @@ class LoRAConfig:
     use_rslora: bool = False
     init_lora_weights: bool | str = True
     lora_bias: bool = False
+    use_dora: bool = False
     bias: str = "none"
     modules_to_save: list[str] | None = None
     task_type: str | None = None
@@ -82,9 +84,11 @@ class LoRAConfig:
         for name, alpha in {"lora_alpha": self.lora_alpha, **_entries("alpha_pattern", self.alpha_pattern)}.items():
             check_lora_alpha(alpha, name)
         check_p(self.lora_dropout, "lora_dropout")
-        for name in ("use_rslora", "lora_bias"):
+        for name in ("use_rslora", "lora_bias", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+        if self.use_dora:
+            check_dora(lora_bias=self.lora_bias)
         if not isinstance(self.init_lora_weights, (bool, str)):
             raise TypeError(f"init_lora_weights: got {self.init_lora_weights!r}, expected True, False or a method's name")
         if self.bias not in ("none", "lora_only", "all"):

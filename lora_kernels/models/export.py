@@ -123,11 +123,11 @@ def _merged_bias(layer: FrozenWeight, dtype: torch.dtype | None) -> Tensor:
 
 
 def _merged_weight(layer: FrozenWeight, dtype: torch.dtype | None) -> Tensor:
-    """W + s·B·A of the active adapter, as the plain layer stores it."""
+    """W + s·B·A of the active adapter, DoRA's (m / n) ⊙ (W + s·B·A), as the plain layer stores it."""
     with onloaded(layer):
         W = layer.matrix
         if isinstance(layer, LoRALinear) and not layer.merged and (term := layer.active_term or layer.initial_term):
-            W = layer.plus(term.A, term.B, term.scaling)
+            W = layer.plus(term.A, term.B, term.scaling, term.magnitude)
         elif isinstance(W, NF4Weight):
             W = W.dequantize(dtype)
     W = W.to(dtype or layer.base_dtype)

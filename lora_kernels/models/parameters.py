@@ -13,7 +13,7 @@ SIDES = {  # which matrix a part of a parameter's name means, here and in PEFT
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that training the active adapter changes: its A and B, trained biases and modules_to_save."""
+    """The parameters that training the active adapter changes: all that its layers have, trained biases and modules_to_save."""
     own: list[Tensor] = []
     for layer in adapted_layers(model).values():
         own += layer.adapter_parameters()
@@ -27,7 +27,10 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def lora_plus_param_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
     """Groups for a torch optimizer: lr for the A matrices, ratio · lr for the B matrices and adapters' own biases, lr for
-    whatever else is trained (biases, modules_to_save).
+    whatever else is trained (DoRA's magnitudes, biases, modules_to_save).
+
+    A magnitude begins at the size of W's rows and scales the whole result, as no B does; PEFT's create_loraplus_optimizer
+    gives it B's rate, as to all that has one dimension.
 
     model: changed by add_lora, or a PeftModel with LoRA. Only parameters that require a gradient are in a group, each once.
     Raises ValueError where no B is trained, and for an lr or a ratio that is not above 0.

@@ -12,8 +12,8 @@ from .wrappers import plain_names, plain_state_dict
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Every adapter's tensors, and nothing of the frozen base; detached, not copied.
 
-    Keys: `<path>.lora_A.<adapter>`, `<path>.lora_B.<adapter>`, `<path>.lora_E.<adapter>` of AdaLoRA, and
-    `<path>.lora_bias.<adapter>` with lora_bias;
+    Keys: `<path>.lora_A.<adapter>`, `<path>.lora_B.<adapter>`, `<path>.lora_E.<adapter>` of AdaLoRA,
+    `<path>.lora_magnitude.<adapter>` of DoRA, and `<path>.lora_bias.<adapter>` with lora_bias;
     `<path>.modules_to_save.<adapter>.<name>` for whole modules; `<path>.bias.<adapter>` for trained biases.
     """
     return {name: tensor.detach() for name, tensor in _own_tensors(model).items()}
@@ -26,7 +26,7 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name in layer.adapters:
             state[f"{path}.lora_A.{name}"] = layer.lora_A[name]
             state[f"{path}.lora_B.{name}"] = layer.lora_B[name]
-            for kind in ("lora_E", "lora_bias"):
+            for kind in ("lora_E", "lora_bias", "lora_magnitude"):
                 if name in (named := getattr(layer, kind)):
                     state[f"{path}.{kind}.{name}"] = named[name]
     for exchange in lora_exchanges(model):

@@ -181,6 +181,7 @@ def _build_layers(
                 use_rslora=config.use_rslora,
                 init_lora_weights=config.init_lora_weights,
                 lora_bias=config.lora_bias,
+                use_dora=config.use_dora,
                 use_adalora=isinstance(config, AdaLoRAConfig),
                 dtype=adapter_dtype(layer, autocast_adapter_dtype),
             )

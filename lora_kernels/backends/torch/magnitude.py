@@ -15,7 +15,7 @@ from ...mask import row_chunks
 from ...nf4 import NF4Weight
 from ...scratch import slices
 from ..magnitude import Steps
-from .engine import total
+from .engine import part, to, total
 from .nf4 import tiles
 
 TILE = 1 << 18  # elements of W + s·B·A at a time
@@ -28,31 +28,34 @@ def why_not(t: Tensor) -> None:
 def norm(W: Tensor | NF4Weight, A: Tensor, B: Tensor, s: float | Tensor, dtype: torch.dtype) -> Tensor:
     """Equation 7: n[N] = ‖W + s·B·A‖ by rows, over W as `dtype`."""
     wide = wide_dtype(dtype, A.dtype)
-    A, B = A.to(wide), s * B.to(wide)
-    n = A.new_empty(len(B))
-    for rows, tile in _tiles(W, dtype, wide):
-        torch.linalg.vector_norm(torch.addmm(tile, B[rows], A), dim=1, out=n[rows])
-    return n
+    A, B, alpha = to(A, wide), to(B, wide), s if isinstance(s, float) else 1.0
+    B = B if isinstance(s, float) else s * B
+    found = [
+        torch.linalg.vector_norm(torch.addmm(tile, B if len(tile) == len(B) else B[rows], A, alpha=alpha), dim=1)
+        for rows, tile in _tiles(W, dtype, wide)
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _tiles(W: Tensor | NF4Weight, dtype: torch.dtype, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, W[rows] in `wide`), each until the next one."""
     if isinstance(W, NF4Weight):
         yield from tiles(W, dtype, wide)
         return
     N, K = W.shape
-    step = max(1, TILE // max(1, K)) if W.device.type == "cpu" else max(1, N)
-    for rows in slices(N, step):
-        yield rows, W[rows].to(dtype).to(wide)
+    chunks = slices(N, max(1, TILE // max(1, K)) if W.device.type == "cpu" else max(1, N))
+    for rows in chunks:
+        yield rows, to(to(part(W, rows, chunks), dtype), wide)
 
 
-def gain(m: Tensor, n: Tensor) -> Tensor:
-    """Equation 8: u = m / n, 0 where n is."""
-    return torch.where(n > 0, m / n, 0.0)
+def over(a: Tensor, n: Tensor) -> Tensor:
+    """a / n, 0 where n is."""
+    return a / n.masked_fill(n == 0, torch.inf)
 
 
 def scale(v: Tensor, m: Tensor, n: Tensor, c: Tensor | None) -> Tensor:
     """Equation 8: y = u ⊙ v + c in v's dtype."""
-    u = gain(m, n)
+    u = over(m, n)
     if v.dtype == u.dtype:
         return v * u if c is None else torch.addcmul(c, v, u)
     y = torch.empty_like(v)
@@ -66,18 +69,23 @@ def scale_backward(
     dy: Tensor, v: Tensor | None, m: Tensor, n: Tensor | None, need_v: bool, need_m: bool, need_c: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Equation 9: (dv in dy's dtype, dm, dc), those that are needed."""
-    u = gain(m, n) if need_v else None
-    dv, dm, dc = torch.empty_like(dy, memory_format=torch.contiguous_format) if need_v else None, None, None
+    u = over(m, n) if need_v else None
+    dv = dm = dc = None
     work = wide_dtype(dy.dtype) if n is None else n.dtype
-    for rows in row_chunks(len(dy), dy.shape[1], dy.device):
-        wide = dy[rows].to(work)
+    chunks = row_chunks(len(dy), dy.shape[1], dy.device)
+    if need_v and (len(chunks) > 1 or work != dy.dtype):
+        dv = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    for rows in chunks:
+        wide = to(part(dy, rows, chunks), work)
         if need_m:
-            dm = total(dm, (wide * v[rows]).sum(0))
+            dm = total(dm, (wide * part(v, rows, chunks)).sum(0))
         if need_c:
             dc = total(dc, wide.sum(0))
-        if need_v:
-            dv[rows] = wide * u
-    return dv, None if dm is None else torch.where(n > 0, dm / n, 0.0), dc
+        if dv is not None:
+            torch.mul(wide, u, out=dv[rows])
+        elif need_v:
+            dv = wide * u
+    return dv, None if dm is None else over(dm, n), dc
 
 
 STEPS = Steps(norm, scale, scale_backward)

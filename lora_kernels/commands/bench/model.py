@@ -56,9 +56,10 @@ def run(
     failures: list[dict[str, str]] = []
     result = {"header": header, "rows": rows, "failures": failures, "peers_not_measured": refusals}
     for tokens, rank, p in itertools.product(settings.tokens, settings.ranks, settings.dropouts):
-        config = LoRAConfig(r=rank, lora_alpha=2 * rank, lora_dropout=p, target_modules="all-linear")
+        about: dict[str, Any] = {"target_modules": "all-linear", "use_dora": settings.dora}
+        config = LoRAConfig(r=rank, lora_alpha=2 * rank, lora_dropout=p, **about)
         one = replace(settings, tokens=(tokens,), length=min(tokens, settings.length))
-        case = f"{settings.model.name}, {tokens} tokens, r={rank}, p={p}, {dtype_name(settings.dtype)}"
+        case = f"{settings.model.name}, {tokens} tokens, r={rank}, p={p}, {dtype_name(settings.dtype)}{' DoRA' * settings.dora}"
         others = _peers(model, config, settings) if with_peft else {}
         if isinstance(others, str):
             refused = [{"peer": name, "case": case, "reason": others} for name in compare if name in measured]
@@ -106,6 +107,7 @@ def measure(
         "model": settings.model.name,
         **{"tokens": ids.numel(), "sequence_length": ids.shape[1], "R": config.r, "p": config.lora_dropout},
         "dtype": dtype_name(settings.dtype),
+        "dora": settings.dora,
     }
     rows = []
     for name, candidate in models.items():

@@ -28,9 +28,10 @@ def why_wrong(
     adapter = next(parameter.dtype for parameter in alone.parameters() if parameter.requires_grad)
     about: dict[str, Any] = {"M": min(GATE_TOKENS, ids.numel()), "p": p, "dtype": settings.dtype, "adapter_dtype": adapter}
     about |= {"seed": seed, "device": device}
+    dora: dict[str, Any] = {"dora": True} if settings.dora else {}
     reasons = []
     for group in group_layers(alone):
-        case = linear.Case(K=group.K, N=group.N, R=group.R, bias=False, quant_type=settings.quantize, **about)
+        case = linear.Case(K=group.K, N=group.N, R=group.R, bias=False, quant_type=settings.quantize, **about, **dora)
         problem = case.draw(torch.Generator(device).manual_seed(seed))
         reasons += [f"{settings.names.ours} {group.K}→{group.N}: {reason}" for reason in linear.wrong(problem)]
     cases: dict[str, MembersCase] = {}

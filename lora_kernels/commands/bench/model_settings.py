@@ -31,6 +31,7 @@ class Settings:
     dtype: torch.dtype
     length: int
     quantize: str | None = None  # "nf4": this package's 4-bit layers beside bitsandbytes' under PEFT
+    dora: bool = False
 
     @property
     def names(self) -> Names:

@@ -16,6 +16,7 @@ from ..options import (
     parse_device,
     parse_dtype,
     parse_quantize,
+    parse_variant,
 )
 
 MODES = {"bench": ("suite", "shape", "lorafusion", "forward"), "bench --model DIR": ("model", "sequence_length")}
@@ -45,6 +46,7 @@ def bench(
     ] = None,
     sequence_length: Annotated[int, typer.Option(help="With --model: tokens of one sequence, at most.")] = 512,
     quantize: Annotated[str | None, typer.Option(help="nf4: over 4-bit weights, beside bitsandbytes under PEFT.")] = None,
+    variant: Annotated[str, typer.Option(help="lora, or dora: DoRA's layers beside PEFT's, and beside plain LoRA.")] = "lora",
     forward: Annotated[bool, typer.Option("--forward", help="Time the forward pass alone, without gradients.")] = False,
     device: Device = None,
     repeats: Annotated[int | None, typer.Option(help="Timed rounds; default: 10 on a CPU, 50 on a GPU.")] = None,
@@ -62,12 +64,13 @@ def bench(
         repeats = 50 if on.type == "cuda" else 10
     check_count("--repeats", repeats)
     parse_quantize(quantize)
+    parse_variant(variant, "lora", "dora")
     compared = peers.parse(compare)
     if lorafusion is not None and "lorafusion" not in compared:
         raise CommandError("--lorafusion: is for --compare lorafusion, which is not asked for")
     axes = _axes(tokens, rank, dropout, dtype)
     if model is not None:
-        result = _bench_model(model, on, axes, sequence_length, quantize, repeats, out, compared)
+        result = _bench_model(model, on, axes, sequence_length, quantize, variant, repeats, out, compared)
     else:
         shapes = tuple(Shape(*parse_shape(text)) for text in shape or ())
         if forward and dropout:
@@ -76,7 +79,7 @@ def bench(
             raise CommandError("--suite: nothing of it is left: shape, tokens, rank, dropout and dtype are given")
         if shapes and suite.startswith("decoder"):
             raise CommandError(f"--suite: {suite} times blocks, of which --shape leaves one layer; pass one of the two")
-        chosen = choose_suite(suite, on, FORWARD if forward else BOTH, shapes=shapes, **axes)
+        chosen = choose_suite(suite, on, FORWARD if forward else BOTH, variant == "dora", shapes=shapes, **axes)
         result = layers.run(chosen, on, repeats, out, compared, lorafusion, quantize)
     out.write_json(result)
     if result["failures"]:
@@ -105,6 +108,7 @@ def _bench_model(
     axes: dict[str, tuple[Any, ...]],
     length: int,
     quantize: str | None,
+    variant: str,
     repeats: int,
     out: Output,
     compare: tuple[str, ...],
@@ -123,5 +127,6 @@ def _bench_model(
         axes["dtypes"][0] if axes["dtypes"] else parse_dtype("bfloat16" if on_gpu else "float32"),
         length,
         quantize,
+        variant == "dora",
     )
     return run(settings, device, repeats, out, compare)

@@ -24,10 +24,8 @@ def frozen(problem: Problem) -> nn.Linear:
 
 def ours(problem: Problem, **options: Any) -> nn.Module:
     """This package's layer."""
-    layer = LoRALinear.from_linear(
-        frozen(problem), r=problem.r, lora_alpha=problem.lora_alpha, lora_dropout=problem.p, **options
-    )
-    return with_adapter(layer, problem)
+    settings: dict[str, Any] = {"lora_alpha": problem.lora_alpha, "lora_dropout": problem.p, "use_dora": problem.case.dora}
+    return with_adapter(LoRALinear.from_linear(frozen(problem), r=problem.r, **settings, **options), problem)
 
 
 def ours_nf4(problem: Problem) -> nn.Module:
@@ -39,9 +37,8 @@ def peft(problem: Problem, linear: nn.Module | None = None) -> nn.Module:
     """PEFT's own layer over `linear`, with its adapters in the dtype of `problem`'s: float32 is PEFT's default."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=problem.r, lora_alpha=int(problem.lora_alpha), lora_dropout=problem.p, target_modules=["linear"], bias="none"
-    )
+    settings: dict[str, Any] = {"lora_alpha": int(problem.lora_alpha), "lora_dropout": problem.p, "use_dora": problem.case.dora}
+    config = LoraConfig(r=problem.r, target_modules=["linear"], bias="none", **settings)
     model: Any = nn.ModuleDict({"linear": frozen(problem) if linear is None else linear})
     model.is_loaded_in_4bit = linear is not None  # PEFT asks the model, not the layer
     promote = problem.A.dtype == torch.float32 and problem.x.dtype != torch.float32
@@ -67,6 +64,10 @@ def with_adapter(layer: Any, problem: Problem) -> nn.Module:
             adapter.weight = nn.Parameter(value.detach().clone())
         else:
             adapters["default"] = nn.Parameter(value.detach().clone())
+    if problem.m is not None:
+        own = isinstance(layer, LoRALinear)
+        owner, name = (layer.lora_magnitude, "default") if own else (layer.lora_magnitude_vector["default"], "weight")
+        setattr(owner, name, nn.Parameter(problem.m.detach().clone()))
     return layer.train()
 
 

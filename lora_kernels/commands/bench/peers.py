@@ -7,6 +7,7 @@ bnb            bitsandbytes' Linear4bit (NF4, nested absmax) under PEFT, and thi
 lorafusion     LoRAFusion's Triton kernels from the checkout that `--lorafusion DIR` names
 
 The bare frozen linear is always there; in a block also this package's layers with q, k, v and the MLP as one operation each.
+With `--variant dora` the layers are DoRA's, ours and PEFT's, beside this package's plain LoRA.
 A peer that cannot run is listed with the reason.
 """
 
@@ -33,6 +34,7 @@ PEERS = ("peft", "peft-compile", "unsloth-style", "bnb", "lorafusion")
 BARE, OURS = "bare frozen linear", "lora_kernels"
 OURS_FP32, OURS_NF4 = "lora_kernels, fp32 adapters", "lora_kernels, NF4"
 FUSED = ", fused blocks"  # behind one of these three
+LORA = ", LoRA"  # behind one of them, beside DoRA
 OURS_FUSED = OURS + FUSED
 PEFT, PEFT_FP32, PEFT_COMPILED = "PEFT eager", "PEFT eager, fp32 adapters", "PEFT compiled"
 UNSLOTH, BNB, LORAFUSION = "Unsloth's order", "bitsandbytes NF4 + PEFT", "LoRAFusion"
@@ -66,7 +68,7 @@ class Variant:
         together = problem.fused() if self.fused else {}
         inside = {name for members in together.values() for name in members.members}
         alone = [layer for name, layer in problem.layers.items() if name not in inside]
-        return together | {f"{layer.in_features}→{layer.out_features}": layer for layer in alone}
+        return together | {f"{p.in_features}→{p.out_features}{' DoRA' * p.case.dora}": p for p in alone}
 
 
 def parse(text: str) -> tuple[str, ...]:
@@ -107,6 +109,8 @@ def require_rows(named: tuple[str, ...], result: dict[str, Any], quantize: str |
 
 def why_not_here(name: str, case: Workload) -> str | None:
     """None if peer `name` has a path for `case`, otherwise the reason."""
+    if case.dora and name in ("unsloth-style", "lorafusion"):
+        return "it has no DoRA"
     if name == "unsloth-style" and case.p > 0 and case.passes == BOTH:
         return "its fused path has no dropout: it leaves this case to PEFT"
     return None
@@ -118,7 +122,8 @@ def variants(name: str, problem: BlockProblem, lorafusion: Path | None = None) -
     if name == "bare":
         return [_variant(BARE, problem, peer_layers.frozen)]
     if name == "ours":
-        return _ours(OURS, problem, peer_layers.ours) + (_ours(OURS_FP32, wide, peer_layers.ours) if wide else [])
+        layers = _ours(OURS, problem, peer_layers.ours) + (_ours(OURS_FP32, wide, peer_layers.ours) if wide else [])
+        return layers + _beside_dora(OURS, problem, peer_layers.ours)
     if name == "peft":
         return [_variant(PEFT, problem, peer_layers.peft)] + ([_variant(PEFT_FP32, wide, peer_layers.peft)] if wide else [])
     if name == "peft-compile":
@@ -128,7 +133,8 @@ def variants(name: str, problem: BlockProblem, lorafusion: Path | None = None) -
     if name == "unsloth-style":
         return [Variant(UNSLOTH, peer_layers.UnslothBlock(problem).train())]
     if name == "ours-nf4":
-        return [replace(variant, nf4=True) for variant in _ours(OURS_NF4, problem, peer_layers.ours_nf4)]
+        four_bit = _ours(OURS_NF4, problem, peer_layers.ours_nf4) + _beside_dora(OURS_NF4, problem, peer_layers.ours_nf4)
+        return [replace(variant, nf4=True) for variant in four_bit]
     if name == "bnb":
         return [_variant(BNB, problem, peer_layers.bnb)]
     kernels = _lorafusion(lorafusion)
@@ -148,6 +154,11 @@ def _ours(name: str, problem: BlockProblem, build: Callable[[Problem], nn.Module
         return [alone]
     fused = peer_layers.FusedBlock(kind, dict(alone.module.layers)).train()  # type: ignore[arg-type]
     return [alone, replace(alone, name=name + FUSED, module=fused, fused=True)]
+
+
+def _beside_dora(name: str, problem: BlockProblem, build: Callable[[Problem], nn.Module]) -> list[Variant]:
+    """The same layer without its magnitude, where it has one."""
+    return _ours(name + LORA, problem.map(Problem.without_magnitude), build) if problem.case.dora else []
 
 
 def _missing(package: str) -> str | None:

@@ -24,6 +24,7 @@ def new_row(case: Workload, variant: Variant, timings: dict[str, Timing]) -> dic
         "block": shape.block,
         **{"M": case.M, "K": shape.K, "N": shape.N, "kv": shape.kv or None, "R": case.R, "p": case.p},
         "dtype": dtype_name(case.dtype),
+        "dora": case.dora,
         "variant": variant.name,
         "backend": _backend(variant),
         "median_us": timing.median * 1e6,

@@ -49,7 +49,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Workload:
-    """`shape` with adapters of rank R and dropout p on M tokens; `passes` is BOTH or FORWARD (evaluation mode)."""
+    """`shape` with adapters of rank R and dropout p on M tokens; `passes` is BOTH or FORWARD (evaluation mode); dora: DoRA."""
 
     M: int
     shape: Shape
@@ -57,16 +57,18 @@ class Workload:
     p: float
     dtype: torch.dtype
     passes: str = BOTH
+    dora: bool = False
 
     def __str__(self) -> str:
-        return f"{self.shape} M={self.M} r={self.R} p={self.p} {dtype_name(self.dtype)}"
+        return f"{self.shape} M={self.M} r={self.R} p={self.p} {dtype_name(self.dtype)}{' DoRA' * self.dora}"
 
     def cases(self, device: torch.device | None = None, seed: int = 0) -> dict[str, Case]:
         """The case of each linear layer by name."""
         on = device or torch.device("cpu")
         about: dict[str, Any] = {"M": self.M, "R": self.R, "p": self.p, "dtype": self.dtype, "device": on, "seed": seed}
+        about |= {"dora": self.dora, "needs": ("x", "A", "B", *"m" * self.dora)}
         layers = self.shape.layers().items()
-        return {name: Case(K=K, N=N, bias=False, needs=("x", "A", "B"), **about) for name, (K, N) in layers}
+        return {name: Case(K=K, N=N, bias=False, **about) for name, (K, N) in layers}
 
     def flops(self, adapted: bool) -> int:
         return sum(case.flops(self.passes == BOTH, adapted) for case in self.cases().values())
@@ -85,11 +87,12 @@ class Suite:
     dropouts: tuple[float, ...]
     dtypes: tuple[torch.dtype, ...]
     passes: str = BOTH
+    dora: bool = False
 
     def workloads(self) -> Iterator[Workload]:
         axes = (self.dtypes, self.dropouts, self.ranks, self.tokens, self.shapes)
         for dtype, p, R, M, shape in itertools.product(*axes):
-            yield Workload(M, shape, R, p, dtype, self.passes)
+            yield Workload(M, shape, R, p, dtype, self.passes, self.dora)
 
 
 def _linears(*shapes: tuple[int, int]) -> tuple[Shape, ...]:
@@ -118,10 +121,11 @@ SUITES = {
 }
 
 
-def choose_suite(name: str, device: torch.device, passes: str = BOTH, **axes: tuple[Any, ...]) -> Suite:
+def choose_suite(name: str, device: torch.device, passes: str = BOTH, dora: bool = False, **axes: tuple[Any, ...]) -> Suite:
     """The suite `name` ("auto": llama on a GPU, small on a CPU) with the axes that are given in place of its own.
 
-    The forward pass alone is that of evaluation mode, without dropout. Raises CommandError for an unknown suite.
+    The forward pass alone is that of evaluation mode, without dropout. Raises CommandError for an unknown suite, and with dora
+    for one of blocks.
     """
     if name == "auto":
         name = "llama" if device.type == "cuda" else "small"
@@ -129,4 +133,7 @@ def choose_suite(name: str, device: torch.device, passes: str = BOTH, **axes: tu
         raise CommandError(f"--suite: got {name!r}, expected one of {', '.join(('auto', *SUITES))}")
     if passes == FORWARD:
         axes["dropouts"] = (0.0,)
-    return replace(SUITES[name], passes=passes, **{axis: values for axis, values in axes.items() if values})
+    suite = replace(SUITES[name], passes=passes, dora=dora, **{axis: values for axis, values in axes.items() if values})
+    if dora and any(shape.block != "linear" for shape in suite.shapes):
+        raise CommandError(f"--suite: {name} times blocks, and --variant dora single layers; pass another suite, or --shape")
+    return suite

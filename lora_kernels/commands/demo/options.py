@@ -33,7 +33,7 @@ def demo(
     ] = None,
     variant: Annotated[
         str,
-        typer.Option(help="lora, or adalora: ranks that fall from 1.5 times --rank to it, where they matter least."),
+        typer.Option(help="lora, dora, or adalora: ranks that fall from 1.5 times --rank to it, where they matter least."),
     ] = "lora",
     seed: Annotated[int, typer.Option(help="Seed of initialisation, data order and dropout.")] = 0,
     json_file: Json = None,

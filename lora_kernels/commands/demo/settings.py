@@ -6,6 +6,7 @@ from pathlib import Path
 from ...models.adalora.config import AdaLoRAConfig
 from ...models.config import LoRAConfig
 from ..console import CommandError
+from ..options import parse_variant
 
 CPU_TOKENS, GPU_TOKENS = 256, 4096  # of one step
 MIN_WINDOW, MAX_WINDOW = 16, 512  # tokens of one sequence; four a step where that fits: one alone is a noisy loss
@@ -38,10 +39,10 @@ class Settings:
             ("--lr", self.lr, 0 < self.lr < float("inf"), "a positive number"),
             ("--seed", self.seed, 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
             ("--quantize", self.quantize, self.quantize in (None, "nf4"), "nf4, or no --quantize"),
-            ("--variant", self.variant, self.variant in ("lora", "adalora"), "lora or adalora"),
         ):
             if not ok:
                 raise CommandError(f"{option}: got {value}, expected {expected}")
+        parse_variant(self.variant, "lora", "dora", "adalora")
         if self.tokens_per_step is not None and self.tokens_per_step < MIN_WINDOW:
             raise CommandError(f"--tokens-per-step: got {self.tokens_per_step}, expected at least {MIN_WINDOW}")
         if self.output.exists() and not self.output.is_dir():
@@ -61,7 +62,7 @@ class Settings:
     def lora_config(self) -> LoRAConfig:
         """--variant adalora begins with ranks half as large again; a tenth of the steps before, a quarter after they fall."""
         shared = {"lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": "all-linear"}
-        if self.variant == "lora":
-            return LoRAConfig(r=self.rank, **shared)  # type: ignore[arg-type]
+        if self.variant != "adalora":
+            return LoRAConfig(r=self.rank, use_dora=self.variant == "dora", **shared)  # type: ignore[arg-type]
         schedule = {"tinit": self.steps // 10, "tfinal": self.steps // 4, "total_step": self.steps}
         return AdaLoRAConfig(init_r=(3 * self.rank + 1) // 2, target_r=self.rank, **schedule, **shared)  # type: ignore[arg-type]

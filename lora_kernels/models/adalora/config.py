@@ -25,9 +25,9 @@ class AdaLoRAConfig(LoRAConfig):
     orth_reg_weight: the factor in orthogonality_loss.
     total_step may be None, which PEFT's files may not, and target_r above init_r, for a model that no RankAllocator trains.
 
-    LoRAConfig's other fields mean the same, but for r, rank_pattern, alpha_pattern, use_rslora and lora_bias, which AdaLoRA
-    has not, and init_lora_weights, which is True (A and B normal, E zero) or False. Raises ValueError for a value outside its
-    range.
+    LoRAConfig's other fields mean the same, but for r, rank_pattern, alpha_pattern, use_rslora, lora_bias and use_dora, which
+    AdaLoRA has not, and init_lora_weights, which is True (A and B normal, E zero) or False. Raises ValueError for a value
+    outside its range.
     """
 
     target_r: int = 8
@@ -42,7 +42,8 @@ class AdaLoRAConfig(LoRAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_adalora(use_rslora=self.use_rslora, lora_bias=self.lora_bias, init_lora_weights=self.init_lora_weights)
+        lacking = ("use_rslora", "lora_bias", "use_dora", "init_lora_weights")
+        check_adalora(**{name: getattr(self, name) for name in lacking})
         if self.r != LoRAConfig.r:
             raise ValueError(f"r: got {self.r}, expected none: AdaLoRA begins with init_r and ends with target_r on average")
         for name in ("rank_pattern", "alpha_pattern"):
