@@ -246,4 +246,4 @@ def test_environment_variable():
 
 def test_public_names_are_there():
     assert all(hasattr(lora_kernels, name) for name in lora_kernels.__all__)
-    assert LoRAWeights._fields == ("weight", "lora_A", "lora_B", "bias", "scaling")
+    assert LoRAWeights._fields == ("weight", "lora_A", "lora_B", "bias", "scaling", "magnitude")

@@ -13,7 +13,8 @@ from .tiles import load_tile, store_tile
 @triton.jit
 def over(a, n):
     """a / n, 0 where n is."""
-    return tl.where(n > 0, a / tl.where(n > 0, n, 1.0), 0.0)
+    zero = n == 0
+    return tl.where(zero, 0.0, a / tl.where(zero, 1.0, n))
 
 
 @triton.jit(do_not_specialize=["M"])
