@@ -51,7 +51,8 @@ device=${DEVICE:-cuda} workers=$(nproc)
 [ "$device" = cuda ] || export TRITON_INTERPRET=1
 # What the GPU's own kernels are tested by comes first, in case time runs out.
 tests=(tests/test_triton_gpu.py tests/test_csrc_gpu.py tests/test_triton_linear.py tests/test_triton_group.py
-    tests/test_triton_glu_mlp.py tests/test_triton_nf4.py tests/test_linear.py tests/test_linear_group.py tests/test_glu_mlp.py
+    tests/test_triton_magnitude.py tests/test_triton_glu_mlp.py tests/test_triton_nf4.py tests/test_linear.py
+    tests/test_linear_group.py tests/test_dora.py tests/test_glu_mlp.py
     tests/test_csrc_kernels.py tests/test_csrc_backend.py tests/test_dropout.py)
 if [ -n "$quick" ]; then
     limits=(60 30 60 15 25 25 35 45)
@@ -105,8 +106,8 @@ if command -v compute-sanitizer >/dev/null; then
     stage sanitizer 120 env "LORA_KERNELS_TEST_DEVICE=$device" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool memcheck --error-exitcode 1 --target-processes all \
         "$python" -m pytest tests/test_linear.py tests/test_triton_lowrank_product.py tests/test_triton_nf4.py \
-        tests/test_csrc_kernels.py -o addopts= -v -x -p no:cacheprovider \
-        -k "(features and not torch-) or ragged or address or tokens"
+        tests/test_triton_magnitude.py tests/test_csrc_kernels.py -o addopts= -v -x -p no:cacheprovider \
+        -k "(features and not torch-) or ragged or address or tokens or any_strides or the_scale"
 else
     leave_out sanitizer "there is no compute-sanitizer on the PATH"
 fi

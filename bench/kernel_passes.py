@@ -28,8 +28,11 @@ from lora_kernels.backends.triton import compilation, tuning
 from lora_kernels.backends.triton.kernels import lowrank_product
 from lora_kernels.backends.triton.kernels.grad_dy import grad_dy
 from lora_kernels.backends.triton.kernels.grad_x import grad_x
+from lora_kernels.backends.triton.kernels.magnitude import magnitude
+from lora_kernels.backends.triton.kernels.magnitude_backward import magnitude_backward
 from lora_kernels.backends.triton.kernels.prefill import prefill
 from lora_kernels.backends.triton.kernels.project import project
+from lora_kernels.backends.triton.kernels.row_norm import row_norm
 from lora_kernels.backends.triton.linear import prefilled
 from lora_kernels.cases.linear import Case, Problem, truth, wrong
 from lora_kernels.cases.rule import Results
@@ -112,6 +115,7 @@ def variants(problem: Problem) -> dict[str, tuple[Callable[[], object], int, int
     (M, K), (N, R), s = x.shape, B.shape, 2.0
     h, wide = torch.empty(M, R, dtype=A.dtype, device=x.device).normal_(), x.element_size()
     flops, X, Y, narrow = 2 * M * N * K, wide * M * K, wide * M * N, h.numel() * h.element_size()
+    m, n, weights = problem.m, torch.ones(N, device=x.device), W.numel() * wide + R * (N + K) * A.element_size()
 
     def prefill_backward() -> Tensor:
         dx, _ = grad_x(None, (h,), (A,), dropout, x.dtype, need_x=True, need_As=(False,))
@@ -129,6 +133,9 @@ def variants(problem: Problem) -> dict[str, tuple[Callable[[], object], int, int
         "prefill": (lambda: prefill(h, B, s, None, x.dtype), Y + narrow, 0),
         "grad_dy": (lambda: grad_dy(dy, h, B, s, need_g=True, need_B=True, need_c=False), Y + 2 * narrow, 0),
         "grad_x": (lambda: grad_x(x, (h,), (A,), dropout, x.dtype, need_x=True, need_As=(True,)), 2 * X + narrow, 0),
+        "row_norm": (lambda: row_norm(W, A, B, s, x.dtype), weights, 0),
+        "magnitude": (lambda: magnitude(dy, m, n, None), 2 * Y, 0),
+        "magnitude_backward": (lambda: magnitude_backward(dy, dy, m, n, need_v=True, need_m=True, need_c=False), 3 * Y, 0),
         "forward bare": (lambda: x @ W.T, 0, flops),
         "forward prefill": (lambda: add_product(prefill(h, B, s, None, x.dtype), x, W.T), 0, flops),
         "forward chunked prefill": (lambda: prefilled(x, W, h, B, s, None), 0, flops),
@@ -160,7 +167,8 @@ def cases(shapes: tuple, tokens: tuple, ranks: tuple, device: torch.device) -> I
             for R in ranks:
                 for p in (0.0, 0.1):
                     dtype = torch.float16 if device.type == "cpu" else torch.bfloat16  # the interpreter's bfloat16 is wrong
-                    case = Case(M, K, N, R, p, bias=False, dtype=dtype, needs=("x", "A", "B"), seed=SEED, device=device)
+                    about = {"bias": False, "dora": True, "needs": ("x", "A", "B", "m"), "seed": SEED, "device": device}
+                    case = Case(M, K, N, R, p, dtype=dtype, **about)
                     problem = case.draw(torch.Generator(device).manual_seed(SEED))
                     exact = truth(problem)
                     yield problem, dtype_name(dtype), exact

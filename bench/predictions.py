@@ -27,30 +27,46 @@ DECODER = (  # Llama-3.1-8B: kernel, K, N, members of a launch; q, k, v, then o,
 WEIGHTS = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
 ACTIVATION = 14 * 14336  # values a token that a frozen layer's silu and product read and write: 5 forward, 9 backward
 BLOCKS = "decoder layer's linears and activation, forward+backward"
+MAGNITUDES = tuple((M, 4096, 4096) for M in (512, 2048, 8192))
+DORA = "layer with a magnitude, forward+backward"
+OVER = {"times_bare": "bare", "times_lora": "without"}
 LAYER, READS = "layer, forward+backward", "products' reads of y0 and dx0"
 
 
 def predictions() -> Rows:
     """Per side kernel and for the whole layer: bytes, and microseconds on an H100 and H200 with the prefill dataflow."""
-    found = []
-    for M, K, N in PREDICTED:
-        for p in (0.0, 0.1):
-            total = dict.fromkeys(GPUS, 0.0)
-            chunks = _chunks(M, K, N)
-            for row in _layer_kernels(M, K, N, chunks, dropped=p > 0):
-                microseconds = {"H100": row.h100_us_predicted, "H200": row.h200_us_predicted}
-                total = {gpu: total[gpu] + microseconds[gpu] for gpu in total}
-                found.append({"kernel": row.kernel, "M": M, "K": K, "N": N, "R": 16, "p": p, "megabytes": row.megabytes,
-                              "us": microseconds, "bound": row.bound})  # fmt: skip
-            added = 2 * M * ((0 if "prefill" in chunks else N) + (0 if "grad_x" in chunks else K))
-            base = 2e6 * 2 * M * K * N / kernel_report.MATRIX
-            read = {gpu: 1e6 * READ * added / bandwidth for gpu, bandwidth in kernel_report.BANDWIDTH.items()}
-            found.append({"kernel": READS, "M": M, "K": K, "N": N, "R": 16, "p": p, "megabytes": added / 1e6, "us": read,
-                          "bound": "bytes"})  # fmt: skip
-            layer = {gpu: base + total[gpu] + read[gpu] for gpu in total}
-            found.append({"kernel": LAYER, "M": M, "K": K, "N": N, "R": 16, "p": p, "megabytes": None,
-                          "bound": "", "us": layer, "times_bare": {gpu: us / base for gpu, us in layer.items()}})  # fmt: skip
-    return found + [row for p in (0.0, 0.1) for row in _decoder(8192, p)]
+    found = [row for shape in PREDICTED for p in (0.0, 0.1) for row in _layer(*shape, p)]
+    found += [row for p in (0.0, 0.1) for row in _decoder(8192, p)]
+    return found + [row for shape in MAGNITUDES for row in _with_magnitude(*shape)]
+
+
+def _layer(M: int, K: int, N: int, p: float) -> Rows:
+    """The four side kernels, what the products' reads add, and the layer over its bare products."""
+    found, about, chunks = [], {"M": M, "K": K, "N": N, "R": 16, "p": p}, _chunks(M, K, N)
+    for row in _layer_kernels(M, K, N, chunks, dropped=p > 0):
+        us = {"H100": row.h100_us_predicted, "H200": row.h200_us_predicted}
+        found.append({"kernel": row.kernel, **about, "megabytes": row.megabytes, "us": us, "bound": row.bound})
+    added = 2 * M * ((0 if "prefill" in chunks else N) + (0 if "grad_x" in chunks else K))
+    read = {gpu: 1e6 * READ * added / bandwidth for gpu, bandwidth in kernel_report.BANDWIDTH.items()}
+    found.append({"kernel": READS, **about, "megabytes": added / 1e6, "us": read, "bound": "bytes"})
+    base = 2e6 * 2 * M * K * N / kernel_report.MATRIX
+    layer = {gpu: base + sum(row["us"][gpu] for row in found) for gpu in GPUS}
+    over = {gpu: us / base for gpu, us in layer.items()}
+    return [*found, {"kernel": LAYER, **about, "megabytes": None, "bound": "", "us": layer, "times_bare": over}]
+
+
+def _with_magnitude(M: int, K: int, N: int) -> Rows:
+    """What DoRA adds to a layer: the norms of the rows of W + s·B·A, a pass over v forward, one over dy and v backward."""
+    found, about = [], {"M": M, "K": K, "N": N, "R": 16, "p": 0.0}
+    rows = kernel_report.kernel_rows(M, K, N, "sm_90", "bf16 bf16")
+    for row in [_usual(rows, kernel, 1, dropped=False) for kernel in kernel_report.MAGNITUDE_KERNELS]:
+        us = {"H100": row.h100_us_predicted, "H200": row.h200_us_predicted}
+        found.append({"kernel": row.kernel, **about, "megabytes": row.megabytes, "us": us, "bound": row.bound})
+    lora = _layer(M, K, N, 0.0)[-1]["us"]
+    layer = {gpu: lora[gpu] + sum(row["us"][gpu] for row in found) for gpu in GPUS}
+    added = {"megabytes": sum(row["megabytes"] for row in found), "bound": ""}
+    over = {gpu: us / lora[gpu] for gpu, us in layer.items()}
+    return [*found, {"kernel": DORA, **about, **added, "us": layer, "times_lora": over}]
 
 
 def _decoder(M: int, p: float) -> Rows:
@@ -59,8 +75,6 @@ def _decoder(M: int, p: float) -> Rows:
     for kernel, K, N, members in DECODER:
         chunks = _chunks(M, K, N)
         row = _usual(kernel_report.kernel_rows(M, K, N, "sm_90", "bf16 bf16", chunks), kernel, members, p > 0)
-        if row is None:
-            raise LookupError(f"kernels.json has no {kernel} of {members} members for sm_90; run tests/triton_offline.py")
         added = 2 * M * (N if kernel == "prefill" else K) if kernel in ("prefill", "grad_x") and kernel not in chunks else 0
         times = {"H100": row.h100_us_predicted, "H200": row.h200_us_predicted}
         us = {gpu: times[gpu] + 1e6 * READ * added / kernel_report.BANDWIDTH[gpu] for gpu in GPUS}
@@ -76,16 +90,16 @@ def _decoder(M: int, p: float) -> Rows:
     return found
 
 
-def _usual(rows: list[kernel_report.KernelRow], kernel: str, members: int, dropped: bool) -> kernel_report.KernelRow | None:
+def _usual(rows: list[kernel_report.KernelRow], kernel: str, members: int, dropped: bool) -> kernel_report.KernelRow:
     """The row of a kernel with the table's own tile, in the form that most calls take, at rank 16."""
     dropped = dropped and kernel not in ("prefill", "grad_dy")
-    rare = {"dc", "dA", "dx", "few", "ungated", "gelu", "gelu_tanh", "relu2"}
+    rare = {"dc", "dA", "dx", "few", "ungated", "gelu", "gelu_tanh", "relu2", "nf4"}
     for row in rows:
         form = set(row.form.split())
         usual = row.kernel == kernel and row.rank == "r16" and not rare & form and ("drop" in form) == dropped
         if usual and kernel_report.members_of(kernel, row.form) == members:
             return row
-    return None
+    raise LookupError(f"kernels.json has no {kernel} of {members} members for sm_90; run tests/triton_offline.py")
 
 
 def _chunks(M: int, K: int, N: int) -> dict[str, int]:
@@ -97,8 +111,7 @@ def _chunks(M: int, K: int, N: int) -> dict[str, int]:
 def _layer_kernels(M: int, K: int, N: int, chunks: dict[str, int], dropped: bool) -> list[kernel_report.KernelRow]:
     """The four side kernels of a layer with the table's own tile, in the form that most calls take: those of rank 16."""
     rows = kernel_report.kernel_rows(M, K, N, "sm_90", "bf16 bf16", chunks)
-    found = [_usual(rows, kernel, 1, dropped) for kernel in SIDE_KERNELS]
-    return [row for row in found if row is not None]
+    return [_usual(rows, kernel, 1, dropped) for kernel in SIDE_KERNELS]
 
 
 def measured() -> dict[tuple[Any, ...], dict[str, float]]:
@@ -124,7 +137,7 @@ def page() -> str:
         name = f"{row['kernel']} {row['K']}→{row['N']} M={row['M']} r={row['R']} p={row['p']:g}"
         cells = [name, "" if row["megabytes"] is None else f"{row['megabytes']:.0f}", row["bound"]]
         for gpu in GPUS:
-            over = f" ({row['times_bare'][gpu]:.3f}× bare)" if "times_bare" in row else ""
+            over = "".join(f" ({row[key][gpu]:.3f}× {name})" for key, name in OVER.items() if key in row)
             cells += [f"{row['us'][gpu]:.1f}{over}", f"{found[gpu]:.1f}" if gpu in found else ""]
         rows.append(cells)
     columns = ["kernel", "MB moved", "bound on H100", "H100 µs, predicted", "measured", "H200 µs, predicted", "measured"]
@@ -138,6 +151,7 @@ def page() -> str:
         "neither their write nor their read counts. "
         "The blocks of a decoder layer (Llama-3.1-8B; q, k, v as one operation, gate, up and down with the activation as "
         "another) stand over the same layer frozen, its activation by PyTorch's kernels. "
+        "A layer with a magnitude (DoRA) stands over the same layer without; its megabytes are those that the magnitude adds. "
         "[predictions.json](predictions.json). A measured column fills when a device has a result file.\n\n"
         + table(columns, rows)
     )

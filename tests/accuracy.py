@@ -115,7 +115,10 @@ def broken_results(problem: Problem, results: Results) -> dict[str, list[str]]:
     wide = problem.dequantized()
     _, (h, *_) = reference.forward(wide.x.detach().double(), (wide.member()._replace(**_double(wide)),), wide.dropout())
     exact["h"] = h
-    found = {name: violations({name: t}, {name: expected[name]}, {name: exact[name]}, t.dtype) for name, t in results.items()}
+    read = {name: problem.x.dtype if name == "dm" else t.dtype for name, t in results.items()}  # dm reads v, which is as y is
+    found = {
+        name: violations({name: t}, {name: expected[name]}, {name: exact[name]}, read[name]) for name, t in results.items()
+    }
     return {name: lines for name, lines in found.items() if lines}
 
 

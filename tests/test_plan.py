@@ -116,7 +116,7 @@ def test_every_kind_names_who_computes(kind, device):
     assert used == [kind.backend]
 
 
-class WithMagnitude(NamedTuple):
+class WithRotation(NamedTuple):
     """LoRAWeights as it will be with one more field."""
 
     weight: torch.Tensor
@@ -125,6 +125,7 @@ class WithMagnitude(NamedTuple):
     bias: torch.Tensor | None = None
     scaling: float = 1.0
     magnitude: torch.Tensor | None = None
+    rotation: torch.Tensor | None = None
 
 
 @pytest.mark.parametrize("name", ["torch", "triton", "cuda"])
@@ -133,12 +134,12 @@ def test_a_field_that_a_backend_does_not_know_is_refused(name, cuda, device):
     kind = next(kind for kind in KINDS if kind.backend == name)
     problem = Case(quant_type=kind.quant_type, device=device).draw()
     with use_backend(name):
-        for magnitude, refused in ((None, False), (torch.ones(33, device=device), True)):
-            member = WithMagnitude(*problem.member(), magnitude)
+        for rotation, refused in ((None, False), (torch.ones(33, device=device), True)):
+            member = WithRotation(*problem.member(), rotation)
             call = plan.describe("linear", name, problem.x.dtype, problem.x, (member,), None, ())
             assert call.fields >= {"weight", "lora_A", "lora_B", "bias", "scaling"}
             if refused:
-                with pytest.raises(RuntimeError, match="it does not know magnitude"):
+                with pytest.raises(RuntimeError, match="it does not know rotation"):
                     plan.choose(call)
             else:
                 assert plan.choose(call).backend == name
@@ -245,4 +246,4 @@ def test_environment_variable():
 
 def test_public_names_are_there():
     assert all(hasattr(lora_kernels, name) for name in lora_kernels.__all__)
-    assert LoRAWeights._fields == ("weight", "lora_A", "lora_B", "bias", "scaling")
+    assert LoRAWeights._fields == ("weight", "lora_A", "lora_B", "bias", "scaling", "magnitude")

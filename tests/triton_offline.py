@@ -140,6 +140,7 @@ def form_of(arguments: dict[str, Any], options: dict[str, Any]) -> str:
     form += [k.lower() for k in ("DROP", "FORWARD") if options.get(k)]
     form += [f"x{members}"] if (members := sum(arguments.get(f"A{i}") is not None for i in range(3))) > 1 else []
     form += [options["ACT"]] if options.get("ACT", "silu") != "silu" else []
+    form += ["nf4"] if "stride_k" in arguments and arguments["W"] is None else []
     form += ["ungated"] if "e" in arguments and arguments["e"] is None else []
     form += ["dc"] if any(arguments.get(name) is not None for name in ("parts_dc", "parts_dc_up")) else []
     form += [only for missing, only in (("dx", "dA"), ("parts_dA0", "dx")) if arguments.get(missing, 0) is None]

@@ -27,6 +27,8 @@ def calls(pair: str, R: int, capability: int) -> None:
             mlp_kernels(pair, R, dropouts=(0.1, 0.0) if R == 16 else (0.1,))
         if R in (16, 64) and not pair.startswith("fp32"):
             products(pair, R, dropouts=(0.1, 0.0) if R == 16 else (0.1,))
+        if R in (16, 64):
+            norms(pair, R)
     tuning.tiles = tiles
     plan.changed()
     if R == 16:
@@ -114,6 +116,15 @@ def rare_forms(pair: str, R: int) -> None:
         grad_x(t["x"], (t["h"],), (t["A"],), dropout, t["x"].dtype, need_x=need_x, need_As=(not need_x,))
 
 
+def norms(pair: str, R: int) -> None:
+    """Those of the rows of W + s·B·A; over a W of 4 bits at rank 16."""
+    from lora_kernels.backends.triton.kernels.row_norm import row_norm
+
+    t = tensors(pair, R, FEW)
+    for W in (t["W"], weight_of_4_bits(t["W"])) if R == 16 else (t["W"],):
+        row_norm(W, t["A"], t["B"], 2.0, t["x"].dtype)
+
+
 def products(pair: str, R: int, dropouts: tuple[float, ...]) -> None:
     """The products with their low-rank term in one kernel."""
     import torch
@@ -131,10 +142,13 @@ def products(pair: str, R: int, dropouts: tuple[float, ...]) -> None:
 def without_a_rank(pair: str) -> None:
     import torch
 
-    from lora_kernels.backends.triton.kernels import mask, nf4_dequantize
+    from lora_kernels.backends.triton.kernels import magnitude, magnitude_backward, mask, nf4_dequantize
 
     t = tensors(pair, 16, 8192)
     nf4_dequantize.dequantize(weight_of_4_bits(t["W"]), torch.empty_like(t["W"]))
+    m, n = t["B"][:, 0].contiguous(), torch.empty(D)
+    magnitude.magnitude(t["x"], m, n, t["c"])
+    magnitude_backward.magnitude_backward(t["dy"], t["x"], m, n, need_v=True, need_m=True, need_c=False)
     mask.drop(t["x"], 0.1, torch.tensor(1), out=torch.empty(t["x"].shape, dtype=t["A"].dtype))
 
 

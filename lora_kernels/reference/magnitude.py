@@ -29,4 +29,4 @@ def backward(dy: Tensor, v: Tensor, m: Tensor, n: Tensor) -> tuple[Tensor, Tenso
 
 def over(a: Tensor, n: Tensor) -> Tensor:
     """a / n, 0 where n is."""
-    return torch.where(n > 0, a / n, 0.0)
+    return a / n.masked_fill(n == 0, torch.inf)  # whose gradient is 0 there too, where that of a / 0 is NaN

@@ -14,6 +14,7 @@ from ..torch import linear as pytorch
 from ..triton import linear as triton
 from ..triton import tuning
 from ..triton.compilation import NothingCompilesError
+from ..triton.kernels.nf4_dequantize import dense
 from ..triton.kernels.project import project
 from ..triton.kernels.tiles import row_major
 from ..triton.planning import plan_of
@@ -55,7 +56,7 @@ def forward(
             return (skinny(x, W, h, B, s, c),), (h,)
         except NothingCompilesError:
             pass  # the Triton backend notes it, and replaces its kernels
-    W = W if path == "loop" else triton.dense(W, x.dtype, dequantize)
+    W = W if path == "loop" else dense(W, x.dtype, dequantize)
     return triton.forward(x, (members[0]._replace(weight=W),), dropout)
 
 
@@ -68,7 +69,7 @@ def backward(
     needs: Needs,
 ) -> Grads:
     """Equations 3 to 6 for what is wanted: one dequantised W serves dx."""
-    W = triton.dense(members[0].weight, dys[0].dtype, dequantize)
+    W = dense(members[0].weight, dys[0].dtype, dequantize)
     return triton.backward(dys, x, (members[0]._replace(weight=W),), hs, dropout, needs)
 
 

@@ -1,6 +1,7 @@
 """The contract in Triton, for NVIDIA GPUs: one pass over x forward, one over dy and one over x backward.
 
 linear.py glu_mlp.py nf4.py  what calls come to: which kernels, in which order
+magnitude.py                 what DoRA puts around linear.py
 planning.py                  which calls kernels compute, and PyTorch's functions where they do not compile
 kernels/                     a kernel and its launch each
 tuning.py tuned.py           tiles and dataflows: frozen tables, and what was measured on a GPU

@@ -16,10 +16,11 @@ from ..torch import linear as pytorch_linear
 from . import linear
 from .kernels.glu import glu
 from .kernels.glu_backward import NOTHING, Down, Entry, glu_backward
-from .kernels.tiles import adjacent, row_major
+from .kernels.nf4_dequantize import dense
+from .kernels.tiles import adjacent, readable, row_major
 from .planning import plan_of, refusal
 
-FIELDS, notes = linear.FIELDS, linear.notes
+FIELDS, notes = linear.FIELDS - {"magnitude"}, linear.notes
 
 
 def plan(call: Call) -> Plan | str:
@@ -112,7 +113,7 @@ def behind_down(
     g, found = linear.reductions(dy, down, h, wanted, through)
     if "weight" in wanted:
         found["weight"] = weight_gradient(dy, a)
-    da = dy @ linear.dense(down.weight, dy.dtype) if through else None
+    da = dy @ dense(down.weight, dy.dtype) if through else None
     if g is None:
         return da, no_adapters, found
     return da, Down(g, adjacent(down.lora_A) if through else None, dropout, "lora_A" in wanted), found
@@ -126,4 +127,4 @@ def entry_of(
     if not (needed and fused):
         return NOTHING._replace(needed=needed)
     need_g, need_B = B is not None and (need_x or "lora_A" in wanted), "lora_B" in wanted
-    return Entry(True, adjacent(h), adjacent(B), linear.scaling_of(member, device), need_g, need_B, "bias" in wanted)
+    return Entry(True, adjacent(h), adjacent(B), readable(member.scaling, device), need_g, need_B, "bias" in wanted)

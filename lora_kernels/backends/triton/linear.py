@@ -21,17 +21,18 @@ from ..products import add_product, weight_gradient
 from ..torch import linear as pytorch
 from ..torch.engine import ChunkMask
 from . import gpu, tuning
-from .kernels import lowrank_product, nf4_dequantize, nf4_product
+from .kernels import lowrank_product, nf4_product
 from .kernels.grad_dy import grad_dy
 from .kernels.grad_x import grad_x
 from .kernels.mask import drop, drops
 from .kernels.members import MEMBERS
+from .kernels.nf4_dequantize import dense
 from .kernels.prefill import prefill
 from .kernels.project import project
-from .kernels.tiles import adjacent, row_major
+from .kernels.tiles import adjacent, readable, row_major
 from .planning import plan_of, refusal
 
-FIELDS = frozenset({"weight", "lora_A", "lora_B", "bias", "scaling"})
+FIELDS = frozenset({"weight", "lora_A", "lora_B", "bias", "scaling", "magnitude"})
 notes = gpu.notes
 
 
@@ -84,8 +85,8 @@ def by_pytorch(x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: 
 
 def output(x: Tensor, member: LoRAWeights, h: Tensor) -> Tensor:
     """Equation 2: y[M,N] in x's dtype."""
-    W, A, B, c, _, _ = member
-    s, B, c = scaling_of(member, x.device), adjacent(B), adjacent(c)
+    W, A, B, c, s, _ = member
+    s, B, c = readable(s, x.device), adjacent(B), adjacent(c)
     if isinstance(W, NF4Weight):
         if nf4_path(x, W, A)[0] != "scratch":
             return nf4_product.product(x, W, h, B, s, c)
@@ -152,7 +153,7 @@ def reductions(
     """Equations 3 and 6 of one member: (g where dx or dA needs it, those of dB and dc that are wanted)."""
     B, need_B, need_c = member.lora_B, "lora_B" in wanted, "bias" in wanted
     need_g = B is not None and (need_x or "lora_A" in wanted)
-    g, dB, dc = grad_dy(dy, adjacent(h), adjacent(B), scaling_of(member, dy.device), need_g, need_B, need_c)
+    g, dB, dc = grad_dy(dy, adjacent(h), adjacent(B), readable(member.scaling, dy.device), need_g, need_B, need_c)
     return g, sums_of(dB, dc)
 
 
@@ -257,26 +258,6 @@ def nf4_path(
     return nf4_paths.path(len(x), tuning.gpu(x.device).capability, lambda path: refusals[path]())
 
 
-def dense(
-    W: Tensor | NF4Weight | None,
-    dtype: torch.dtype,
-    dequantize: Callable[[NF4Weight, Tensor], None] = nf4_dequantize.dequantize,
-) -> Tensor | None:
-    """A 4-bit weight in memory that lives for this call; others as they are."""
-    if not isinstance(W, NF4Weight):
-        return W
-    out = torch.empty(W.shape, dtype=dtype, device=W.device)
-    if out.numel():
-        dequantize(W, out)
-    return out
-
-
 def dropping(dropout: Dropout | None) -> Dropout | None:
     """None where p is below 2^-17, and rounds to a mask of ones."""
     return dropout if dropout is not None and drops(dropout.p) else None
-
-
-def scaling_of(member: LoRAWeights, device: torch.device) -> float | Tensor:
-    """A tensor on the device is read by the kernels; anything else is a number, and its value is at hand."""
-    s = member.scaling
-    return s if s.__class__ is float or (isinstance(s, Tensor) and s.device == device) else float(s)

@@ -6,15 +6,20 @@ from typing import Any
 import torch
 
 from ...plan import Call, Plan
+from ..magnitude import Functions, around
+from ..torch import magnitude as pytorch
 from . import gpu
 from .compilation import give_up
+from .magnitude import STEPS
+
+READ = ("weight", "lora_A", "lora_B", "magnitude")
 
 
 def refusal(call: Call) -> str | None:
     """Why there are no kernels for this call, or None."""
     if (reason := gpu.why_not(call.device, call.setting)) is not None:
         return reason
-    tensors = [(name, getattr(member, name)) for member in call.members for name in ("weight", "lora_A", "lora_B")]
+    tensors = [(name, getattr(member, name)) for member in call.members for name in READ]
     for name, tensor in (("x", call.x), *tensors):
         if tensor is not None and tensor.dtype == torch.float64:
             return f"{name} is float64, for which there are no kernels"
@@ -23,11 +28,10 @@ def refusal(call: Call) -> str | None:
     return None
 
 
-Functions = tuple[Callable[..., Any], Callable[..., Any]]
-
-
 def plan_of(backend: str, call: Call, kernels: Functions, otherwise: Functions) -> Plan:
     """The plan of forward and backward over kernels, with PyTorch's in their place where kernels do not compile."""
+    if "magnitude" in call.fields:
+        kernels, otherwise = around(kernels, STEPS), around(otherwise, pytorch.STEPS)
     why = "the first that can compute this call"
     forward, backward = [_or_pytorch(*pair, call.setting) for pair in zip(kernels, otherwise, strict=True)]
     return Plan(backend, why, forward, backward)

@@ -27,6 +27,7 @@ MAX_RANK = 64  # wider adapters are ordinary matrix products: the vendor's
 
 SUM = Tile(rows=16, columns=256, warps=4)  # 16 partial sums × 256 outputs
 ELEMENTWISE = Tile(rows=16, columns=256, warps=4)
+COLUMN_SUMS = Tile(rows=16, columns=256, warps=8)  # of what is added up over rows
 DEQUANTIZE = Tile(rows=1, columns=2048, warps=8)  # bytes; a block of 4096 codes is one tile
 
 _SAFE = {  # after the table's own tile: needs little of anything
@@ -38,6 +39,7 @@ _SAFE = {  # after the table's own tile: needs little of anything
     "grad_x_group": Tile(16, 32, 8, 2),
     "glu": Tile(32, 32, 4, 2),
     "glu_backward": Tile(16, 32, 4, 2),
+    "row_norm": Tile(32, 64, 4, 2),
     "lowrank_product": Tile(32, 64, 4, 2, 32),
     "lowrank_product_tma": Tile(32, 64, 4, 2, 32),
     "nf4_product": Tile(32, 64, 4, 2, 32),
@@ -47,6 +49,7 @@ _SAFE = {  # after the table's own tile: needs little of anything
 # part is the largest padded rank. Strips of dy are as wide as registers allow, because each writes its own partial sums of
 # g: 4·R / (2·columns) of dy's bytes, an eighth at 256 columns and rank 16. For "mixed" tensor descriptors need 128x128:
 # with 128x256 Triton 3.6 silently emits an empty kernel for sm_100, whose tensor memory does not hold two accumulators.
+# So it does of row_norm with 64x128, for the six products of its parts.
 TILES: dict[tuple[str, str, int], Tile] = {
     ("project", "16", 32): Tile(64, 128, 8, 4),
     ("project", "16", 64): Tile(64, 64, 8, 4),
@@ -97,6 +100,12 @@ TILES: dict[tuple[str, str, int], Tile] = {
     # of 64 columns Triton 3.6 multiplies in TF32 on sm_100, although "ieee" is asked for
     ("glu_backward", "32", 32): Tile(32, 32, 8, 2),
     ("glu_backward", "32", 64): Tile(16, 32, 8, 2),
+    ("row_norm", "16", 32): Tile(64, 128, 8, 3),
+    ("row_norm", "16", 64): Tile(64, 128, 8, 3),
+    ("row_norm", "mixed", 32): Tile(32, 128, 8, 2),
+    ("row_norm", "mixed", 64): Tile(32, 64, 8, 2),
+    ("row_norm", "32", 32): Tile(32, 128, 8, 2),
+    ("row_norm", "32", 64): Tile(64, 64, 8, 2),
     ("lowrank_product", "16", 32): Tile(128, 128, 8, 3, 64),
     ("lowrank_product", "16", 64): Tile(128, 128, 8, 3, 64),
     ("lowrank_product", "mixed", 32): Tile(128, 128, 8, 3, 64),
@@ -130,6 +139,8 @@ SM_90: dict[tuple[str, str, int], Tile] = {
     ("glu_backward", "16", 64): Tile(32, 128, 8, 2),
     ("glu_backward", "mixed", 32): Tile(32, 64, 4, 2),
     ("glu_backward", "mixed", 64): Tile(16, 64, 8, 2),
+    ("row_norm", "mixed", 32): Tile(64, 64, 4, 2),
+    ("row_norm", "mixed", 64): Tile(64, 64, 4, 2),
 }
 
 

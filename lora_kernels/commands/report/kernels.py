@@ -21,6 +21,7 @@ ISSUE = PROCESSORS * 128 * 1.7e9  # instructions per second: processors × lanes
 WARPS = 16  # on a processor, four for each scheduler, that issue without gaps; fewer issue that part of it
 SIDE_KERNELS = ("project", "prefill", "grad_dy", "grad_x")  # of a layer; the first and the last of groups too
 BLOCK_KERNELS = ("glu", "glu_backward")  # of an MLP, whose intermediate features are N
+MAGNITUDE_KERNELS = ("row_norm", "magnitude", "magnitude_backward")  # of a layer with a magnitude, beside the first
 LESS_IMPORTANT = ("matrix", "shared", "per element", "spills", "megabytes", "registers", "ctas per sm", "h200 us predicted")
 MATRIX = 790e12  # bf16 multiply-adds ·2 per second that the vendor's product reaches on them
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second of a device copy
@@ -70,8 +71,10 @@ def kernel_rows(
         R, chunk = int(rank[1:]), (chunks or {}).get(kernel, M)
         n = members_of(kernel, form)
         elements, moved, flops = _work(kernel, M, K, N, R, data, adapter, n)
+        if "nf4" in form.split():
+            moved += (N * K // 2 + N * K // 64) - data * N * K
         issued, warps = 0.0, WARPS
-        if kernel in SIDE_KERNELS + BLOCK_KERNELS:
+        if kernel in SIDE_KERNELS + BLOCK_KERNELS + MAGNITUDE_KERNELS:
             programs, partials = _cut(kernel, M, K, N, R, n, chunk, *[int(size) for size in form.split()[0].split("x")])
             moved += partials - (data * M * (N if kernel == "prefill" else K) if chunk < M else 0)
             warps = int(re.findall(r"w(\d+)s", form)[0]) * min(counts["ctas_per_sm"], -(-programs // PROCESSORS))
@@ -102,13 +105,20 @@ def _times(moved: int, issued: float, warps: int, flops: int) -> dict[str, Any]:
 def _cut(kernel: str, M: int, K: int, N: int, R: int, n: int, chunk: int, rows: int, columns: int) -> tuple[int, int]:
     """(programs of a launch, bytes of all partial results written and read again) of n members with this tile."""
     width = K if kernel in ("project", "grad_x") else N
+    if kernel == "row_norm":
+        programs = -(-N // rows)
+        count = parts(K, max(256, columns), programs)
+        return programs * count, 8 * count * N if count > 1 else 0
     strips = -(-width // columns)
-    if kernel == "prefill":
+    if kernel in ("prefill", "magnitude"):
         return -(-min(chunk, M) // rows) * strips, 0
     if kernel in ("project", "glu"):
         programs = -(-M // rows)
         count = parts(width, max(256, columns), programs)
         return programs * count, 8 * count * M * R * (n if kernel == "project" else 1) if count > 1 else 0
+    if kernel == "magnitude_backward":
+        count = parts(M, rows, strips)
+        return strips * count, 8 * count * N if count > 1 else 0
     counts = [parts(min(chunk, M - first), rows, strips) for first in range(0, M, chunk)]
     of_g = 8 * n * strips * M * R if kernel in ("grad_dy", "glu_backward") and strips > 1 else 0
     sums = n + 1 if kernel == "glu_backward" else n  # down's dA too
@@ -132,6 +142,9 @@ def _work(kernel: str, M: int, K: int, N: int, R: int, data: int, adapter: int, 
         "grad_x": (M * K, 2 * x + n * narrow, 0),
         "glu": (M * N, (n + 1) * dy + narrow, 0),
         "glu_backward": (M * N, (2 * n + 1) * dy + (n + 1) * narrow, 0),
+        "row_norm": (N * K, W + adapter * R * (N + K) + 4 * N, 0),
+        "magnitude": (M * N, 2 * dy, 0),
+        "magnitude_backward": (M * N, 3 * dy, 0),
         "lowrank_product": (M * K, x + dy + W + narrow, 2 * M * N * K),
         "lowrank_product_tma": (M * K, x + dy + W + narrow, 2 * M * N * K),
         "nf4_product": (M * K, x + dy + N * K // 2 + narrow, 2 * M * N * K),

@@ -4,6 +4,8 @@ A byte is one 8-byte load from the table of its pair of float32 values; times ab
 `enable_fp_fusion` is off wherever absmax is computed, for its product and its sum are rounded apart.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -53,6 +55,23 @@ def nf4_dequantize_kernel(
     tl.store(p_out, value.to(out.dtype.element_ty), mask=o_element < elements)
 
 
+@triton.jit
+def decoded_tile(
+    codes, pairs, absmax, nested_absmax, nested_map, nested_offset, o_row, k, K, BLOCKSIZE: tl.constexpr, BD: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """W[row, k : k + BC] in float32 of BD rows that begin at the elements o_row and are whole blocks, K wide."""
+    SPAN: tl.constexpr = BLOCKSIZE if BLOCKSIZE < BC else BC  # codes of a row and step that share an absmax
+    o_byte = k // 2 + tl.arange(0, BC // 2)
+    byte = tl.load(codes + o_row[:, None] // 2 + o_byte[None, :], mask=(2 * o_byte < K)[None, :], other=0)
+    first, second = pair_values(pairs, byte)
+    o_span = k + SPAN * tl.arange(0, BC // SPAN)
+    o_block = (o_row[:, None] + o_span[None, :]) // BLOCKSIZE
+    scale = load_absmax(absmax, nested_absmax, nested_map, nested_offset, o_block, (o_span < K)[None, :])
+    scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BD, BC // SPAN, SPAN // 2)), (BD, BC // 2))
+    return tl.interleave(first * scale, second * scale)
+
+
 def dequantize(w: NF4Weight, out: Tensor) -> None:
     """Equations 7 and 8: W's elements, in order, into the rows of out[rows, columns]."""
     (rows, columns), elements, stride_out = out.shape, w.numel(), out.stride(0)
@@ -62,6 +81,18 @@ def dequantize(w: NF4Weight, out: Tensor) -> None:
     launch = dequantization(elements, columns, stride_out, w.blocksize, flat, out.dtype, w.absmax.dtype, nested)
     programs = -(-w.codes.shape[0] // DEQUANTIZE.columns)
     launch((programs, 1), w.codes, *tables(w), out, elements, columns, stride_out)
+
+
+def dense(
+    W: Tensor | NF4Weight | None, dtype: torch.dtype, decode: Callable[[NF4Weight, Tensor], None] = dequantize
+) -> Tensor | None:
+    """A 4-bit weight in memory that lives for this call; others as they are."""
+    if not isinstance(W, NF4Weight):
+        return W
+    out = torch.empty(W.shape, dtype=dtype, device=W.device)
+    if out.numel():
+        decode(W, out)
+    return out
 
 
 @kept

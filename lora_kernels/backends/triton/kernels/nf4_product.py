@@ -12,7 +12,7 @@ from .. import tuning
 from ..launch import Launch, call, dtype_of
 from ..tuning import Tile
 from .lowrank_product import low_rank_tile, tile_of
-from .nf4_dequantize import load_absmax, pair_values, tables
+from .nf4_dequantize import decoded_tile, tables
 from .tiles import load_tile, store_tile
 
 
@@ -23,20 +23,13 @@ def nf4_product_kernel(
     BM: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """y[M, N] = s·h·Bᵀ + c + x·Wᵀ, a tile per program; rows of W are whole blocks."""
-    SPAN: tl.constexpr = BLOCKSIZE if BLOCKSIZE < BC else BC  # codes of a row and step that share an absmax
     i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BD))
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BD + tl.arange(0, BD)
     acc = low_rank_tile(h, B, c, s, None, 0, o_m, i_n * BD, M, N, R, True, False, 0, PRECISION, BM, BD, BR)
     row = tl.minimum(o_n, N - 1).to(tl.int64) * K
     for k in range(0, K, BC):
-        o_byte = k // 2 + tl.arange(0, BC // 2)
-        byte = tl.load(codes + row[:, None] // 2 + o_byte[None, :], mask=(2 * o_byte < K)[None, :], other=0)
-        first, second = pair_values(pairs, byte)
-        o_span = k + SPAN * tl.arange(0, BC // SPAN)
-        o_block = (row[:, None] + o_span[None, :]) // BLOCKSIZE
-        scale = load_absmax(absmax, nested_absmax, nested_map, nested_offset, o_block, (o_span < K)[None, :])
-        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BD, BC // SPAN, SPAN // 2)), (BD, BC // 2))
-        b_w = tl.interleave(first * scale, second * scale).to(x.dtype.element_ty)
+        b_w = decoded_tile(codes, pairs, absmax, nested_absmax, nested_map, nested_offset, row, k, K, BLOCKSIZE, BD, BC)
+        b_w = b_w.to(x.dtype.element_ty)
         b_x = load_tile(x, o_m, k + tl.arange(0, BC), stride_x, M, K)
         acc = tl.dot(b_x, b_w.T, acc)
     store_tile(y, acc, o_m, o_n, N, M, N)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -89,3 +90,8 @@ def row_major(t: Tensor) -> Tensor:
 def adjacent(t: Any) -> Any:
     """t.contiguous(), or None; asked first, because the call itself takes a µs for a parameter."""
     return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def readable(s: float | Tensor, device: torch.device) -> float | Tensor:
+    """What `scalar` takes: a tensor on the device, which is read there; of anything else its value, which is at hand."""
+    return s if s.__class__ is float or (isinstance(s, Tensor) and s.device == device) else float(s)
