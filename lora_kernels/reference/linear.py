@@ -33,14 +33,15 @@ def forward(
     hs, vs, ns = list(ys), list(ys), list(ys)
     for i, (W, A, B, c, s, m) in enumerate(members):
         y, h, v, n = linear(x, dense(W, x.dtype), c if m is None else None), None, None, None
+        dtype = y.dtype
         if A is not None and B is not None:
             wide = torch.promote_types(x.dtype, A.dtype)
             h = linear(drop(x.to(wide), dropout, i), A.to(wide)).to(A.dtype)  # 1
-            y = (y + s * linear(h.to(wide), B.to(wide))).to(y.dtype)  # 2
+            y = y + s * linear(h.to(wide), B.to(wide))  # 2
         if A is not None and B is not None and m is not None:
-            v, n = y, magnitude.norm(dense(W, x.dtype), A, B, s)  # 7
+            v, n = y + (y.to(dtype) - y).detach(), magnitude.norm(dense(W, x.dtype), A, B, s)  # 7; v is rounded, dv is not
             y = magnitude.forward(v, m, n, c)  # 8
-        for results, result in ((ys, y), (hs, h), (vs, v), (ns, n)):
+        for results, result in ((ys, y.to(dtype)), (hs, h), (vs, v), (ns, n)):
             results.append(result)
     return tuple(ys), (*hs, *vs, *ns) if any(n is not None for n in ns) else tuple(hs)
 

@@ -19,12 +19,12 @@ def norm(W: Tensor, A: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
 
 def forward(v: Tensor, m: Tensor, n: Tensor, c: Tensor | None) -> Tensor:
     """Equation 8."""
-    return (v * over(m, n) + (0 if c is None else c)).to(v.dtype)
+    return v * over(m, n) + (0 if c is None else c)
 
 
 def backward(dy: Tensor, v: Tensor, m: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """(dv, dm) of equation 9."""
-    return (dy * over(m, n)).to(dy.dtype), over((dy * v).sum(0), n)
+    return dy * over(m, n), over((dy * v).sum(0), n)
 
 
 def over(a: Tensor, n: Tensor) -> Tensor:
