@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 PLAIN = (Tensor, torch.nn.Parameter)
-INTERFACE = 3  # that of csrc/cpu/cpu.h
+INTERFACE = 4  # that of csrc/cpu/cpu.h
 
 
 def load() -> tuple[Any, str]:

@@ -123,7 +123,7 @@ def test_peak_memory(M, dtype, native, monkeypatch):
 
     limit = 16 << 20
     peaks = peak_in_a_new_thread(forward), peak_in_a_new_thread(backward)
-    assert 2 << 20 < peaks[0] <= outputs[0].nbytes + limit  # a tile alone takes 2 or 4 MiB
+    assert (2 << 20 if M > 16 else 0) < peaks[0] <= outputs[0].nbytes + limit  # a tile alone takes 2 or 4 MiB
     assert 2 << 20 < peaks[1] <= sum(t.nbytes for t in outputs[1]) + limit
 
 

@@ -60,4 +60,6 @@ PYBIND11_MODULE(_cpu, m) {
       arg("columns"), arg("da"), arg("e").none(true), arg("u"), arg("de").none(true), arg("du"), arg("threads"));
   m.def("nf4_decode", &nf4_decode, Unlocked(), "out[i, j] = element start + i * step + j of the weight.", arg("weight"),
         arg("out"), arg("dtype"), arg("out_stride"), arg("rows"), arg("columns"), arg("start"), arg("step"), arg("threads"));
+  m.def("nf4_product", &nf4_product, Unlocked(), "y[M, N] += x[M, K] * W^T.", arg("weight"), arg("x"), arg("x_stride"), arg("M"),
+        arg("N"), arg("K"), arg("dtype"), arg("y"), arg("y_stride"), arg("threads"));
 }

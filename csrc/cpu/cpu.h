@@ -5,7 +5,7 @@
 
 namespace lora_kernels::cpu {
 
-constexpr int INTERFACE = 3;  // of lora_kernels/cpu_extension.py: one more when a signature or a meaning here changes
+constexpr int INTERFACE = 4;  // of lora_kernels/cpu_extension.py: one more when a signature or a meaning here changes
 
 using Address = std::uintptr_t;
 
@@ -72,5 +72,9 @@ struct Weight {
 // out[i, j] = element start + i * step + j of W, rounded once to `dtype`; rows of out are `out_stride` elements apart.
 void nf4_decode(const Weight& weight, Address out, const std::string& dtype, std::int64_t out_stride, std::int64_t rows,
                 std::int64_t columns, std::int64_t start, std::int64_t step, int threads);
+
+// y[M, N] += x[M, K] * W^T, x, y and the values of W in `dtype`; K is a multiple of W's blocksize, and that of 64.
+void nf4_product(const Weight& weight, Address x, std::int64_t x_stride, std::int64_t M, std::int64_t N, std::int64_t K,
+                 const std::string& dtype, Address y, std::int64_t y_stride, int threads);
 
 }  // namespace lora_kernels::cpu

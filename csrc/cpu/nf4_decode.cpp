@@ -1,5 +1,5 @@
-// A part of a 4-bit weight, bit for bit that of lora_kernels/nf4/weight.py: equations 7 and 8, each product and sum rounded to float by
-// itself, which needs -ffp-contract=off, then W once to its dtype. A block has 16 different values: only they are computed.
+// A part of a 4-bit weight, bit for bit that of lora_kernels/nf4/weight.py. A block has 16 different values (nf4.h): only they are
+// computed.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cpu.h"
+#include "nf4.h"
 #include "numbers.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -17,20 +18,7 @@
 namespace lora_kernels::cpu {
 namespace {
 
-constexpr int CODES = 16;
-constexpr int NESTED_BLOCK = 256;          // blocks that share one nested absmax
 constexpr std::int64_t SEGMENT = 1 << 14;  // elements of a row that a thread takes at a time
-
-template <typename T>
-INLINE const T* pointer(Address address) {
-  return reinterpret_cast<const T*>(address);
-}
-
-INLINE float absmax_of(const Weight& w, std::int64_t block) {
-  if (w.nested_absmax == 0) return pointer<float>(w.absmax)[block];
-  const float entry = pointer<float>(w.nested_map)[pointer<std::uint8_t>(w.absmax)[block]];
-  return entry * pointer<float>(w.nested_absmax)[block / NESTED_BLOCK] + *pointer<float>(w.nested_offset);
-}
 
 // Looks values up by whole codes of bytes, as long as there are `step` of them; returns how many. None without AVX-512.
 template <bool wide, typename T>
@@ -65,10 +53,8 @@ INLINE void decode_part(T* out, const Weight& w, std::int64_t start, std::int64_
   const auto* codes = pointer<std::uint8_t>(w.codes);
   while (start < stop) {
     const std::int64_t block = start / w.blocksize, end = std::min(stop, (block + 1) * w.blocksize);
-    const float absmax = absmax_of(w, block);
     T value[CODES];
-#pragma GCC unroll 1  // unrolled before it is vectorised, bfloat16 takes twice as long (GCC 12)
-    for (int code = 0; code < CODES; ++code) round_to(value[code], pointer<float>(w.values)[code] * absmax);
+    values_of_block(value, w, absmax_of(w, block));
     if (start % 2 == 1) *out++ = value[codes[start++ / 2] & 15];
     const std::int64_t found = 2 * look_up<wide>(out, value, codes + start / 2, (end - start) / 2);
     start += found, out += found;
@@ -114,6 +100,10 @@ void decode_rows(const Weight& w, Address out, std::int64_t out_stride, std::int
 }
 
 }  // namespace
+
+void absmax_of_blocks(float* absmax, const Weight& w, std::int64_t first, std::int64_t last) {
+  for (; first < last; ++first) *absmax++ = absmax_of(w, first);
+}
 
 void nf4_decode(const Weight& weight, Address out, const std::string& dtype, std::int64_t out_stride, std::int64_t rows,
                 std::int64_t columns, std::int64_t start, std::int64_t step, int threads) {

@@ -11,6 +11,7 @@ from ...nf4 import NF4Weight
 from ...scratch import slices
 from ...values import Dropout, Grads, LoRAWeights, Needs
 from ..products import accumulate, add_product, product_dtype, weight_gradient
+from . import nf4_product
 from .nf4 import column_tiles, tiles
 
 WIDE_ELEMENTS = 5 << 18  # of x or dx that are held in float32 at a time: with tiles and the mask, below 16 MiB
@@ -96,6 +97,8 @@ def add_forward_product(y: Tensor, x: Tensor, W: Tensor | NF4Weight) -> Tensor:
     """y += x·Wᵀ in place."""
     if not isinstance(W, NF4Weight):
         return add_product(y, x, W.T)
+    if nf4_product.added(y, x, W):
+        return y
     work = product_dtype(x.dtype, x.device)
     for rows in _rows(x, work):
         _add_forward_rows(y[rows], x[rows].to(work), x.dtype, W)

@@ -16,7 +16,7 @@ from ...nf4 import NF4Weight
 from ...plan import PLAIN, Call, Layout
 from ...values import Dropout, Grads, LoRAWeights, Needs
 from ..products import accumulate
-from . import whole
+from . import nf4_product, whole
 from .engine import members_backward
 from .nf4 import one_tile
 
@@ -54,7 +54,7 @@ def forward(
 
 def _forward_of(x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: int) -> tuple[Tensor, Tensor | None]:
     (W, A, B, c, s, _), M, dtype = member, x.shape[0], x.dtype
-    y = F.linear(x, one_tile(W, dtype) if isinstance(W, NF4Weight) else W, c)
+    y = nf4_product.linear(x, W, c) if isinstance(W, NF4Weight) else F.linear(x, W, c)
     if A is None:
         return y, None
     N, R = B.shape

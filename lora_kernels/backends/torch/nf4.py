@@ -4,6 +4,7 @@ Codes and absmax from values and back, exactly as bitsandbytes on a CPU.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,18 +137,25 @@ def _matrix(w: NF4Weight) -> tuple[int, int]:
 
 def decoded_by_extension(out: Tensor, w: NF4Weight, start: int, step: int = 0) -> bool:
     """out[i, j] = element start + i·step + j, rounded to out's dtype, by csrc/cpu; False, and nothing, where it cannot."""
-    tensors = w.codes, w.absmax, w.nested_absmax, w.nested_map, w.nested_offset
-    if not cpu_extension.takes(out, *tensors) or out.stride(1) != 1:
+    weight = for_extension(w) if cpu_extension.takes(out) and out.stride(1) == 1 else None
+    if weight is None:
         return False
-    addresses = [0 if t is None else t.data_ptr() if t.is_contiguous() else None for t in tensors]
-    if None in addresses:
-        return False
-    weight = cpu_extension.extension.Weight(*addresses, code_values(w.quant_type).data_ptr(), w.blocksize)
     size = out.stride(0), *out.shape
     cpu_extension.extension.nf4_decode(
         weight, out.data_ptr(), dtype_name(out.dtype), *size, start, step, torch.get_num_threads()
     )
     return True
+
+
+def for_extension(w: NF4Weight) -> Any:
+    """The weight as csrc/cpu reads it; None where it cannot."""
+    tensors = w.codes, w.absmax, w.nested_absmax, w.nested_map, w.nested_offset
+    if not cpu_extension.takes(*tensors):
+        return None
+    addresses = [0 if t is None else t.data_ptr() if t.is_contiguous() else None for t in tensors]
+    if None in addresses:
+        return None
+    return cpu_extension.extension.Weight(*addresses, code_values(w.quant_type).data_ptr(), w.blocksize)
 
 
 def decode_into(out: Tensor, w: NF4Weight, start: int, stop: int) -> None:

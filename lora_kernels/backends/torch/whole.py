@@ -13,6 +13,7 @@ from ...nf4 import NF4Weight
 from ...plan import Call, Layout
 from ...values import Dropout, Grads, LoRAWeights, Needs
 from ..products import accumulate, columns_together, product, transposed_product
+from . import nf4_product
 from .engine import members_backward
 from .nf4 import one_tile, tile_size
 
@@ -52,7 +53,7 @@ def forward(
 def _forward_of(x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: int) -> tuple[Tensor, Tensor | None]:
     W, A, B, c, s, _ = member
     h = None if A is None else F.linear(x if dropout is None else _dropped(x, dropout, number), A)  # 1
-    y = F.linear(x, one_tile(W, x.dtype) if isinstance(W, NF4Weight) else W, c)
+    y = nf4_product.linear(x, W, c) if isinstance(W, NF4Weight) else F.linear(x, W, c)
     return y if h is None else y.addmm_(h, B.T, alpha=float(s)), h  # 2
 
 
