@@ -7,7 +7,7 @@
     2  y  = x·Wᵀ + s·h·Bᵀ + c           5  dA = gᵀ·drop(x)
     3  g  = s·dy·B                      6  dB = s·dyᵀ·h      dc = Σ dy      dW = dyᵀ·x, where W is trained too
 
-A member with a magnitude goes through equations 7 to 9 (magnitude.py) too.
+A member with a magnitude goes through equations 11 to 13 (magnitude.py) too.
 
 Adapters of another dtype than x's meet it in the wider of the two, as in PEFT; h is kept in theirs. A member without adapter,
 A and B None, is y = x·Wᵀ + c.
@@ -39,8 +39,8 @@ def forward(
             h = linear(drop(x.to(wide), dropout, i), A.to(wide)).to(A.dtype)  # 1
             y = y + s * linear(h.to(wide), B.to(wide))  # 2
         if A is not None and B is not None and m is not None:
-            v, n = y + (y.to(dtype) - y).detach(), magnitude.norm(dense(W, x.dtype), A, B, s)  # 7; v is rounded, dv is not
-            y = magnitude.forward(v, m, n, c)  # 8
+            v, n = y + (y.to(dtype) - y).detach(), magnitude.norm(dense(W, x.dtype), A, B, s)  # 11; v is rounded, dv is not
+            y = magnitude.forward(v, m, n, c)  # 12
         for results, result in ((ys, y.to(dtype)), (hs, h), (vs, v), (ns, n)):
             results.append(result)
     return tuple(ys), (*hs, *vs, *ns) if any(n is not None for n in ns) else tuple(hs)
@@ -54,12 +54,12 @@ def backward(
     dropout: Dropout | None,
     needs: Needs,
 ) -> Grads:
-    """Equations 3 to 6, and 9."""
+    """Equations 3 to 6, and 13."""
     dx, grads, count = torch.zeros_like(x), [], len(members)
     for i, (dy, (W, A, B, _, s, m), h) in enumerate(zip(dys, members, saved[:count], strict=True)):
         own = {"bias": dy.sum(0)}
         if m is not None:
-            dy, own["magnitude"] = magnitude.backward(dy, saved[count + i], m, saved[2 * count + i])  # 9
+            dy, own["magnitude"] = magnitude.backward(dy, saved[count + i], m, saved[2 * count + i])  # 13
         dx = dx + dy @ dense(W, x.dtype)
         grads.append({"weight": dy.T @ x} | own)
         if A is None or B is None:

@@ -1,4 +1,4 @@
-"""Equations 7 to 9 (reference/magnitude.py) by PyTorch operations, in chunks that stay in a CPU's cache.
+"""Equations 11 to 13 (reference/magnitude.py) by PyTorch operations, in chunks that stay in a CPU's cache.
 
 The sum of W + s·B·A is taken directly, a tile of rows at a time: of 2048 x 2048 with R = 16 it costs 4.0 ms on one thread of a
 CPU where 2s·Σ (W·Aᵀ) ⊙ B + s²·Σ (B·(A·Aᵀ)) ⊙ B over a kept ‖W‖² costs 3.6 (float32; bfloat16 4.4 and 3.4), reads W once like
@@ -26,7 +26,7 @@ def why_not(t: Tensor) -> None:
 
 
 def norm(W: Tensor | NF4Weight, A: Tensor, B: Tensor, s: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Equation 7: n[N] = ‖W + s·B·A‖ by rows, over W as `dtype`."""
+    """Equation 11: n[N] = ‖W + s·B·A‖ by rows, over W as `dtype`."""
     wide = wide_dtype(dtype, A.dtype)
     A, B, alpha = to(A, wide), to(B, wide), s if isinstance(s, float) else 1.0
     B = B if isinstance(s, float) else s * B
@@ -54,7 +54,7 @@ def over(a: Tensor, n: Tensor) -> Tensor:
 
 
 def scale(v: Tensor, m: Tensor, n: Tensor, c: Tensor | None) -> Tensor:
-    """Equation 8: y = u ⊙ v + c in v's dtype."""
+    """Equation 12: y = u ⊙ v + c in v's dtype."""
     u = over(m, n)
     if v.dtype == u.dtype:
         return v * u if c is None else torch.addcmul(c, v, u)
@@ -68,7 +68,7 @@ def scale(v: Tensor, m: Tensor, n: Tensor, c: Tensor | None) -> Tensor:
 def scale_backward(
     dy: Tensor, v: Tensor | None, m: Tensor, n: Tensor | None, need_v: bool, need_m: bool, need_c: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Equation 9: (dv in dy's dtype, dm, dc), those that are needed."""
+    """Equation 13: (dv in dy's dtype, dm, dc), those that are needed."""
     u = over(m, n) if need_v else None
     dv = dm = dc = None
     work = wide_dtype(dy.dtype) if n is None else n.dtype

@@ -1,4 +1,4 @@
-"""Equations 7 to 9 (reference/magnitude.py) over kernels: one pass over W for the norm, one over v forward, one over dy and v
+"""Equations 11 to 13 (reference/magnitude.py) over kernels: one pass over W for the norm, one over v forward, one over dy and v
 backward. Adapters of a rank above MAX_RANK, and rows of a 4-bit W that are not whole blocks, are PyTorch's over a dense W.
 """
 
@@ -25,7 +25,7 @@ def why_not(t: Tensor) -> str | None:
 
 
 def norm(W: Tensor | NF4Weight, A: Tensor, B: Tensor, s: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Equation 7 outside a layer; where its kernel does not compile, by PyTorch operations."""
+    """Equation 11 outside a layer; where its kernel does not compile, by PyTorch operations."""
     try:
         with gpu.device_of(A):
             return norm_in_a_layer(W, A, B, s, dtype)
@@ -35,21 +35,21 @@ def norm(W: Tensor | NF4Weight, A: Tensor, B: Tensor, s: float | Tensor, dtype: 
 
 
 def norm_in_a_layer(W: Tensor | NF4Weight, A: Tensor, B: Tensor, s: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Equation 7: n[N] = ‖W + s·B·A‖ by rows, over W as `dtype`."""
+    """Equation 11: n[N] = ‖W + s·B·A‖ by rows, over W as `dtype`."""
     if 0 in (*W.shape, len(A)) or wide_dtype(dtype, A.dtype) == torch.float64 or refusal(W, len(A)):
         return pytorch.norm(dense(W, dtype), A, B, s, dtype)
     return row_norm(W, adjacent(A), adjacent(B), readable(s, A.device), dtype)
 
 
 def scale(v: Tensor, m: Tensor, n: Tensor, c: Tensor | None) -> Tensor:
-    """Equation 8: y = u ⊙ v + c in v's dtype."""
+    """Equation 12: y = u ⊙ v + c in v's dtype."""
     return magnitude(adjacent(v), adjacent(m), n, adjacent(c)) if v.numel() else torch.empty_like(v)
 
 
 def scale_backward(
     dy: Tensor, v: Tensor | None, m: Tensor, n: Tensor | None, need_v: bool, need_m: bool, need_c: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Equation 9: (dv in dy's dtype, dm, dc), those that are needed."""
+    """Equation 13: (dv in dy's dtype, dm, dc), those that are needed."""
     if not dy.numel():
         return pytorch.scale_backward(dy, v, m, n, need_v, need_m, need_c)
     return magnitude_backward(row_major(dy), adjacent(v), adjacent(m), n, need_v, need_m, need_c)

@@ -1,4 +1,4 @@
-"""Equation 8 (reference/magnitude.py): y = u ⊙ v + c with u = m / n, v read and y written once."""
+"""Equation 12 (reference/magnitude.py): y = u ⊙ v + c with u = m / n, v read and y written once."""
 
 import torch
 import triton

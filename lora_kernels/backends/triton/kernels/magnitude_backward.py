@@ -1,4 +1,4 @@
-"""Equation 9 (reference/magnitude.py): dv, dm and dc in one pass over dy and v."""
+"""Equation 13 (reference/magnitude.py): dv, dm and dc in one pass over dy and v."""
 
 import torch
 import triton

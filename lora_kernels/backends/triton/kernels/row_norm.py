@@ -1,4 +1,4 @@
-"""Equation 7 (reference/magnitude.py): ‖W + s·B·A‖ by rows in one pass over W; a tile of the sum exists in registers alone."""
+"""Equation 11 (reference/magnitude.py): ‖W + s·B·A‖ by rows in one pass over W; a tile of the sum exists in registers alone."""
 
 from collections.abc import Callable
 
@@ -97,7 +97,7 @@ def norms(
     of_s: torch.dtype | None,
     precision: str,
 ) -> Callable[..., Tensor]:
-    """run(W, A, B, s): equation 7 with this tile."""
+    """run(W, A, B, s): equation 11 with this tile."""
     four_bits = {"enable_fp_fusion": False} if kind[0] else {}  # absmax's product and its sum are rounded apart
     launch = Launch(
         row_norm_kernel, tile.options() | four_bits, R=R, DTYPE=getattr(tl, dtype_name(dtype)), BLOCKSIZE=kind[0],
