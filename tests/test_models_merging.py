@@ -3,8 +3,18 @@
 import pytest
 import torch
 from model_case import QV, TOKENS, Model, snapshot, train
+from torch.distributed.fsdp import fully_shard
 
-from lora_kernels import LoRAConfig, LoRALinear, add_lora, merge_lora, remove_lora, set_adapter, unmerge_lora
+from lora_kernels import (
+    LoRAConfig,
+    LoRALinear,
+    add_lora,
+    merge_lora,
+    remove_lora,
+    save_merged,
+    set_adapter,
+    unmerge_lora,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -68,3 +78,20 @@ def test_merge_then_remove_is_a_plain_fine_tuned_model():
     remove_lora(model)
     assert not any(isinstance(m, LoRALinear) for m in model.modules())
     assert torch.allclose(model(TOKENS), expected, atol=1e-5)
+
+
+def test_fsdp2_is_refused(tmp_path):
+    """It would put its own weights back, so that the merged model went on without its adapter."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = Model()
+        add_lora(model, LoRAConfig(r=2, init_lora_weights=False))
+        fully_shard(model)
+        before = model(TOKENS)
+        for action in (merge_lora, lambda m: save_merged(m, tmp_path / "merged")):
+            with pytest.raises(ValueError, match=r"under fully_shard \(FSDP2\), which would put its own weights back"):
+                action(model)
+        assert torch.equal(model(TOKENS), before)
+        assert not (tmp_path / "merged").exists()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,11 +1,20 @@
 """Tensors of which each process has a part (FSDP2), and whole ones."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which this process has a part."""
     return hasattr(tensor, "full_tensor")
+
+
+def refuse_fsdp2(model: nn.Module, action: str) -> None:
+    """Raise ValueError if fully_shard holds a part of the model: it puts its own weights back at each call."""
+    if any(base.__name__ == "FSDPModule" for module in model.modules() for base in type(module).__mro__):
+        raise ValueError(
+            f"cannot {action} under fully_shard (FSDP2), which would put its own weights back, and has a part of each here: "
+            "save_adapter, load_adapter into a model that is not sharded, and merge that"
+        )
 
 
 def full(tensor: Tensor) -> Tensor:

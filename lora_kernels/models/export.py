@@ -14,6 +14,7 @@ from ..layers.merging import LowRankTerm, bias_sum
 from ..layers.offload import offloaded_tensors, onloaded
 from ..nf4 import NF4Weight
 from .atomic_files import all_or_nothing
+from .distributed import refuse_fsdp2
 from .names import parents
 from .shards import remove_shards, write_shards
 from .state import adapted_layers, refuse_offloaded_adapters
@@ -42,11 +43,12 @@ def save_merged(
     a shard, of which tensors that are written as they are cost nothing, and one layer in up to three float32 copies. With
     safetensors before 0.8 the shard is copied once more.
     The files appear when all are complete, and replace a model saved there before. Raises ValueError if the model has no LoRA
-    layers, or max_shard_size is below 1, and RuntimeError if accelerate offloads the adapters.
+    layers, FSDP2 shards it, or max_shard_size is below 1, and RuntimeError if accelerate offloads the adapters.
     """
     if not isinstance(max_shard_size, int) or max_shard_size < 1:
         raise ValueError(f"max_shard_size: got {max_shard_size!r}, expected a number of bytes of at least 1")
     layers = adapted_layers(model)
+    refuse_fsdp2(model, "save the merged model")
     refuse_offloaded_adapters(model, "save the merged model", on_their_own=not all(layer.merged for layer in layers.values()))
     written: set[str] = set()
     with all_or_nothing(Path(directory)) as folder:

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from .distributed import refuse_fsdp2
 from .state import adapted_layers, refuse_if_merged, refuse_in_fsdp1, refuse_offloaded_adapters
 
 
@@ -9,9 +10,11 @@ def merge_lora(model: nn.Module) -> dict[str, float]:
     """Merge the active adapter of every layer into its weight (`LoRALinear.merge`); all layers or, on an error, none.
 
     Returns the relative error of each layer whose 4-bit weight had to be quantised again, by path.
-    Raises RuntimeError if merged already, if no adapter is active, or if accelerate offloads the adapters.
+    Raises RuntimeError if merged already, if no adapter is active, or if accelerate offloads the adapters, and ValueError under
+    FSDP.
     """
     refuse_in_fsdp1(model, "merge")
+    refuse_fsdp2(model, "merge")
     layers = adapted_layers(model)
     refuse_if_merged(layers, "merge again")
     refuse_offloaded_adapters(model, "merge")

@@ -90,5 +90,5 @@ def refuse_in_fsdp1(model: nn.Module, action: str) -> None:
     if any(is_fsdp1(module) for module in model.modules()):
         raise ValueError(
             f"cannot {action} inside FullyShardedDataParallel, which would put its own parameters back; save_merged and "
-            "save_adapter write from it (inside summon_full_params where it is sharded), and fully_shard (FSDP2) can"
+            "save_adapter write from it (inside summon_full_params where it is sharded)"
         )
