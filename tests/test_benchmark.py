@@ -48,8 +48,8 @@ def test_truth_is_what_autograd_gives_in_float64():
 def broken(scale_y=1.0, gradient=None, seed_offset=0):
     """lora_linear with one defect."""
 
-    def function(x, W, A, B, c, *, scaling, dropout_p, seed):
-        y = real(x, W, A, B, c, scaling=scaling, dropout_p=dropout_p, seed=seed + seed_offset) * scale_y
+    def function(x, W, A, B, c, *, seed, **options):
+        y = real(x, W, A, B, c, seed=seed + seed_offset, **options) * scale_y
         tensor = {"dx": x, "dA": A, "dB": B}.get(gradient)
         if tensor is not None:
             y = y + 0.01 * (tensor.sum() - tensor.sum().detach())  # the value of y stays, one gradient changes

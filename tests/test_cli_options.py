@@ -23,7 +23,7 @@ LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 # command -> mode -> (what selects it, the options that it takes: name -> a value that is not the default, None for a flag)
 COMMON = {"tokens": "24", "rank": "3", "dropout": "0.3", "dtype": "float16", "compare": "none", "quantize": "nf4"}
-COMMON |= {"repeats": "7", "json": "x.json", "device": "cpu"}
+COMMON |= {"repeats": "7", "json": "x.json", "device": "cpu", "variant": "dora"}
 MEMORY = {"tokens": "24", "rank": "3", "dropout": "0.3", "dtype": "float16", "adapter-dtype": "float16", "json": "x.json"}
 DEMO = {"model": "DIR", "text": "t", "output": "o", "rank": "3", "alpha": "3", "dropout": "0.3", "steps": "3", "lr": "3"}
 DEMO |= {"tokens-per-step": "24", "quantize": "nf4", "variant": "adalora", "seed": "3", "json": "x.json"}
@@ -129,6 +129,7 @@ def test_a_target_that_is_in_no_layer_is_a_line_of_its_own(run):
     ("arguments", "option"),
     [
         (["--suite", "decoder-small", "--shape", "64x64"], "suite"),  # one layer in the place of its blocks
+        (["--suite", "decoder-small", "--variant", "dora"], "suite"),  # which single layers are timed of
         (["--lorafusion", "DIR"], "lorafusion"),  # which is no peer of the run
         (["--forward", "--dropout", "0.1"], "dropout"),  # evaluation mode has none
         (
