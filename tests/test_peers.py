@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lora_kernels import NF4Weight
 from lora_kernels.cases import glu_mlp, linear_group
 from lora_kernels.cases import linear as cases
-from lora_kernels.commands.bench import peer_layers, peers
+from lora_kernels.commands.bench import layers, peer_layers, peers
 from lora_kernels.commands.bench.blocks import Block, BlockProblem
 from lora_kernels.commands.bench.layers import measure_case
 from lora_kernels.commands.bench.suites import FORWARD, Shape, Workload
@@ -71,7 +71,8 @@ def test_the_unsloth_order_saves_its_inputs_alone_and_the_mlp_recomputes_the_pro
 BLOCK = Workload(48, Shape(40, 72, "decoder", 12), 4, 0.1, torch.bfloat16)
 
 
-def test_in_a_block_each_row_of_this_package_stands_beside_the_fused_one():
+def test_in_a_block_each_row_of_this_package_stands_beside_the_fused_one(monkeypatch):
+    monkeypatch.setattr(layers, "host_times", lambda *args: {})  # which take as long as all other rows of this file
     rows, wrong, _ = measure_case(BLOCK, CPU, 1, ())
     assert wrong == []
     by = {row["variant"]: row for row in rows}
