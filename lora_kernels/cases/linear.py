@@ -18,14 +18,8 @@ from ..reference.nf4 import dequantize
 from ..values import Dropout, LoRAWeights
 from .rule import Results, violations
 
-LETTERS = {
-    "x": "x",
-    "W": "weight",
-    "A": "lora_A",
-    "B": "lora_B",
-    "c": "bias",
-    "m": "magnitude",
-}  # a tensor's letter and its name in a call
+# a tensor's letter and its name in a call
+LETTERS = {"x": "x", "W": "weight", "A": "lora_A", "B": "lora_B", "c": "bias", "m": "magnitude"}
 
 
 @dataclass

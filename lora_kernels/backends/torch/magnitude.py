@@ -13,6 +13,7 @@ from torch import Tensor
 from ...dtypes import wide_dtype
 from ...mask import row_chunks
 from ...nf4 import NF4Weight
+from ...reference.magnitude import over
 from ...scratch import slices
 from ..magnitude import Steps
 from .engine import part, to, total
@@ -46,11 +47,6 @@ def _tiles(W: Tensor | NF4Weight, dtype: torch.dtype, wide: torch.dtype) -> Iter
     chunks = slices(N, max(1, TILE // max(1, K)) if W.device.type == "cpu" else max(1, N))
     for rows in chunks:
         yield rows, to(to(part(W, rows, chunks), dtype), wide)
-
-
-def over(a: Tensor, n: Tensor) -> Tensor:
-    """a / n, 0 where n is."""
-    return a / n.masked_fill(n == 0, torch.inf)
 
 
 def scale(v: Tensor, m: Tensor, n: Tensor, c: Tensor | None) -> Tensor:
