@@ -52,9 +52,3 @@ def dense(made, name="default"):
     A, B, m = (t.detach().double() for t in tensors(made, name))
     total = (W if isinstance(W, torch.Tensor) else W.dequantize(torch.float32)).detach().double() + s * B @ A
     return (m / total.norm(dim=1))[:, None] * total
-
-
-def results(compute, x, parameters, dy):
-    y = compute(x)
-    grads = torch.autograd.grad(y, [x, *parameters], dy)
-    return dict(zip(("y", "dx", "dA", "dB", "dm"), (y.detach(), *grads), strict=True))

@@ -4,15 +4,13 @@ import copy
 
 import pytest
 import torch
-from accuracy import violations
 from layer_case import dense
-from peft_case import FixedMask
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from variant_case import check_equation
 
 from lora_kernels import AdaLoRAConfig, LoRAConfig, LoRALinear, add_lora, lora_state_dict, merge_lora, set_adapter, unmerge_lora
 from lora_kernels.layers import adapters
-from lora_kernels.mask import draw_seed
 
 DTYPES = [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
 
@@ -34,29 +32,10 @@ def equation(x, W, c, A, B, E, drop):
     return x @ W.T + (scaling * (drop(x).to(A.dtype) @ (E * A).T @ B.T)).to(x.dtype) + c
 
 
-def results(compute, x, parameters, dy):
-    y = compute(x)
-    grads = torch.autograd.grad(y, [x, *parameters], dy)
-    return dict(zip(("y", "dx", "dA", "dB", "dE"), (y.detach(), *grads), strict=True))
-
-
 def check(dtype, adapter_dtype, p):
     """Assert the one rule for a layer in training, PyTorch's own operations in float64 being the truth."""
     made = layer(dtype, adapter_dtype, lora_dropout=p)
-    x, dy = torch.randn(3, 7, 24).to(dtype).requires_grad_(), torch.randn(3, 7, 33).to(dtype)
-    torch.manual_seed(11)
-    drop = FixedMask(p, draw_seed(x.device)) if p else nn.Identity()
-    torch.manual_seed(11)
-    found, own = results(made, x, tensors(made), dy), [made.weight, made.bias, *tensors(made)]
-
-    def run(cast):
-        leaves = [cast(t.detach()).requires_grad_() for t in (x, *own)]
-        x_, W, c, *parameters = leaves
-        return results(lambda x: equation(x, W, c, *parameters, drop), x_, parameters, cast(dy))
-
-    plain, exact = run(lambda t: t), run(torch.Tensor.double)
-    assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in plain.items()}
-    assert not (broken := violations(found, plain, exact, dtype)), broken
+    check_equation(made, tensors(made), "ABE", equation, p)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

@@ -6,12 +6,12 @@ import random
 import pytest
 import torch
 from accuracy import violations
-from dora_case import BASES, KINDS, dense, equation, layer, results, tensors
-from peft_case import FixedMask, Layer
+from dora_case import BASES, KINDS, dense, equation, layer, tensors
+from peft_case import Layer
 from torch import nn
+from variant_case import check_equation, results
 
 from lora_kernels import LoRALinear, dora_norm
-from lora_kernels.mask import draw_seed
 
 DTYPES = [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
 
@@ -19,20 +19,7 @@ DTYPES = [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch
 def check(dtype, adapter_dtype, p):
     """Assert the one rule for a layer in training, PyTorch's own operations in float64 being the truth."""
     made = layer(dtype, adapter_dtype, lora_dropout=p)
-    x, dy = torch.randn(3, 7, 24).to(dtype).requires_grad_(), torch.randn(3, 7, 33).to(dtype)
-    torch.manual_seed(11)
-    drop = FixedMask(p, draw_seed(x.device)) if p else nn.Identity()
-    torch.manual_seed(11)
-    found, own = results(made, x, tensors(made), dy), [made.weight, made.bias, *tensors(made)]
-
-    def run(cast):
-        leaves = [cast(t.detach()).requires_grad_() for t in (x, *own)]
-        x_, W, c, *parameters = leaves
-        return results(lambda x: equation(x, W, c, *parameters, 7 / 5, drop), x_, parameters, cast(dy))
-
-    plain, exact = run(lambda t: t), run(torch.Tensor.double)
-    assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in plain.items()}
-    assert not (broken := violations(found, plain, exact, dtype)), broken
+    check_equation(made, tensors(made), "ABm", lambda x, W, c, A, B, m, drop: equation(x, W, c, A, B, m, 7 / 5, drop), p)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -105,7 +92,7 @@ def test_peft_s_results_and_gradients_without_dropout(seed):
         own.mul_(factor)
         made.lora_magnitude["default"].copy_(own)
     x, dy = torch.randn(*case.shape, case.K).to(case.dtype), torch.randn(*case.shape, case.N).to(case.dtype)
-    found = results(made, x.requires_grad_(), tensors(made), dy)
+    found = results("ABm", made, x.requires_grad_(), tensors(made), dy)
     runs = [case.run(theirs, x, dy), case.run(copy.deepcopy(theirs).double(), x.double(), dy.double())]
     expected, exact = (dict(zip(found, run.values(), strict=True)) for run in runs)
     assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in expected.items()}
@@ -236,7 +223,7 @@ def test_values_that_hurt():
         theirs.base_model.model[0].lora_magnitude_vector["default"].weight[5] = 0
     made, x, dy = as_ours(theirs), torch.randn(7, 24).requires_grad_(), torch.randn(7, 33)
     assert theirs.base_model.model[0](x)[:, 3].isnan().all()
-    found = results(made, x, tensors(made), dy)
+    found = results("ABm", made, x, tensors(made), dy)
     assert all(t.isfinite().all() for t in found.values())
     assert torch.equal(found["y"][:, [3, 5]], made.bias[[3, 5]].expand(7, 2))
     assert found["dm"][3] == 0
