@@ -16,7 +16,7 @@ def results(letters, compute, x, parameters, dy):
 
 
 def check_equation(made, parameters, letters, equation, p):
-    """Assert the one rule for a layer of 24 to 33 features in training; truth: equation(x, W, c, *parameters, drop) in float64."""
+    """Assert the one rule for a 24→33 layer in training; the truth: equation(x, W, c, *parameters, drop) in float64."""
     dtype = made.weight.dtype
     x, dy = torch.randn(3, 7, 24).to(dtype).requires_grad_(), torch.randn(3, 7, 33).to(dtype)
     torch.manual_seed(11)
