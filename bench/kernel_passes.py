@@ -33,7 +33,6 @@ from lora_kernels.backends.triton.kernels.magnitude_backward import magnitude_ba
 from lora_kernels.backends.triton.kernels.prefill import prefill
 from lora_kernels.backends.triton.kernels.project import project
 from lora_kernels.backends.triton.kernels.row_norm import row_norm
-from lora_kernels.backends.triton.linear import prefilled
 from lora_kernels.cases.linear import Case, Problem, truth, wrong
 from lora_kernels.cases.rule import Results
 from lora_kernels.commands.console import write_whole
@@ -121,12 +120,6 @@ def variants(problem: Problem) -> dict[str, tuple[Callable[[], object], int, int
         dx, _ = grad_x(None, (h,), (A,), dropout, x.dtype, need_x=True, need_As=(False,))
         return add_product(dx, dy, W)
 
-    def chunked_backward() -> object:
-        def add(dx: Tensor, rows: slice | None) -> Tensor:
-            return add_product(dx, dy if rows is None else dy[rows], W)
-
-        return grad_x(None, (h,), (A,), dropout, x.dtype, True, (False,), add)
-
     return {
         "copy": (lambda: x.clone(), 2 * X, 0),
         "project": (lambda: project(x, (A,), dropout), X + narrow, 0),
@@ -138,11 +131,9 @@ def variants(problem: Problem) -> dict[str, tuple[Callable[[], object], int, int
         "magnitude_backward": (lambda: magnitude_backward(dy, dy, m, n, need_v=True, need_m=True, need_c=False), 3 * Y, 0),
         "forward bare": (lambda: x @ W.T, 0, flops),
         "forward prefill": (lambda: add_product(prefill(h, B, s, None, x.dtype), x, W.T), 0, flops),
-        "forward chunked prefill": (lambda: prefilled(x, W, h, B, s, None), 0, flops),
         "forward lowrank_product": (lambda: lowrank_product.forward(x, W, h, B, s, None), 0, flops),
         "backward bare": (lambda: dy @ W, 0, flops),
         "backward prefill": (prefill_backward, 0, flops),
-        "backward chunked prefill": (chunked_backward, 0, flops),
         "backward lowrank_product": (lambda: lowrank_product.backward(dy, W, h, A, dropout), 0, flops),
     }
 

@@ -81,7 +81,7 @@ def philox(
     others run in place: fresh memory for each operation would cost more than the arithmetic.
     """
     c0, c1, c2, c3 = counter
-    steps = torch.arange(rounds, device=seed.device)
+    steps = numbers(0, rounds, seed.device)
     keys = list(zip((seed + steps * PHILOX_W0).unbind(), ((seed >> 32) + steps * PHILOX_W1).unbind(), strict=True))
     for k0, k1 in keys[:2]:
         p0, p1 = c0 * PHILOX_M0, c2 * PHILOX_M1
@@ -96,6 +96,11 @@ def philox(
         c1, p1 = p1, c1
         c3, p0 = p0, c3
     return c0, c1, c2, c3
+
+
+def numbers(start: int, stop: int, device: torch.device) -> Tensor:
+    """start : stop as int64 values; a compiler for GPUs takes a multiple of an arange for an index, which has 32 bits."""
+    return torch.arange(start, stop, device=device) | 0
 
 
 class KeepRows:
@@ -122,8 +127,7 @@ class KeepRows:
             return keep
         if self.threshold == LANE_RANGE:  # the one threshold that int16 cannot hold
             return keep.zero_()
-        column = torch.arange(-(-self.K // LANES), device=device)
-        row = torch.arange(rows.start, rows.stop, device=device)[:, None]
+        column, row = numbers(0, -(-self.K // LANES), device), numbers(rows.start, rows.stop, device)[:, None]
         offset_low, offset_high = (torch.full((), half, device=device) for half in (self.offset & _LOW, self.offset >> 32))
         work = scratch("philox", 6 * M * len(column), torch.int64, self.seed).view(6, M, len(column))
         words = scratch("words", 4 * M * len(column), torch.int32, self.seed).view(M, len(column), 4)

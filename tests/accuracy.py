@@ -99,27 +99,38 @@ def expected_contract(problem: Problem) -> Results:
     return {"y": results.pop("y"), "h": h.detach(), **results}
 
 
-def check_contract(problem: Problem, results: Results | None = None) -> None:
-    """Assert the rule and the contract's dtypes for a backend's own functions; results: of them, if at hand."""
+def check_contract(problem: Problem, results: Results | None = None, *, fresh: bool = False) -> None:
+    """Assert the rule and the contract's dtypes for a backend's own functions; results: of them, if at hand.
+
+    fresh: it is as its case draws it, and is judged with further draws where it breaks the rule, as in `check`.
+    """
     results = contract(problem) if results is None else results
     for name, tensor in results.items():
         adapters = problem.A.dtype if name in ("h", "dA", "dB") else torch.float32 if name in ("dc", "dm") else problem.x.dtype
         assert tensor.dtype == adapters, f"{name}: {tensor.dtype}, expected {adapters}"
-    assert not (broken := broken_results(problem, results)), broken
+    broken = broken_results(problem, results)
+    if broken and fresh:
+        more = [(drawn, contract(drawn)) for drawn in (problem.case.draw() for _ in range(DRAWS - 1))]
+        broken = broken_results(problem, results, *more)
+    assert not broken, broken
 
 
-def broken_results(problem: Problem, results: Results) -> dict[str, list[str]]:
-    """The results that break the rule, and how."""
-    expected = expected_contract(problem)
-    exact = truth(problem)
-    wide = problem.dequantized()
-    _, (h, *_) = reference.forward(wide.x.detach().double(), (wide.member()._replace(**_double(wide)),), wide.dropout())
-    exact["h"] = h
+def broken_results(problem: Problem, results: Results, *more: tuple[Problem, Results]) -> dict[str, list[str]]:
+    """The results that break the rule, and how, over all of these draws."""
+    draws = [(drawn, expected_contract(of), exact_contract(of)) for of, drawn in ((problem, results), *more)]
+    tested, expected, exact = ({name: torch.cat([draw[i][name] for draw in draws]) for name in results} for i in range(3))
     read = {name: problem.x.dtype if name == "dm" else t.dtype for name, t in results.items()}  # dm reads v, which is as y is
     found = {
-        name: violations({name: t}, {name: expected[name]}, {name: exact[name]}, read[name]) for name, t in results.items()
+        name: violations({name: tested[name]}, {name: expected[name]}, {name: exact[name]}, read[name]) for name in results
     }
     return {name: lines for name, lines in found.items() if lines}
+
+
+def exact_contract(problem: Problem) -> Results:
+    """The truth, h with it."""
+    wide = problem.dequantized()
+    _, (h, *_) = reference.forward(wide.x.detach().double(), (wide.member()._replace(**_double(wide)),), wide.dropout())
+    return {"h": h, **truth(problem)}
 
 
 def _double(problem: Problem) -> dict[str, Tensor]:

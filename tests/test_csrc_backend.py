@@ -26,7 +26,7 @@ def _backend(cuda: ModuleType) -> None:
 def test_every_dtype_on_every_path(M: int, dtype: torch.dtype, adapter: torch.dtype, p: float, device: torch.device) -> None:
     case = Case(M=M, K=160, N=72, R=12, p=p, dtype=dtype, adapter_dtype=adapter, quant_type="nf4", device=device)
     with use_backend("cuda"):
-        check_contract(case.draw())
+        check_contract(case.draw(), fresh=True)
 
 
 @pytest.mark.parametrize(("M", "K", "R"), [(0, 64, 8), (3, 33, 8), (3, 64, 80)])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import Case, ours
+from accuracy import Case, check
 from kinds import every_kind
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
@@ -49,8 +49,8 @@ def test_opcheck_backward(needs, double_quant, device):
 
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_equals_eager(kind, dtype, device):
-    """Forward and backward as one graph each, with dropout, for several batch sizes."""
+def test_compiled(kind, dtype, device):
+    """Forward and backward as one graph each, with dropout, for several batch sizes; eager mode's rounding is not a graph's."""
     torch._dynamo.reset()
 
     def compute(*inputs):
@@ -58,11 +58,8 @@ def test_compiled_equals_eager(kind, dtype, device):
 
     compiled = torch.compile(compute, fullgraph=True, backend="inductor" if kind.backend == "torch" else "aot_eager")
     for M in (17, 5, (2, 3)):
-        problem = Case(M=M, p=0.3, dtype=dtype, device=device, scaling=0.5, quant_type=kind.quant_type).draw()
-        expected, found = ours(problem), problem.compute(compiled)
-        for name, value in expected.items():
-            assert found[name].dtype == value.dtype
-            torch.testing.assert_close(found[name], value)
+        case = Case(M=M, p=0.3, dtype=dtype, device=device, scaling=0.5, quant_type=kind.quant_type)
+        check(case, lambda problem: problem.compute(compiled))
 
 
 def test_compiled_with_other_numbers(device):

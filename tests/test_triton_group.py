@@ -133,13 +133,13 @@ def one_mask_for_all(x, As, dropout, numbers=(0, 1, 2)):
     return project(x, As, dropout, (0,) * len(As))
 
 
-def dx_of_the_first_two(x, gs, As, dropout, dtype, need_x, need_As, add=None, numbers=(0, 1, 2)):
-    dx, dAs = grad_x(x, gs[:2], As[:2], dropout, dtype, need_x, need_As[:2], add, numbers[:2])
+def dx_of_the_first_two(x, gs, As, dropout, dtype, need_x, need_As, numbers=(0, 1, 2)):
+    dx, dAs = grad_x(x, gs[:2], As[:2], dropout, dtype, need_x, need_As[:2], numbers[:2])
     return dx, [*dAs, torch.zeros_like(As[2])]
 
 
-def members_exchanged(x, gs, As, dropout, dtype, need_x, need_As, add=None, numbers=(0, 1, 2)):
-    return grad_x(x, gs, As, dropout, dtype, need_x, need_As, add, (numbers[1], numbers[0], numbers[2]))
+def members_exchanged(x, gs, As, dropout, dtype, need_x, need_As, numbers=(0, 1, 2)):
+    return grad_x(x, gs, As, dropout, dtype, need_x, need_As, (numbers[1], numbers[0], numbers[2]))
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="in the interpreter")

@@ -60,13 +60,14 @@ def judged(tested: Results, plain: Results, exact: Results, dtype: torch.dtype) 
     assert not (broken := violations(tested, plain, exact, dtype)), broken
 
 
-def check_norm(W, A: Tensor, B: Tensor, s: float | Tensor, dtype: torch.dtype) -> None:
-    """By the rule for float32: operands are read as they are."""
+def check_norm(W, A: Tensor, B: Tensor, s: float | Tensor, dtype: torch.dtype, truncated: bool = False) -> None:
+    """By the rule for float32: operands are read as they are. truncated: sums of B·A may be, for twice PyTorch's error."""
     n = magnitude.norm(W, A, B, s, dtype)
     dense = W if isinstance(W, Tensor) else dequantize(W, dtype)
     assert n.dtype == FP32
     exact = reference.norm(dense.double(), A.double(), B.double(), float(s))
-    judged({"n": n}, {"n": reference.norm(dense, A, B, float(s))}, {"n": exact}, FP32)
+    plain = reference.norm(dense, A, B, float(s))
+    judged({"n": n}, {"n": exact + 2 * (plain - exact) if truncated else plain}, {"n": exact}, FP32)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -90,9 +91,10 @@ def test_norms_of_any_strides(how: str, dtype: torch.dtype) -> None:
 def test_norms_where_the_update_cancels_the_weight(pair: tuple[torch.dtype, torch.dtype], noise: float) -> None:
     """What remains is the rounding of W and some noise: float32 adapters beside a 16-bit W are multiplied as such.
 
-    s is a power of two: PyTorch multiplies B by it before, the kernel the product after, and here each rounding counts.
+    s is a power of two: PyTorch multiplies B by it before, the kernel the product after, and here each rounding counts. A
+    GPU's 16-bit products drop the low bits of their sums (an H200: 1.9 times the error of PyTorch's float32 ones).
     """
-    check_norm(*cancelling(*pair, noise), 2.0, pair[0])
+    check_norm(*cancelling(*pair, noise), 2.0, pair[0], truncated=DEVICE.type == "cuda" and pair[0] == BF16)
 
 
 def cancelling(dtype: torch.dtype, adapter: torch.dtype, noise: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ from lora_kernels.commands.report import kernels as kernel_report
 SPILLS: dict[str, int] = {
     "glu | fp32 fp32 | r64 | sm_80 | 32x32 w4s2 drop": 6,
     "glu_backward | fp32 fp32 | r16 | sm_80 | 32x32 w8s2 drop": 16,
-    "grad_x | fp32 fp32 | r64 | sm_80 | 16x32 w4s2 drop": 8,
+    "grad_x | fp32 fp32 | r64 | sm_80 | 16x32 w4s2 drop": 6,
     "grad_x | fp32 fp32 | r64 | sm_80 | 32x32 w8s2 drop": 11,
     "grad_dy | fp16 fp32 | r64 | sm_80 | 32x64 w8s2": 6,
     "grad_x | fp16 fp32 | r16 | sm_80 | 32x128 w8s3 drop": 20,
@@ -37,7 +37,7 @@ SPILLS: dict[str, int] = {
     "glu_backward | bf16 bf16 | r16 | sm_90 | 64x128 w8s2 drop gelu_tanh": 15,
     "glu | fp32 fp32 | r64 | sm_90 | 32x32 w4s2 drop": 12,
     "glu_backward | fp32 fp32 | r64 | sm_90 | 16x32 w4s2 drop": 249,
-    "grad_x | fp32 fp32 | r64 | sm_90 | 16x32 w4s2 drop": 8,
+    "grad_x | fp32 fp32 | r64 | sm_90 | 16x32 w4s2 drop": 6,
     "grad_x | fp32 fp32 | r64 | sm_90 | 32x32 w8s2 drop": 14,
     "grad_dy | fp16 fp32 | r16 | sm_90 | 32x256 w4s3": 196,
     "lowrank_product_tma | bf16 bf16 | r16 | sm_100 | 128x256x64 w8s3 drop": 6,
@@ -51,10 +51,10 @@ SPILLS: dict[str, int] = {
     "glu_backward | bf16 bf16 | r16 | sm_120 | 32x128 w8s2": 3,
     "glu | fp32 fp32 | r64 | sm_120 | 32x32 w4s2 drop": 6,
     "glu_backward | fp32 fp32 | r64 | sm_120 | 16x32 w4s2 drop": 65,
-    "grad_x | fp32 fp32 | r64 | sm_120 | 16x32 w8s2 drop x3": 3,
     "grad_x | fp32 fp32 | r64 | sm_120 | 32x32 w8s2 drop": 10,
     "grad_dy | fp16 fp32 | r64 | sm_120 | 32x64 w8s2": 6,
-    "grad_x | fp16 fp32 | r16 | sm_120 | 32x128 w8s3 drop": 27,
+    "grad_x | fp16 fp32 | r16 | sm_120 | 32x128 w8s3 drop": 7,
+    "grad_x | fp16 fp32 | r64 | sm_120 | 32x64 w8s2 drop": 14,
 }
 
 

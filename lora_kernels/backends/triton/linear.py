@@ -1,20 +1,19 @@
 """Equations 1 to 6 (reference/linear.py): h in one pass over x; y0 = s·h·Bᵀ + c, to which the vendor's product adds x·Wᵀ in
 place; g, dB and dc in one pass over dy; dA and dx0 = undrop(g·A) in one pass over x, to which dy·W is added in place.
-What products add to is taken in chunks of rows that L2 still holds. A pass over x serves three members, each with its own mask.
+A pass over x serves three members, each with its own mask.
 
 Where a measurement says that it wins, the product and its low-rank term are one kernel. Adapters of a rank above MAX_RANK are
 ordinary products, as PyTorch's backend takes them, over this backend's masks.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...nf4 import NF4Weight
 from ...plan import Call, Plan
-from ...scratch import slices
 from ...values import Dropout, Grads, LoRAWeights, Needs, following
 from .. import nf4_paths
 from ..products import add_product, weight_gradient
@@ -93,19 +92,7 @@ def output(x: Tensor, member: LoRAWeights, h: Tensor) -> Tensor:
         W = dense(W, x.dtype)
     if tuning.dataflow(x, W, "forward") == "lowrank_product":
         return lowrank_product.forward(x, W, h, B, s, c)
-    return prefilled(x, W, h, B, s, c)
-
-
-def prefilled(x: Tensor, W: Tensor, h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
-    """Equation 2 as y0 = s·h·Bᵀ + c, to which x·Wᵀ is added while y0 is in L2."""
-    (M, _), N = x.shape, B.shape[0]
-    step = tuning.chunk_rows(N, x.element_size(), tuning.gpu(x.device))
-    if step >= M:
-        return add_product(prefill(h, B, s, c, x.dtype), x, W.T)
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    for rows in slices(M, step):
-        add_product(prefill(h[rows], B, s, c, x.dtype, y[rows]), x[rows], W.T)
-    return y
+    return add_product(prefill(h, B, s, c, x.dtype), x, W.T)
 
 
 def backward(
@@ -175,19 +162,18 @@ class Share(NamedTuple):
 def input_gradients(x: Tensor | None, shares: dict[int, Share], dropout: Dropout | None, need_x: bool) -> Tensor | None:
     """Equations 4 and 5 of members by number: dx is returned, each dA, and dW, goes to its member's gradients.
 
-    Three members share a pass over x, in whose chunks every dy·W is added in place.
+    Three members share a pass over x; every dy·W is then added in place, and of 4-bit weights one is dense at a time.
     """
     for share in shares.values():
         if "weight" in share.wanted:
             share.grads["weight"] = weight_gradient(share.dy, x)
     low_rank = tuple([i for i, share in shares.items() if share.g is not None])
-    together, later = products(list(shares.values())) if need_x else ([], [])
-    in_one_kernel = need_x and len(shares) == len(low_rank) == 1 and tuning.dataflow(*together[0], "backward") != "prefill"
-
-    def add(dx: Tensor, rows: slice | None) -> None:
-        for dy, W in together:
-            add_product(dx, dy if rows is None else dy[rows], W)
-
+    bases: list[tuple[Tensor, Any]] = [(share.dy, share.member.weight) for share in shares.values()] if need_x else []
+    in_one_kernel = False
+    if len(bases) == len(low_rank) == 1:
+        ((dy, W),) = bases
+        bases = [(dy, dense(W, dy.dtype))]
+        in_one_kernel = tuning.dataflow(*bases[0], "backward") != "prefill"
     dx: Tensor | None = None
     for first in range(0, len(low_rank), MEMBERS):
         three = low_rank[first : first + MEMBERS]
@@ -196,35 +182,16 @@ def input_gradients(x: Tensor | None, shares: dict[int, Share], dropout: Dropout
             tuple([adjacent(shares[i].member.lora_A) for i in three]),
             tuple(["lora_A" in shares[i].wanted for i in three]),
         )
-        own_x = need_x and not in_one_kernel
-        part, dAs = grad_x(x, gs, As, dropout, dtype, own_x, need_As, add if dx is None else None, three)
+        part, dAs = grad_x(x, gs, As, dropout, dtype, need_x and not in_one_kernel, need_As, three)
         dx = part if dx is None or part is None else dx.add_(part)
         for i, dA in zip(three, dAs, strict=True):
             if dA is not None:
                 shares[i].grads["lora_A"] = dA
     if in_one_kernel:
-        return lowrank_product.backward(*together[0], gs[0], As[0], following(dropout, three[0]))
-    if together and dx is None:
-        dy, W = together.pop(0)
-        dx = dy @ W
-        add(dx, None)
-    together.clear()
-    for dy, W in later:
-        add_product(dx, dy, dense(W, dy.dtype))
+        return lowrank_product.backward(*bases[0], gs[0], As[0], following(dropout, three[0]))
+    for dy, W in bases:
+        dx = dy @ dense(W, dy.dtype) if dx is None else add_product(dx, dy, dense(W, dy.dtype))
     return dx
-
-
-Pairs = list[tuple[Tensor, Tensor | NF4Weight]]
-
-
-def products(shares: list[Share]) -> tuple[Pairs, Pairs]:
-    """The (dy, W) whose products dx takes chunk by chunk, and those that follow: of 4-bit weights one is dense at a time."""
-    pairs = [(share.dy, share.member.weight) for share in shares]
-    now, later = ([pair for pair in pairs if isinstance(pair[1], NF4Weight) == four_bits] for four_bits in (False, True))
-    if later:
-        dy, W = later.pop(0)
-        now.append((dy, dense(W, dy.dtype)))
-    return now, later
 
 
 class WideMask(ChunkMask):

@@ -17,7 +17,6 @@ class Gpu(NamedTuple):
     capability: tuple[int, int]
     processors: int
     name: str = ""  # of a real one: what its measurements are filed under
-    l2: int = 0  # bytes
 
 
 INTERPRETED = Gpu((8, 0), 4)  # few processors, so that small tests split their reductions as large calls do
@@ -218,29 +217,7 @@ def gpu(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(
-        (properties.major, properties.minor), properties.multi_processor_count, properties.name, properties.L2_cache_size
-    )
-
-
-# ---- chunks of rows ----
-
-PRODUCT = (128, 256)  # the tile of a result that a processor computes at a time in the vendor's 16-bit products
-
-
-@functools.cache
-def chunk_rows(columns: int, itemsize: int, here: Gpu) -> int:
-    """How many rows of a result [M, columns] to prefill and add the product to before the next ones are.
-
-    As many as half of L2 holds, so that the product reads there what the kernel before it wrote, if its tiles fill 95 % of
-    their rounds over the processors: a part of a round costs more. H100: 3072 rows of 4096, 896 of 14336. All, if none do.
-    """
-    rows, width = PRODUCT
-    for down in range(here.l2 // 2 // (rows * columns * itemsize), 0, -1):
-        tiles = down * -(-columns // width)
-        if tiles >= 0.95 * here.processors * -(-tiles // here.processors):
-            return down * rows
-    return 1 << 31
+    return Gpu((properties.major, properties.minor), properties.multi_processor_count, properties.name)
 
 
 # ---- what was measured on this machine's GPUs ----

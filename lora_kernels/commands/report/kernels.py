@@ -57,26 +57,22 @@ def kernel_rows(
     N: int = 4096,
     target: str = "sm_90",
     dtypes: str = "bf16 bf16",
-    chunks: dict[str, int] | None = None,
 ) -> list[KernelRow]:
-    """A row per kernel compiled for `target` with these dtypes: what it moves for x[M, K] and W[N, K], and for how long.
-
-    chunks: prefill or grad_x -> rows at a time, where their results stay in L2 for the product that adds to them.
-    """
+    """A row per kernel compiled for `target` with these dtypes: what it moves for x[M, K] and W[N, K], and for how long."""
     rows = []
     for (kernel, types, rank, gpu, form), counts in compiled().items():
         if gpu != target or types != dtypes:
             continue
         data, adapter = (4 if name == "fp32" else 2 for name in dtypes.split()[:2])
-        R, chunk = int(rank[1:]), (chunks or {}).get(kernel, M)
+        R = int(rank[1:])
         n = members_of(kernel, form)
         elements, moved, flops = _work(kernel, M, K, N, R, data, adapter, n)
         if "nf4" in form.split():
             moved += (N * K // 2 + N * K // 64) - data * N * K
         issued, warps = 0.0, WARPS
         if kernel in SIDE_KERNELS + BLOCK_KERNELS + MAGNITUDE_KERNELS:
-            programs, partials = _cut(kernel, M, K, N, R, n, chunk, *[int(size) for size in form.split()[0].split("x")])
-            moved += partials - (data * M * (N if kernel == "prefill" else K) if chunk < M else 0)
+            programs, partials = _cut(kernel, M, K, N, R, n, *[int(size) for size in form.split()[0].split("x")])
+            moved += partials
             warps = int(re.findall(r"w(\d+)s", form)[0]) * min(counts["ctas_per_sm"], -(-programs // PROCESSORS))
             issued = elements * counts["per_element"] / ISSUE
         fields = {name: counts[name] for name in ("registers", "spills", "shared", "ctas_per_sm", "matrix", "per_element")}
@@ -102,7 +98,7 @@ def _times(moved: int, issued: float, warps: int, flops: int) -> dict[str, Any]:
     return {**times, "bound": bound}
 
 
-def _cut(kernel: str, M: int, K: int, N: int, R: int, n: int, chunk: int, rows: int, columns: int) -> tuple[int, int]:
+def _cut(kernel: str, M: int, K: int, N: int, R: int, n: int, rows: int, columns: int) -> tuple[int, int]:
     """(programs of a launch, bytes of all partial results written and read again) of n members with this tile."""
     width = K if kernel in ("project", "grad_x") else N
     if kernel == "row_norm":
@@ -111,7 +107,7 @@ def _cut(kernel: str, M: int, K: int, N: int, R: int, n: int, chunk: int, rows: 
         return programs * count, 8 * count * N if count > 1 else 0
     strips = -(-width // columns)
     if kernel in ("prefill", "magnitude"):
-        return -(-min(chunk, M) // rows) * strips, 0
+        return -(-M // rows) * strips, 0
     if kernel in ("project", "glu"):
         programs = -(-M // rows)
         count = parts(width, max(256, columns), programs)
@@ -119,11 +115,11 @@ def _cut(kernel: str, M: int, K: int, N: int, R: int, n: int, chunk: int, rows: 
     if kernel == "magnitude_backward":
         count = parts(M, rows, strips)
         return strips * count, 8 * count * N if count > 1 else 0
-    counts = [parts(min(chunk, M - first), rows, strips) for first in range(0, M, chunk)]
+    count = parts(M, rows, strips)
     of_g = 8 * n * strips * M * R if kernel in ("grad_dy", "glu_backward") and strips > 1 else 0
     sums = n + 1 if kernel == "glu_backward" else n  # down's dA too
-    of_rest = 8 * sum(counts) * sums * R * width if sum(counts) > 1 else 0
-    return strips * counts[0], of_g + of_rest
+    of_rest = 8 * count * sums * R * width if count > 1 else 0
+    return strips * count, of_g + of_rest
 
 
 def parts(width: int, tile: int, programs: int) -> int:

@@ -53,20 +53,19 @@ def flow_calls(direction: str, problem: Problem) -> Iterator[tuple[str, Callable
     from ...backends.products import add_product
     from ...backends.triton.kernels import lowrank_product
     from ...backends.triton.kernels.grad_x import grad_x
-    from ...backends.triton.linear import prefilled
+    from ...backends.triton.kernels.prefill import prefill
 
     x, W, A, B, dy, h, dropout = _tensors(problem)
 
     def backward(in_one_kernel: bool) -> None:
-        def add(dx: torch.Tensor, rows: slice | None) -> torch.Tensor:
-            return add_product(dx, dy if rows is None else dy[rows], W)
-
-        grad_x(x, (h,), (A,), dropout, x.dtype, not in_one_kernel, (True,), add)
-        if in_one_kernel:
+        dx, _ = grad_x(x, (h,), (A,), dropout, x.dtype, not in_one_kernel, (True,))
+        if dx is None:
             lowrank_product.backward(dy, W, h, A, dropout)
+        else:
+            add_product(dx, dy, W)
 
     if direction == "forward":
-        yield "prefill", lambda: prefilled(x, W, h, B, 2.0, None)
+        yield "prefill", lambda: add_product(prefill(h, B, 2.0, None, x.dtype), x, W.T)
         yield "lowrank_product", lambda: lowrank_product.forward(x, W, h, B, 2.0, None)
     else:
         yield "prefill", lambda: backward(in_one_kernel=False)

@@ -45,12 +45,18 @@ class Block:
     def compute(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor | str:
         if len(args) + len(kwargs) != 1 or (kwargs and self.argument not in kwargs):
             return ARGUMENTS
-        now = others(module, self.wiring.members)
-        if now.keys() != self.others.keys() or any(_differ(now[name], value) for name, value in self.others.items()):
+        if self.differs_from(module):
             return "it was changed: call fuse_blocks again"
         y = computed(module, self.wiring, args[0] if args else kwargs[self.argument])
         dropout = self.wiring.dropout
         return y if isinstance(y, str) or dropout is None else module._modules[dropout](y)
+
+    def differs_from(self, module: nn.Module) -> bool:
+        """The compiler of torch 2.11 cannot list a module's attributes: in a graph those that were found once are looked at."""
+        if torch.compiler.is_compiling():
+            return any(_differ(getattr(module, name, None), value) for name, value in self.others.items())
+        now = others(module, self.wiring.members)
+        return now.keys() != self.others.keys() or any(_differ(now[name], value) for name, value in self.others.items())
 
     def count(self, module: nn.Module, y: Tensor | str) -> None:
         """Not while a compiler traces: it would make the numbers a part of the graph."""

@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ....mask import keep_scale
-from ....scratch import slices
 from ....values import Dropout
 from .. import tuning
 from ..launch import call, two
@@ -21,13 +20,12 @@ from .tiles import dot, load_tile, store_tile
 
 @triton.jit
 def g_and_keep(
-    g, seed, edge, first_row, o_m, k, M, R: tl.constexpr, OFFSET: tl.constexpr, DROP: tl.constexpr, BK: tl.constexpr,
-    BR: tl.constexpr,
-):  # fmt: skip
+    g, seed, edge, o_m, k, M, R: tl.constexpr, OFFSET: tl.constexpr, DROP: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr
+):
     """A member's g of these rows, and its mask of a tile of x; without dropout g stands for it, and is not read."""
     b_g = load_tile(g, o_m, tl.arange(0, BR), R, M, R)
     if DROP:
-        keep = keep_tile(seed, edge, first_row + o_m, k, OFFSET, BK)
+        keep = keep_tile(seed, edge, o_m, k, OFFSET, BK)
     else:
         keep = b_g
     return b_g, keep
@@ -58,9 +56,9 @@ def store_part(parts_dA, acc_dA, keep_scale, i_m, o_k, K, R: tl.constexpr, BR: t
     store_tile(parts_dA + i_m.to(tl.int64) * R * K, keep_scale * tl.trans(acc_dA), tl.arange(0, BR), o_k, K, R, K)
 
 
-@triton.jit(do_not_specialize=["first_row", "M", "edge"])
+@triton.jit(do_not_specialize=["M", "edge"])
 def grad_x_kernel(
-    x, dx, g0, A0, parts_dA0, g1, A1, parts_dA1, g2, A2, parts_dA2, seed, edge, keep_scale, first_row, M, K, stride_x,
+    x, dx, g0, A0, parts_dA0, g1, A1, parts_dA1, g2, A2, parts_dA2, seed, edge, keep_scale, M, K, stride_x,
     part_rows, DROP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     OFFSET0: tl.constexpr, OFFSET1: tl.constexpr, OFFSET2: tl.constexpr,
@@ -69,7 +67,6 @@ def grad_x_kernel(
     """dx = Σ undrop_i(g_i·A_i), dA_i = g_iᵀ·drop_i(x): a strip of BK columns and a range of rows.
 
     parts_dA_i[i_m, R_i, K]. g1 or g2 may be None: there is no such member; dx, or any parts_dA_i: it is not computed.
-    Row 0 is row `first_row` of the masks.
     """
     i_k, i_m = tl.program_id(0), tl.program_id(1)
     ALONE: tl.constexpr = g1 is None
@@ -86,17 +83,17 @@ def grad_x_kernel(
     acc0, acc1, acc2 = tl.zeros([BK, BR0], tl.float32), tl.zeros([BK, BR1], tl.float32), tl.zeros([BK, BR2], tl.float32)
     for m in range(i_m * part_rows, tl.minimum(M, (i_m + 1) * part_rows), BM):
         o_m = m + tl.arange(0, BM)
-        b_g, keep = g_and_keep(g0, seed, edge, first_row, o_m, k, M, R0, OFFSET0, DROP, BK, BR0)
+        b_g, keep = g_and_keep(g0, seed, edge, o_m, k, M, R0, OFFSET0, DROP, BK, BR0)
         b_x = None
         if x is not None:
             b_x = load_tile(x, o_m, o_k, stride_x, M, K)
         b_dx, acc0 = member_gradients(dx, b_x, b_g, keep, b_A0, parts_dA0, acc0, keep_scale, ALONE, DROP, PRECISION)
         if g1 is not None:
-            b_g, keep = g_and_keep(g1, seed, edge, first_row, o_m, k, M, R1, OFFSET1, DROP, BK, BR1)
+            b_g, keep = g_and_keep(g1, seed, edge, o_m, k, M, R1, OFFSET1, DROP, BK, BR1)
             low_rank, acc1 = member_gradients(dx, b_x, b_g, keep, b_A1, parts_dA1, acc1, keep_scale, ALONE, DROP, PRECISION)
             b_dx += low_rank
         if g2 is not None:
-            b_g, keep = g_and_keep(g2, seed, edge, first_row, o_m, k, M, R2, OFFSET2, DROP, BK, BR2)
+            b_g, keep = g_and_keep(g2, seed, edge, o_m, k, M, R2, OFFSET2, DROP, BK, BR2)
             low_rank, acc2 = member_gradients(dx, b_x, b_g, keep, b_A2, parts_dA2, acc2, keep_scale, ALONE, DROP, PRECISION)
             b_dx += low_rank
         if dx is not None:
@@ -110,7 +107,6 @@ def grad_x_kernel(
 
 
 Result = tuple[Tensor | None, list[Tensor | None]]
-Add = Callable[[Tensor, slice | None], object]
 
 
 def grad_x(
@@ -121,12 +117,10 @@ def grad_x(
     dtype: torch.dtype,
     need_x: bool,
     need_As: tuple[bool, ...],
-    add: Add | None = None,
     numbers: tuple[int, ...] = (0, 1, 2),
 ) -> Result:
     """Σ undrop(g·A) over up to three members in `dtype`, and the dA of each in its g's dtype, each if needed.
 
-    add(dx[rows], rows) adds what else dx is: of chunks of rows, one after the other, which are still in L2; rows None: of all.
     numbers: the members', which their masks follow.
     """
     need_A = True in need_As
@@ -140,7 +134,7 @@ def grad_x(
         gs[0].device, dtype, *most(dtype, kinds), kinds, offsets, K, stride_x, p, need_x, need_As, tuning.precision(dtype)
     )  # fmt: skip
     kernel = "grad_x" if len(gs) == 1 else "grad_x_group"
-    return call(kernel, gradients, key, x, gs, As, seed, add if need_x else None)
+    return call(kernel, gradients, key, x, gs, As, seed)
 
 
 def gradients(
@@ -158,13 +152,13 @@ def gradients(
     need_As: tuple[bool, ...],
     precision: str,
 ) -> Callable[..., Result]:
-    """run(x, gs, As, seed, add): dx, or its low-rank term without `add`, and the dA of each member with this tile."""
+    """run(x, gs, As, seed): dx's low-rank term and the dA of each member with this tile."""
     launches = two(
         grad_x_kernel, tile.options(), DROP=p is not None, PRECISION=precision, BM=tile.rows, BK=tile.columns,
         **constants(kinds, offsets),
     )  # fmt: skip
     gpu, strips = tuning.gpu(device), -(-K // tile.columns)
-    bits, scale, chunk = edge(p or 0.0), keep_scale(p or 0.0), tuning.chunk_rows(K, dtype.itemsize, gpu)
+    bits, scale = edge(p or 0.0), keep_scale(p or 0.0)
 
     def parts_of(count: int) -> list[Tensor | None]:
         pairs = zip(kinds, need_As, strict=True)
@@ -173,34 +167,14 @@ def gradients(
     def summed(parts: list[Tensor | None], count: int) -> list[Tensor | None]:
         return sum_parts(*[(part, count, own) for part, (_, own) in zip(parts, kinds, strict=True)])
 
-    def run(x: Tensor | None, gs: tuple[Tensor, ...], As: tuple, seed: Tensor | None, add: Add | None) -> Result:
+    def run(x: Tensor | None, gs: tuple[Tensor, ...], As: tuple, seed: Tensor | None) -> Result:
         M = gs[0].shape[0]
-        if add is not None and chunk < M:
-            return in_chunks(x, gs, As, seed, add)
         count, part_rows = tuning.splits(M, tile.rows, strips, 2 * gpu.processors)
         dx = torch.empty(M, K, dtype=dtype, device=device) if need_x else None
         parts = parts_of(count)
         launches[count > 1](
-            (strips, count), x, dx, *in_turn(gs, As, parts), seed, bits, scale, 0, M, K, stride_x, part_rows
+            (strips, count), x, dx, *in_turn(gs, As, parts), seed, bits, scale, M, K, stride_x, part_rows
         )  # fmt: skip
-        if add is not None:
-            add(dx, None)
         return dx, parts if count == 1 else summed(parts, count)
-
-    def in_chunks(x: Tensor | None, gs: tuple[Tensor, ...], As: tuple, seed: Tensor | None, add: Add) -> Result:
-        M, part = gs[0].shape[0], 0
-        chunks = slices(M, chunk)
-        cuts = [tuning.splits(rows.stop - rows.start, tile.rows, strips, 2 * gpu.processors) for rows in chunks]
-        dx, count = torch.empty(M, K, dtype=dtype, device=device), sum([parts for parts, _ in cuts])
-        parts_dA = parts_of(count)
-        for rows, (parts, part_rows) in zip(chunks, cuts, strict=True):
-            own = in_turn([g[rows] for g in gs], As, [t if t is None else t[part:] for t in parts_dA])
-            launches[1](
-                (strips, parts), x if x is None else x[rows], dx[rows], *own, seed, bits, scale, rows.start,
-                rows.stop - rows.start, K, stride_x, part_rows,
-            )  # fmt: skip
-            add(dx[rows], rows)
-            part += parts
-        return dx, summed(parts_dA, count)
 
     return run

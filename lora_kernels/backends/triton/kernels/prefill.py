@@ -27,11 +27,11 @@ def prefill_kernel(
     store_tile(y, acc, o_m, o_n, N, M, N)
 
 
-def prefill(h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """s·h·Bᵀ + c as [M, N] of `dtype`, in `out` if given."""
+def prefill(h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """s·h·Bᵀ + c as [M, N] of `dtype`."""
     N, R = B.shape
     key = h.device, dtype, B.dtype, R, N, dtype_of(s), dtype_of(c), tuning.precision(dtype)
-    return call("prefill", low_rank_term, key, h, B, s, c, out)
+    return call("prefill", low_rank_term, key, h, B, s, c)
 
 
 def low_rank_term(
@@ -45,15 +45,15 @@ def low_rank_term(
     of_c: torch.dtype | None,
     precision: str,
 ) -> Callable[..., Tensor]:
-    """run(h, B, s, c, out): s·h·Bᵀ + c with this tile."""
+    """run(h, B, s, c): s·h·Bᵀ + c with this tile."""
     launch = Launch(
         prefill_kernel, tile.options(), PRECISION=precision, BM=tile.rows, BN=tile.columns, BR=tuning.padded_rank(R)
     )
     column_tiles = -(-N // tile.columns)
 
-    def run(h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None, out: Tensor | None) -> Tensor:
+    def run(h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
         M = h.shape[0]
-        y = torch.empty(M, N, dtype=dtype, device=device) if out is None else out
+        y = torch.empty(M, N, dtype=dtype, device=device)
         launch((-(-M // tile.rows), column_tiles), h, B, c, y, s, M, N, R)
         return y
 
