@@ -21,7 +21,7 @@ test-oldest test-newest: test-%:  ## the suite on the oldest and the newest torc
 	$(MAKE) test VENV=.venv-$* PINS=$*
 
 # libstdc++ beside libasan: without it C++ exceptions are unknown to it. Python and g++ leak, and never freed is not what is sought.
-sanitize: $(READY)  ## the native loops' tests with csrc/cpu under the address and undefined-behaviour sanitizers, in a copy (6 minutes)
+sanitize: $(READY)  ## the native loops' tests with csrc/cpu under the address and undefined-behaviour sanitizers, in a copy
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -R csrc lora_kernels tests pyproject.toml setup.py README.md LICENSE build/sanitize && rm -f build/sanitize/lora_kernels/_*.so
 	cd build/sanitize && export OMP_NUM_THREADS=2 LORA_KERNELS_BUILD_CUDA=0 CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" && \
