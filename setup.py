@@ -26,6 +26,7 @@ CUDA, CPU = "lora_kernels._C", "lora_kernels._cpu"
 FLAGS = ["-O3", "-std=c++17", "--compiler-options", "-fPIC,-fvisibility=hidden"]
 CPU_FLAGS = [] if sys.platform == "win32" else ["-O3", "-ffp-contract=off", "-fno-trapping-math"]
 CPU_FLAGS += ["-fopenmp"] if sys.platform.startswith("linux") else []
+CPU_FLAGS += os.environ.get("CXXFLAGS", "").split()  # the last word, for `make sanitize`
 
 
 def find_nvcc() -> str | None:

@@ -1,8 +1,9 @@
-"""csrc/cpu compiled for the tests, as it is or with a mistake in it."""
+"""csrc/cpu compiled for the tests, as it is or with a mistake in it; CXXFLAGS and LDFLAGS as `make sanitize` sets them."""
 
 import atexit
 import functools
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -28,7 +29,7 @@ def compiled(folder: Path, *changes: tuple[str, str, str]) -> ModuleType:
     for source in sorted(folder.glob("*.cpp")):
         changed = source.name in files or any(f'#include "{file}"' in source.read_text() for file in files)
         objects.append(compile_object(source, "-DFOR_EACH_CPU=") if changed else right / f"{source.stem}.o")
-    subprocess.run(["g++", "-shared", *objects, "-o", "_cpu.so"], cwd=folder, check=True)
+    subprocess.run(["g++", "-shared", *flags("LDFLAGS"), *objects, "-o", "_cpu.so"], cwd=folder, check=True)
     spec = importlib.util.spec_from_file_location(f"{folder.name}._cpu", folder / "_cpu.so")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -56,5 +57,9 @@ def compile_object(source: Path, *more: str) -> Path:
 
     include = ["-I", sysconfig.get_path("include"), "-I", pybind11.get_include()]
     options = ["-O1", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror"]
-    subprocess.run(["g++", *options, *more, *include, "-c", source.name], cwd=source.parent, check=True)
+    subprocess.run(["g++", *options, *flags("CXXFLAGS"), *more, *include, "-c", source.name], cwd=source.parent, check=True)
     return source.with_suffix(".o")
+
+
+def flags(variable: str) -> list[str]:
+    return os.environ.get(variable, "").split()

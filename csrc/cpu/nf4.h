@@ -6,6 +6,10 @@
 #include "cpu.h"
 #include "numbers.h"
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define HAVE_AVX512  // and the compiler can shuffle by a vector
+#endif
+
 namespace lora_kernels::cpu {
 
 constexpr int CODES = 16;
@@ -22,13 +26,13 @@ INLINE float absmax_of(const Weight& w, std::int64_t block) {
   return entry * pointer<float>(w.nested_absmax)[block / NESTED_BLOCK] + *pointer<float>(w.nested_offset);
 }
 
-// The same of neighbouring blocks, for callers that are compiled to round a product and a sum once.
-void absmax_of_blocks(float* absmax, const Weight& w, std::int64_t first, std::int64_t last);
-
 template <typename T>
 INLINE void values_of_block(T (&value)[CODES], const Weight& w, float absmax) {
 #pragma GCC unroll 1  // unrolled before it is vectorised, bfloat16 takes twice as long (GCC 12)
   for (int code = 0; code < CODES; ++code) round_to(value[code], pointer<float>(w.values)[code] * absmax);
 }
+
+// The same of the blocks first : last, rounded to `type` and back, for callers that are compiled to round a product and a sum once.
+void values_of_blocks(float (*value)[CODES], const Weight& w, std::int64_t first, std::int64_t last, Rows::Type type);
 
 }  // namespace lora_kernels::cpu

@@ -8,12 +8,9 @@
 #include <type_traits>
 
 #include "cpu.h"
+#include "mask.h"
 #include "nf4.h"
 #include "numbers.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define HAVE_AVX512  // and the compiler can shuffle by a vector
-#endif
 
 namespace lora_kernels::cpu {
 namespace {
@@ -99,10 +96,22 @@ void decode_rows(const Weight& w, Address out, std::int64_t out_stride, std::int
   }
 }
 
+template <typename T>
+INLINE void rounded_values(float (*value)[CODES], const Weight& w, std::int64_t first, std::int64_t last) {
+  for (std::int64_t block = first; block < last; ++block) {
+    const float absmax = absmax_of(w, block);
+#pragma GCC unroll 1  // as values_of_block
+    for (int code = 0; code < CODES; ++code) value[block - first][code] = rounded(pointer<float>(w.values)[code] * absmax, T{});
+  }
+}
+
 }  // namespace
 
-void absmax_of_blocks(float* absmax, const Weight& w, std::int64_t first, std::int64_t last) {
-  for (; first < last; ++first) *absmax++ = absmax_of(w, first);
+FOR_EACH_CPU void values_of_blocks(float (*value)[CODES], const Weight& w, std::int64_t first, std::int64_t last,
+                                   Rows::Type type) {
+  if (type == Rows::FLOAT) return rounded_values<float>(value, w, first, last);
+  if (type == Rows::BFLOAT16) return rounded_values<BFloat16>(value, w, first, last);
+  rounded_values<Half>(value, w, first, last);
 }
 
 void nf4_decode(const Weight& weight, Address out, const std::string& dtype, std::int64_t out_stride, std::int64_t rows,

@@ -59,4 +59,18 @@ INLINE float as_float(Half value) {
   return bits_of<float>(bits | sign);
 }
 
+// round_to and as_float without the bits between: vectors of floats alone.
+INLINE float rounded(float value, float) { return value; }
+INLINE float rounded(float value, BFloat16) {
+  const auto bits = bits_of<std::uint32_t>(value), sum = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000;
+  return bits_of<float>((bits & 0x7FFFFFFF) > 0x7F800000 ? bits : sum);
+}
+INLINE float rounded(float value, Half) {
+  // A float whose last bit is worth that of the half below `value`: adding it rounds, and what it was is taken off again.
+  const std::uint32_t exponent = bits_of<std::uint32_t>(value) & 0x7F800000, least = (127 - 14) << 23, most = (127 + 16) << 23;
+  const float large = bits_of<float>(exponent < least ? least : exponent > most ? most : exponent) * 0x1.8p13f;
+  const float magnitude = (std::fabs(value) + large) - large;
+  return std::copysign(magnitude > 65504.0f ? HUGE_VALF : magnitude, value);
+}
+
 }  // namespace lora_kernels::cpu
