@@ -156,6 +156,33 @@ def ranks_table(run: dict[str, Any]) -> str:
     return "A step of AdaLoRA's allocator.\n\n" + table(["layers", "PEFT ms", "ours ms", "× PEFT"], rows)
 
 
+def populations_table(run: dict[str, Any]) -> str:
+    rows = []
+    for row in run["rows"]:
+        times = [f"{row['ms'][name]['median']:,.2f}" for name in ("one by one", "population", "frozen")]
+        case = f"P={row['members']} M={row['M']} {row['K']}→{row['N']}"
+        rows.append([case, *times, f"{row['ratio']:.1f}", f"{row['over']:.2f}"])
+    columns = ["EGGROLL", "members one by one, ms", "population, ms", "frozen layer, ms", "× one by one", "× frozen"]
+    return "A forward pass of P members with M rows each.\n\n" + table(columns, rows)
+
+
+def fitness_table(run: dict[str, Any]) -> str:
+    rows = []
+    for row in run["rows"]:
+        curve, last = row["fitness"], len(row["fitness"]) - 1
+        marks = ", ".join(f"{curve[last * quarter // 4]:.2f}" for quarter in range(5))
+        rows.append(
+            [
+                f"rank {row['rank']}, P={row['population']}, {row['dtype']}",
+                marks,
+                f"{row['final']:.3f}",
+                f"{row['majority']:.3f}",
+            ]
+        )
+    about = f"Accuracy of a network of sign activations over {last + 1} steps of EGGROLL by that accuracy.\n\n"
+    return about + table(["training", "mean of the population, by quarters", "the model's at the end", "of one answer"], rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "layer": layer_table,
     "model": model_table,
@@ -166,6 +193,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "beta": beta_table,
     "curves": curves_table,
     "ranks": ranks_table,
+    "populations": populations_table,
+    "fitness": fitness_table,
 }
 
 
