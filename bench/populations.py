@@ -55,7 +55,7 @@ def times(P: int, M: int, K: int, N: int, repeats: int) -> dict[str, Any]:
         "N": N,
         "ms": ms,
         "ratio": ratio,
-        "over": found["population"].median / found["frozen"].median,
+        "times_frozen": found["population"].median / found["frozen"].median,
     }
 
 

@@ -144,7 +144,7 @@ def populations_table(run: dict[str, Any]) -> str:
     for row in run["rows"]:
         times = [f"{row['ms'][name]['median']:,.2f}" for name in ("one by one", "population", "frozen")]
         case = f"P={row['members']} M={row['M']} {row['K']}→{row['N']}"
-        rows.append([case, *times, f"{row['ratio']:.1f}", f"{row['over']:.2f}"])
+        rows.append([case, *times, f"{row['ratio']:.1f}", f"{row['times_frozen']:.2f}"])
     columns = ["EGGROLL", "members one by one, ms", "population, ms", "frozen layer, ms", "× one by one", "× frozen"]
     return "A forward pass of P members with M rows each.\n\n" + table(columns, rows)
 

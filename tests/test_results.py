@@ -160,7 +160,7 @@ def test_tables_of_loss_curves_and_of_parts(bench):
     assert files.kind(run) == "parts"
     assert "| forward 8→4 M=1 float32 | bitsandbytes | 2.00 | 1.00–3.00 | 2.00 |" in tables.parts_table(run)
     ms = {name: {"median": value} for name, value in (("one by one", 8.0), ("population", 2.0), ("frozen", 1.0))}
-    run = {"rows": [{"members": 64, "M": 2, "K": 8, "N": 4, "ms": ms, "ratio": 4.0, "over": 2.0}]}
+    run = {"rows": [{"members": 64, "M": 2, "K": 8, "N": 4, "ms": ms, "ratio": 4.0, "times_frozen": 2.0}]}
     assert files.kind(run) == "populations"
     assert "| P=64 M=2 8→4 | 8.00 | 2.00 | 1.00 | 4.0 | 2.00 |" in tables.populations_table(run)
     run = {"rows": [{"population": 8, "rank": 1, "dtype": "float32", "fitness": [0.5, 0.9], "final": 0.95, "majority": 0.5}]}
