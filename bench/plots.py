@@ -16,7 +16,9 @@ matplotlib.rcParams.update({"svg.hashsalt": "lora_kernels", "svg.fonttype": "non
 
 def draw(kind: str, run: dict[str, Any], path: Path) -> None:
     """Write the plot of a run of one of the kinds below."""
-    draw_axes, height = {"layer": (_ratios, 0.28), "model": (_ratios, 0.4), "memory": (_memory, 0.16)}[kind]
+    draw_axes, height = {
+        "layer": (_ratios, 0.28), "model": (_ratios, 0.4), "memory": (_memory, 0.16), "fitness": (_fitness, 0.0)
+    }[kind]  # fmt: skip
     figure, axes = pyplot.subplots(figsize=(7.5, max(3.0, height * len(run["rows"]))), constrained_layout=True)
     draw_axes(axes, run)
     figure.legend(loc="outside upper center", ncols=2 if kind == "memory" else 4, fontsize=8)
@@ -60,3 +62,11 @@ def _memory(axes: Axes, run: dict[str, Any]) -> None:
         axes.plot(*zip(*points, strict=True), f"o{style}", label=label, linewidth=width, markersize=width + 2)
     axes.set(xlabel="tokens", ylabel="peak of a training step, MiB", title=f"{run['model']}, r={run['R']}, p={run['p']:g}")
     axes.grid(alpha=0.3)
+
+
+def _fitness(axes: Axes, run: dict[str, Any]) -> None:
+    """The mean fitness of each step's population."""
+    for row in run["rows"]:
+        axes.plot(row["fitness"], label=f"rank {row['rank']}, {row['population']} members, {row['dtype']}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("accuracy, mean of the population")

@@ -50,6 +50,8 @@ def kind(run: dict[str, Any]) -> str:
         "over": "kernels",
         "distance_of_seeds": "curves",
         "layers": "ranks",
+        "members": "populations",
+        "fitness": "fitness",
         "variants": "parts",
         "variant": "layer",
     }

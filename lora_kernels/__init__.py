@@ -1,6 +1,7 @@
 """LoRA linear layers that cost almost nothing beyond their frozen base layer: y = x·Wᵀ + (α/r)·drop(x)·Aᵀ·Bᵀ + c."""
 
 from .functional.dora import dora_norm
+from .functional.eggroll import eggroll_gradient, eggroll_linear
 from .functional.glu_mlp import lora_glu_mlp
 from .functional.linear import backend_report, lora_linear, lora_linear_group
 from .functional.nf4 import dequantize_nf4, quantize_nf4
@@ -17,6 +18,7 @@ from .models.adapter_saving import save_adapter
 from .models.blocks import BlockReport, fuse_blocks, unfuse_blocks
 from .models.combining import add_weighted_adapter
 from .models.config import LoRAConfig
+from .models.eggroll import Eggroll
 from .models.export import save_merged
 from .models.merging import merge_lora, unmerge_lora
 from .models.parameters import lora_parameters, lora_plus_param_groups
@@ -33,6 +35,7 @@ __all__ = [
     "AccelerationReport",
     "AdaLoRAConfig",
     "BlockReport",
+    "Eggroll",
     "LoRAConfig",
     "LoRALinear",
     "LoRAReport",
@@ -51,6 +54,8 @@ __all__ = [
     "dequantize_nf4",
     "dora_norm",
     "dropout_mask",
+    "eggroll_gradient",
+    "eggroll_linear",
     "fuse_blocks",
     "load_adapter",
     "load_lora_state_dict",

@@ -103,6 +103,19 @@ def numbers(start: int, stop: int, device: torch.device) -> Tensor:
     return torch.arange(start, stop, device=device) | 0
 
 
+def lanes(rows: slice, K: int, seed: Tensor, offset: int) -> Tensor:
+    """The lane of each row and column, less 32768: int16[rows, K], valid until the thread's next lanes."""
+    M, device = rows.stop - rows.start, seed.device
+    column, row = numbers(0, -(-K // LANES), device), numbers(rows.start, rows.stop, device)[:, None]
+    offset_low, offset_high = (torch.full((), half, device=device) for half in (offset & _LOW, offset >> 32))
+    work = scratch("philox", 6 * M * len(column), torch.int64, seed).view(6, M, len(column))
+    words = scratch("words", 4 * M * len(column), torch.int32, seed).view(M, len(column), 4)
+    for i, word in enumerate(philox((column, row, offset_low, offset_high), seed, work)):
+        words[..., i] = word  # its low half
+    words.bitwise_xor_(-0x7FFF8000)  # flips bits 15 and 31: signed 16-bit lanes then compare as unsigned ones
+    return words.view(torch.int16).flatten(1)[:, :K]
+
+
 class KeepRows:
     """keep(seed, row, column) for slices of rows: [rows, K] ones and zeros, valid until the thread's next mask."""
 
@@ -110,7 +123,7 @@ class KeepRows:
         self.K, self.threshold, self.seed, self.offset, self.dtype = K, threshold(p), seed, offset, dtype
 
     def __call__(self, rows: slice) -> Tensor:
-        M, device = rows.stop - rows.start, self.seed.device
+        M = rows.stop - rows.start
         keep = scratch("keep", M * self.K, self.dtype, self.seed).view(M, self.K)
         if cpu_extension.takes(self.seed):
             cpu_extension.extension.keep_rows(
@@ -127,15 +140,7 @@ class KeepRows:
             return keep
         if self.threshold == LANE_RANGE:  # the one threshold that int16 cannot hold
             return keep.zero_()
-        column, row = numbers(0, -(-self.K // LANES), device), numbers(rows.start, rows.stop, device)[:, None]
-        offset_low, offset_high = (torch.full((), half, device=device) for half in (self.offset & _LOW, self.offset >> 32))
-        work = scratch("philox", 6 * M * len(column), torch.int64, self.seed).view(6, M, len(column))
-        words = scratch("words", 4 * M * len(column), torch.int32, self.seed).view(M, len(column), 4)
-        for i, word in enumerate(philox((column, row, offset_low, offset_high), self.seed, work)):
-            words[..., i] = word  # its low half
-        words.bitwise_xor_(-0x7FFF8000)  # flips bits 15 and 31: signed 16-bit lanes then compare as unsigned ones
-        lanes = words.view(torch.int16).flatten(1)[:, : self.K]
-        return torch.ge(lanes, self.threshold - LANE_RANGE // 2, out=keep)
+        return torch.ge(lanes(rows, self.K, self.seed, self.offset), self.threshold - LANE_RANGE // 2, out=keep)
 
 
 def dropout_mask(

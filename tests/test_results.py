@@ -50,7 +50,7 @@ def test_a_lost_row_stays_and_is_bold(bench):
     report = bench("report")
     assert report._readme_row(rows(bare=100.0, ours=200.0, peft=100.0))[1:4] == ["2.00", "1.00", "**0.50×**"]
     assert report._readme_row(rows(bare=100.0, ours=200.0, peft=250.0))[1:4] == ["2.00", "2.50", "1.25×"]
-    table = report.layer_table({"rows": rows(bare=100.0, ours=200.0, peft=100.0)})
+    table = bench("tables").layer_table({"rows": rows(bare=100.0, ours=200.0, peft=100.0)})
     assert table.count("\n") == 2 + 3
     assert "| lora_kernels | 200 | 200–200 | 1 |  | 2.00 | 0.50 | 1.0 KiB | 2.0 KiB |  |" in table
 
@@ -70,7 +70,7 @@ def test_fused_rows_have_lines_of_their_own_in_the_readme(bench, tmp_path):
         "| m, 8 tokens, r=2, p=0.1, float32, fused blocks | 1.25 | 2.50 | 2.00× | 1.0 KiB (2.0 KiB; 1.0 KiB) |",
     ]
     assert "| lora_kernels, fused blocks | 125,000.0 | 1,000.0–1,000.0 | 1 | 1.25 | 2.00 | 1.0 KiB | 1.000 | 0.500 |" in (
-        report.model_table(runs["model"])
+        bench("tables").model_table(runs["model"])
     )
 
 
@@ -150,15 +150,22 @@ def test_a_second_run_of_a_commit_keeps_the_other_stages(bench):
 
 
 def test_tables_of_loss_curves_and_of_parts(bench):
-    files, report = bench("result_files"), bench("report")
+    files, tables = bench("result_files"), bench("tables")
     curve = {"model": "m", "dropout": 0.1, "peft": [3.0, 2.0], "accelerated": [3.0, 2.5], "calls": {"fast": 7}}
     run = {"steps": 2, "rows": [{**curve, "distance_of_accelerated": 0.25, "distance_of_seeds": 0.5}]}
     assert files.kind(run) == "curves"
-    assert "| m, p=0.1 | 3.000, 2.000 | 2.500 | 2.5e-01 | 5.0e-01 | 7 fast |" in report.curves_table(run)
+    assert "| m, p=0.1 | 3.000, 2.000 | 2.500 | 2.5e-01 | 5.0e-01 | 7 fast |" in tables.curves_table(run)
     times = {"median": 0.002, "p20": 0.001, "p80": 0.003, "times_ours": 2.0}
     run = {"rows": [{"op": "forward", "K": 8, "N": 4, "M": 1, "dtype": "float32", "variants": {"bitsandbytes": times}}]}
     assert files.kind(run) == "parts"
-    assert "| forward 8→4 M=1 float32 | bitsandbytes | 2.00 | 1.00–3.00 | 2.00 |" in report.parts_table(run)
+    assert "| forward 8→4 M=1 float32 | bitsandbytes | 2.00 | 1.00–3.00 | 2.00 |" in tables.parts_table(run)
+    ms = {name: {"median": value} for name, value in (("one by one", 8.0), ("population", 2.0), ("frozen", 1.0))}
+    run = {"rows": [{"members": 64, "M": 2, "K": 8, "N": 4, "ms": ms, "ratio": 4.0, "times_frozen": 2.0}]}
+    assert files.kind(run) == "populations"
+    assert "| P=64 M=2 8→4 | 8.00 | 2.00 | 1.00 | 4.0 | 2.00 |" in tables.populations_table(run)
+    run = {"rows": [{"population": 8, "rank": 1, "dtype": "float32", "fitness": [0.5, 0.9], "final": 0.95, "majority": 0.5}]}
+    assert files.kind(run) == "fitness"
+    assert "| rank 1, P=8, float32 | 0.50, 0.50, 0.50, 0.50, 0.90 | 0.950 | 0.500 |" in tables.fitness_table(run)
 
 
 def test_the_page_of_a_gpu_s_run_has_its_stages_and_4_bit_rows(bench, tmp_path):

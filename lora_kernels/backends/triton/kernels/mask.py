@@ -17,6 +17,15 @@ _ROUNDS, _LANES = tl.constexpr(PHILOX_ROUNDS), tl.constexpr(LANES)
 
 
 @triton.jit
+def words_tile(seed, o_row, column, offset_low, offset_high, COLUMNS: tl.constexpr):
+    """Philox's words of these rows and of COLUMNS columns from `column`, a multiple of 8: two of its lanes in each."""
+    block = (tl.arange(0, COLUMNS // _LANES) + column // _LANES).to(tl.uint32)[None, :]
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = philox_impl(block, o_row.to(tl.uint32)[:, None], offset_low, offset_high, low, high, _ROUNDS)
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3))  # flattened: w0 w1 w2 w3
+
+
+@triton.jit
 def keep_tile(seed, edge, o_row, column, OFFSET: tl.constexpr, COLUMNS: tl.constexpr):
     """keep(seed, row, column) as bool[rows, COLUMNS], for COLUMNS columns from `column`, a multiple of 8.
 
@@ -26,11 +35,8 @@ def keep_tile(seed, edge, o_row, column, OFFSET: tl.constexpr, COLUMNS: tl.const
     threshold·2^16 - 1, and the high lane lies there already (the low bits below it change nothing).
     """
     edge = edge.to(tl.uint32, bitcast=True)
-    block = (tl.arange(0, COLUMNS // _LANES) + column // _LANES).to(tl.uint32)[None, :]
     offset_low, offset_high = tl.full([1, 1], OFFSET & 0xFFFFFFFF, tl.uint32), tl.full([1, 1], OFFSET >> 32, tl.uint32)
-    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = philox_impl(block, o_row.to(tl.uint32)[:, None], offset_low, offset_high, low, high, _ROUNDS)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # flattened: w0 w1 w2 w3
+    words = words_tile(seed, o_row, column, offset_low, offset_high, COLUMNS)
     return tl.reshape(tl.join((words << 16) > edge, words > edge), (o_row.shape[0], COLUMNS))
 
 
