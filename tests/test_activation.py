@@ -195,13 +195,13 @@ def test_compiled(built, monkeypatch):
 
 
 def test_unknown(built):
-    rows = built.Rows(0, 0, "float32")
+    rows = 0, 0, "float32"
     with pytest.raises(ValueError, match="activation: got swish, expected silu, gelu, gelu_tanh or relu2"):
         built.glu_forward("swish", 0, 0, rows, None, rows, 1)
     with pytest.raises(ValueError, match="activation: got swish"):
         built.glu_backward("swish", 0, 0, rows, None, rows, None, rows, 1)
-    with pytest.raises(ValueError, match="Rows: got dtype float64, expected float32"):
-        built.Rows(0, 0, "float64")
+    with pytest.raises(ValueError, match="Rows: got dtype int8, expected float32"):
+        built.glu_forward("silu", 0, 0, (0, 0, "int8"), None, rows, 1)
 
 
 # ---- mistakes ----
