@@ -39,5 +39,5 @@ def takes(*tensors: Tensor | None) -> bool:
 
 
 def rows(t: Tensor | None) -> tuple[int, int, str] | None:
-    """t as csrc/cpu takes a matrix whose rows' elements are adjacent; a vector is each of its rows."""
-    return None if t is None else (t.data_ptr(), t.stride()[0] if t.ndim == 2 else 0, NAMES[t.dtype])
+    """t as csrc/cpu takes a matrix whose rows' elements are adjacent; a vector is one row."""
+    return None if t is None else (t.data_ptr(), t.stride()[0], NAMES[t.dtype])

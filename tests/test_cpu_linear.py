@@ -154,7 +154,7 @@ def test_reasons(monkeypatch):
 # ---- mistakes ----
 
 MISTAKES = {
-    "the second vector": ("out + i * out_row + j * WIDTH<T>, VECTOR", "out + i * out_row, VECTOR"),
+    "the second vector": ("(out + i * out_row + j * WIDTH<T, BYTES>, &", "(out + i * out_row, &"),
     "the last columns": ("for (; j < columns; ++j)", "for (; j + 1 < columns; ++j)"),
     "the last rows": ("for (; i < rows; ++i)\n    combine_block", "for (; i + 1 < rows; ++i)\n    combine_block"),
     "no scaling forward": ("l.N, l.R, l.N, s);", "l.N, l.R, l.N, T{1});"),

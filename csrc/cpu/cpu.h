@@ -18,13 +18,14 @@ void keep_rows(Address out, const std::string& dtype, std::int64_t first, std::i
 void drop_rows(Address out, Address in, std::int64_t in_stride, int itemsize, std::int64_t M, std::int64_t K,
                std::int32_t threshold, double scale, std::int64_t seed, std::uint64_t offset, int threads);
 
-// A matrix of float32, bfloat16, float16 or float64: its rows are `stride` elements apart, their elements adjacent. Address 0: none; stride 0: each row is the same.
+// A matrix of float32, bfloat16, float16 or float64: its rows are `stride` elements apart, their elements adjacent. Address 0: none.
 struct Rows {
   enum Type { FLOAT, BFLOAT16, HALF, DOUBLE };
   Address address = 0;
   std::int64_t stride = 0;
   Type type = FLOAT;
   Rows() = default;
+  Rows(Address address, std::int64_t stride, Type type) : address(address), stride(stride), type(type) {}
   Rows(Address address, std::int64_t stride, const std::string& dtype);
   Address at(std::int64_t row, std::int64_t column) const {
     return address + (row * stride + column) * (type == DOUBLE ? 8 : type == FLOAT ? 4 : 2);

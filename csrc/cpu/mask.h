@@ -13,10 +13,12 @@
 #elif X86_64_LEVEL == 3
 #define FOR_EACH_CPU __attribute__((target("arch=x86-64-v3")))
 #elif X86_64_LEVEL == 4
-#define FOR_EACH_CPU __attribute__((target("arch=x86-64-v4")))
+#define FOR_AVX512 __attribute__((target("arch=x86-64-v4")))
+#define FOR_EACH_CPU FOR_AVX512
 #elif !defined(__x86_64__) || !defined(__linux__)
 #define FOR_EACH_CPU
 #elif __GNUC__ >= 12
+#define FOR_AVX512 __attribute__((target("arch=x86-64-v4")))  // for loops in vectors of 64 bytes
 #define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
