@@ -218,7 +218,7 @@ MISTAKES = {
     "a coefficient of exp": ("glu.cpp", "p * r + 1.6666665459e-1f", "p * r + 1.6676665459e-1f"),
     "the upper half of erf": ("glu.cpp", "z < 0.0f ? tail : 1.0f - tail", "z < 0.0f ? tail : 1.0f"),
     "the last tile": ("glu.cpp", "TILE, last - first);\n    read(u, t.u", "TILE - 1, last - first);\n    read(u, t.u"),
-    "the next row": ("glu.cpp", "(row * stride + column)", "(row / 2 * stride + column)"),
+    "the next row": ("glu.cpp", "part(t, i / per_row,", "part(t, i / per_row / 2,"),
     "the next segment": ("glu.cpp", "i % per_row * SEGMENT", "i % per_row * (SEGMENT + 1)"),
     "bfloat16 is cut off": ("numbers.h", "(bits + 0x7FFF + (bits >> 16 & 1)) >> 16", "bits >> 16"),
     "half's ties": ("numbers.h", "(magnitude + 0xFFF + (magnitude >> 13 & 1)", "(magnitude + 0x1FFF"),

@@ -31,9 +31,9 @@ from ..torch.nf4 import one_tile, tile_size
 FIELDS = pytorch.FIELDS
 WHY = "its loops pass over each matrix once, dropout's mask included"
 TINY = 1 << 17  # multiplications of a product up to which csrc/cpu's own loop is faster than the way to PyTorch's
-# Forward and backward of 64 and 512 rows, 576 and 2048 features, beside PyTorch's products on one thread of an AMD EPYC with AVX2:
-# with dropout a layer is 6 to 34 % faster at R = 8 and up to 19 % at 32, at 64 up to 9 % slower, at 128 up to 21 %. In bfloat16 it
-# is 3 to 33 % faster at 8, and the same at 64.
+# Forward and backward of 64 and 512 rows, 576 and 2048 features, beside PyTorch's products on one thread of an AMD EPYC (AVX2):
+# with dropout a layer is 7 to 34 % faster at R = 8 and up to 19 % at 32, at 64 up to 9 % slower, at 128 up to 21 %. bfloat16
+# gains 3 to 33 % at 8, and is the same at 64.
 MAX_R = 32
 
 
