@@ -160,8 +160,11 @@ def _product_is_first(t: Tensor, W: Tensor | NF4Weight) -> bool:
 
 
 def _multiplied_by_csrc(W: Tensor | NF4Weight, A: Tensor) -> bool:
-    """Whether csrc/cpu can address a float32 or float64 W, and computes in its dtype."""
-    return type(W) in PLAIN and W.stride(1) == 1 and A.dtype.itemsize <= W.dtype.itemsize
+    """Whether csrc/cpu can address a float32 or float64 W, and computes in its dtype.
+
+    Fewer columns than a vector has it sums up term by term: at K = 1, N = 283 2.7 times the error of PyTorch's sums in parts.
+    """
+    return type(W) in PLAIN and W.stride(1) == 1 and A.dtype.itemsize <= W.dtype.itemsize and W.shape[1] >= 8
 
 
 def _adjacent(t: Tensor | None) -> Tensor | None:
