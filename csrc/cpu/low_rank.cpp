@@ -20,6 +20,7 @@ namespace {
 
 constexpr std::int64_t BLOCK = 32;     // rows that are computed together, so that what they read of A and B stays in cache
 constexpr std::int64_t COLUMNS = 128;  // of a tile of such rows
+constexpr std::int64_t PARTS = 32;     // terms of h and g that are summed up apart: at R = 1 128 broke the rule once in 5,000 calls
 constexpr std::int64_t CHUNK = 64;     // rows, at least, whose parts of dA, dB and dc are summed up first
 constexpr std::int64_t CHUNKS = 32;    // at most: 4 MiB of such parts for 2048 features and R = 8
 constexpr std::int64_t FEW = 1 << 16;  // multiplications that one thread computes before others have begun
@@ -104,7 +105,9 @@ INLINE void forward(const Term<T>& term, const Rows& c, const Rows& y, bool add,
     const Place p{first, rows, k, std::min(COLUMNS, K - k)};
     draw(room.lanes, term, p);
     const auto v = dropped_x(room, term, p);
-    combine<BYTES>(sums.data(), padded, rows, padded, Factor<T>{v.at, v.row, 1}, term.At.data() + k * padded, padded, p.columns);  // 1
+    for (std::int64_t j = 0; j < p.columns; j += PARTS)  // 1
+      combine<BYTES>(sums.data(), padded, rows, padded, Factor<T>{v.at + j, v.row, 1}, term.At.data() + (k + j) * padded, padded,
+                     std::min(PARTS, p.columns - j));
   }
   write_tile(sums.data(), padded, h, false, {first, rows, 0, term.R});
   for (std::int64_t n = 0; n < N; n += COLUMNS) {
@@ -147,7 +150,9 @@ INLINE void read_dy(const Term<T>& term, const LowRankGradients& to, const Sums<
   for (std::int64_t n = 0; n < N; n += COLUMNS) {
     const Place p{first, rows, n, std::min(COLUMNS, N - n)};
     const auto dy = read(room, to.dy, p);
-    if (g) combine<BYTES>(g, padded, rows, padded, Factor<T>{dy.at, dy.row, 1}, term.sB.data() + n * padded, padded, p.columns);
+    for (std::int64_t j = 0; g && j < p.columns; j += PARTS)
+      combine<BYTES>(g, padded, rows, padded, Factor<T>{dy.at + j, dy.row, 1}, term.sB.data() + (n + j) * padded, padded,
+                     std::min(PARTS, p.columns - j));
     if (sums.dBt) combine<BYTES>(sums.dBt + n, N, R, p.columns, Factor<T>{h.data(), 1, R}, dy.at, dy.row, rows);
     if (!sums.dc) continue;
     T sum[COLUMNS] = {};
