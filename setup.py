@@ -136,7 +136,7 @@ def extensions() -> list[Extension]:
             Pybind11Extension(
                 CPU,
                 [str(path) for path in sorted((CSRC / "cpu").glob("*.cpp"))],
-                depends=[str(CSRC / "cpu" / "cpu.h")],
+                depends=[str(path) for path in sorted((CSRC / "cpu").glob("*.h"))],
                 cxx_std=17,
                 extra_compile_args=CPU_FLAGS,
                 optional=True,

@@ -1,6 +1,6 @@
 """lora_kernels._cpu (csrc/cpu/), where the package was built with it: loops that PyTorch operations do in many passes.
 
-mask.py and backends/torch/nf4.py compute the same bits without it, in several times the time.
+backends/cpu computes with it; mask.py and backends/torch/nf4.py give the same bits without it, in several times the time.
 """
 
 import importlib
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 PLAIN = (Tensor, torch.nn.Parameter)
-INTERFACE = 4  # that of csrc/cpu/cpu.h
+INTERFACE = 5  # that of csrc/cpu/cpu.h
 
 
 def load() -> tuple[Any, str]:
@@ -35,3 +36,8 @@ def takes(*tensors: Tensor | None) -> bool:
         if t is not None and (type(t) not in PLAIN or t.device.type != "cpu"):
             return False
     return True
+
+
+def rows(t: Tensor | None) -> tuple[int, int, str] | None:
+    """t as csrc/cpu takes a matrix whose rows' elements are adjacent; a vector is one row."""
+    return None if t is None else (t.data_ptr(), t.stride()[0], NAMES[t.dtype])

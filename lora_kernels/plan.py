@@ -52,7 +52,7 @@ class _Current(type):
 
 
 class use_backend(metaclass=_Current):
-    """Make `name` the backend of every call: "auto" (the default), "torch", "triton" or "cuda".
+    """Make `name` the backend of every call: "auto" (the default), "cuda", "triton", "cpu" or "torch".
 
     A plain call sets it for the process, threads included; as a context manager it is restored at the end. A backward pass
     runs where its forward pass ran, whatever is set by then. With "auto" each call takes the first backend that can compute

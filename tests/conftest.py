@@ -3,6 +3,7 @@ from types import ModuleType
 from typing import Any
 
 import optional_packages
+import properties  # noqa: F401  # --hypothesis-profile=thorough
 import pytest
 import torch
 import triton_interpreter

@@ -4,6 +4,7 @@ import atexit
 import functools
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -27,13 +28,18 @@ def compiled(folder: Path, *changes: tuple[str, str, str]) -> ModuleType:
         (folder / source.name).write_text(text)
     files = {change[0] for change in changes}
     for source in sorted(folder.glob("*.cpp")):
-        changed = source.name in files or any(f'#include "{file}"' in source.read_text() for file in files)
-        objects.append(compile_object(source, "-DFOR_EACH_CPU=") if changed else right / f"{source.stem}.o")
+        objects.append(compile_object(source, "-DFOR_EACH_CPU=") if _reads(source, files) else right / f"{source.stem}.o")
     subprocess.run(["g++", "-shared", *flags("LDFLAGS"), *objects, "-o", "_cpu.so"], cwd=folder, check=True)
     spec = importlib.util.spec_from_file_location(f"{folder.name}._cpu", folder / "_cpu.so")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _reads(source: Path, files: set[str]) -> bool:
+    """Whether a source is one of the files, or includes one, be it through another header."""
+    included = re.findall(r'#include "(.+)"', source.read_text())
+    return source.name in files or any(_reads(source.with_name(name), files) for name in included)
 
 
 @functools.cache

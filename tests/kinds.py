@@ -18,11 +18,12 @@ class Kind(NamedTuple):
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """What this backend computes in; float64 is PyTorch's alone."""
-        return DTYPES if self.backend == "torch" else DTYPES[:3]
+        """What this backend computes in; float64 not on a GPU's kernels."""
+        return DTYPES if self.backend in ("torch", "cpu") else DTYPES[:3]
 
 
-KINDS = tuple(Kind(b, q) for b, q in (("torch", None), ("torch", "nf4"), ("triton", None), ("triton", "nf4"), ("cuda", "nf4")))
+BACKENDS = {"torch": (None, "nf4"), "cpu": (None, "nf4"), "triton": (None, "nf4"), "cuda": ("nf4",)}
+KINDS = tuple(Kind(backend, quant_type) for backend, quant_types in BACKENDS.items() for quant_type in quant_types)
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
 every_dense_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.quant_type is None], ids=str, indirect=True)
 every_dtype = pytest.mark.parametrize(

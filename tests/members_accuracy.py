@@ -11,10 +11,12 @@ from lora_kernels.cases.members import DRAWS, MembersCase, MembersProblem, ours,
 from lora_kernels.cases.rule import Results, violations, violations_on_average
 from lora_kernels.values import flatten
 
-every_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.backend == "torch"], ids=str, indirect=True)
+every_kind = pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind.backend in ("torch", "cpu")], ids=str, indirect=True
+)
 every_dtype = pytest.mark.parametrize(
     ("kind", "dtype"),
-    [(kind, dtype) for kind in KINDS if kind.backend == "torch" for dtype in kind.dtypes],
+    [(kind, dtype) for kind in KINDS if kind.backend in ("torch", "cpu") for dtype in kind.dtypes],
     ids=str,
     indirect=["kind"],
 )

@@ -9,6 +9,8 @@ __all__ = ["HealthCheck", "given", "settings", "st"]
 try:
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
+
+    settings.register_profile("thorough", max_examples=5000)
 except ModuleNotFoundError:
     from unittest.mock import MagicMock
 

@@ -195,13 +195,13 @@ def test_compiled(built, monkeypatch):
 
 
 def test_unknown(built):
-    rows = built.Rows(0, 0, "float32")
+    rows = 0, 0, "float32"
     with pytest.raises(ValueError, match="activation: got swish, expected silu, gelu, gelu_tanh or relu2"):
         built.glu_forward("swish", 0, 0, rows, None, rows, 1)
     with pytest.raises(ValueError, match="activation: got swish"):
         built.glu_backward("swish", 0, 0, rows, None, rows, None, rows, 1)
-    with pytest.raises(ValueError, match="Rows: got dtype float64, expected float32"):
-        built.Rows(0, 0, "float64")
+    with pytest.raises(ValueError, match="Rows: got dtype int8, expected float32"):
+        built.glu_forward("silu", 0, 0, (0, 0, "int8"), None, rows, 1)
 
 
 # ---- mistakes ----
@@ -218,7 +218,7 @@ MISTAKES = {
     "a coefficient of exp": ("glu.cpp", "p * r + 1.6666665459e-1f", "p * r + 1.6676665459e-1f"),
     "the upper half of erf": ("glu.cpp", "z < 0.0f ? tail : 1.0f - tail", "z < 0.0f ? tail : 1.0f"),
     "the last tile": ("glu.cpp", "TILE, last - first);\n    read(u, t.u", "TILE - 1, last - first);\n    read(u, t.u"),
-    "the next row": ("glu.cpp", "(row * stride + column)", "(row / 2 * stride + column)"),
+    "the next row": ("glu.cpp", "part(t, i / per_row,", "part(t, i / per_row / 2,"),
     "the next segment": ("glu.cpp", "i % per_row * SEGMENT", "i % per_row * (SEGMENT + 1)"),
     "bfloat16 is cut off": ("numbers.h", "(bits + 0x7FFF + (bits >> 16 & 1)) >> 16", "bits >> 16"),
     "half's ties": ("numbers.h", "(magnitude + 0xFFF + (magnitude >> 13 & 1)", "(magnitude + 0x1FFF"),

@@ -110,7 +110,7 @@ def test_rows_hold_every_variant_with_consistent_ratios():
         assert row["p20_us"] <= row["median_us"] <= row["p80_us"]
         assert row["times_bare"] == pytest.approx(row["median_us"] / by_name[BARE]["median_us"])
         assert row["tflops"] == pytest.approx(case.flops(row["variant"] != BARE) / row["median_us"] * 1e-6)
-    assert by_name[OURS]["backend"] == "torch"
+    assert by_name[OURS]["backend"] == "cpu"
     assert by_name[PEFT]["backend"] is None
 
 

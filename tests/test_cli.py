@@ -67,10 +67,10 @@ def test_report_gives_every_backend_a_reason(run):
     code, out, err = run("report", "--json", "-")
     assert code == 0
     found = json.loads(out)
-    assert {row["backend"] for row in found["backends"]} == {"cuda", "triton", "torch"}
+    assert {row["backend"] for row in found["backends"]} == {"cuda", "triton", "cpu", "torch"}
     assert all(row["reason"] for row in found["backends"])
     used = [row for row in found["backends"] if row["device"] == "cpu" and row["used"]]
-    assert [row["backend"] for row in used] == ["torch", "torch"]  # float32 and bfloat16
+    assert [row["backend"] for row in used] == ["cpu", "cpu"]  # float32 and bfloat16
     assert found["packages"]["torch"] in err
     assert "native" in err
 

@@ -106,14 +106,14 @@ def test_autocast(kind, device):
     check(dora(K=64, p=0.2, autocast=BF16, device=device, quant_type=kind.quant_type))
 
 
-@pytest.mark.parametrize("kind", KINDS[:4], ids=str, indirect=True)  # the CUDA extension computes one projection a call
+@pytest.mark.parametrize("kind", KINDS[:6], ids=str, indirect=True)  # the CUDA extension computes one projection a call
 def test_members(kind, device):
     layers = (Layer(33, dora=True), Layer(10, 3, scaling=0.5), Layer(9, None), Layer(12, 5, bias=False, dora=True))
     layers = tuple([Layer(**{**vars(layer), "quant_type": kind.quant_type}) for layer in layers])
     check_members(GroupCase(M=40, K=64, members=layers, p=0.2, device=device))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 def test_compiled_equals_eager(backend, device):
     torch._dynamo.reset()
     problem = dora(M=17, p=0.3, device=device).draw()

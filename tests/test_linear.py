@@ -208,7 +208,7 @@ def test_views(kind, R, device):
         for other in (torch.cat([dy, dy], 1)[:, 56:], dy.T.contiguous().T):
             got = contract(replace(problem, dy=other, **tensors))
             # which order a vendor sums in may follow the layout; the package's own kernels are handed contiguous rows
-            exactly = kind.backend != "torch" and R <= 64
+            exactly = kind.backend not in ("torch", "cpu") and R <= 64
             assert all(torch.equal(got[n], want[n]) if exactly else torch.allclose(got[n], want[n], 1e-2, 1e-2) for n in want)
     for shape in ((1, 1), (1, 56)):
         expanded = replace(problem, dy=dy[: shape[0], : shape[1]].expand(40, 56))

@@ -23,7 +23,7 @@ every_4_bit_kind = pytest.mark.parametrize("kind", OVER_4_BITS, ids=str, indirec
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_blocksizes(kind, blocksize, double_quant, dtype, device):
-    for quant_type, K in (("nf4", 4096 if kind.backend == "torch" else 96), ("fp4", 100)):
+    for quant_type, K in (("nf4", 4096 if kind.backend in ("torch", "cpu") else 96), ("fp4", 100)):
         case = Case(M=8, K=K, N=40, p=0.1, dtype=dtype, device=device, quant_type=quant_type, blocksize=blocksize)
         case.double_quant = double_quant
         check(case)
@@ -143,7 +143,7 @@ def test_backends_say_whether_they_read_4_bits(device):
     problem = Case(device=device, quant_type="nf4").draw()
     rows = {row.backend: row for row in backend_report(problem.x, problem.W)}
     assert rows["torch"].usable
-    for name in ("triton", "cuda"):
+    for name in ("cpu", "triton", "cuda"):
         assert rows[name].usable or rows[name].reason
 
 

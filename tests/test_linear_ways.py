@@ -1,17 +1,13 @@
-"""The three ways of PyTorch's backend through a layer of float32 or float64: in chunks, whole, and native, in csrc/cpu.
-
-By size alone a small case would always go the last one.
-"""
+"""The two ways of PyTorch's backend through a layer of float32 or float64: in chunks, and whole, which a small case goes."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 from accuracy import Case, check, ours, plain, truth, violations
-from cpu_extension_build import compiled
 
-from lora_kernels import cpu_extension, lora_linear, use_backend
-from lora_kernels.backends.torch import linear, native, whole
+from lora_kernels import use_backend
+from lora_kernels.backends.torch import linear, whole
 from lora_kernels.operation import prepared
 from lora_kernels.values import Dropout
 
@@ -19,17 +15,14 @@ WIDE = [torch.float32, torch.float64]
 SIZES = [(1, 1, 1, 1), (1, 9, 4, 1), (3, 8, 70, 5), (17, 24, 33, 4), (15, 129, 36, 12), (129, 17, 19, 24), (8, 64, 64, 16)]
 
 
-@pytest.fixture(params=["chunks", "whole", "native"])
+@pytest.fixture(params=["chunks", "whole"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The way that every call takes; the test fails where one took another."""
-    if request.param == "native" and cpu_extension.extension is None:
-        pytest.skip(cpu_extension.why_not)
     taken = []
-    for name, module in (("chunks", linear), ("whole", whole), ("native", native)):
+    for name, module in (("chunks", linear), ("whole", whole)):
         for function in ("forward", "backward"):
             monkeypatch.setattr(module, function, _noted(taken, name, getattr(module, function)))
     monkeypatch.setattr(whole, "fits", (lambda call: False) if request.param == "chunks" else whole.fits)
-    monkeypatch.setattr(native, "fits", (lambda call: True) if request.param == "native" else (lambda call: False))
     with use_backend("torch"):
         yield request.param
     assert taken
@@ -69,7 +62,6 @@ def test_options(way, options):
     check(Case(**{"K": 40, "p": 0.2, **options}))
 
 
-@pytest.mark.parametrize("way", ["chunks", "whole"], indirect=True)
 def test_rows_that_lie_apart(way):
     check(Case(K=40, p=0.2, strided=True))
 
@@ -77,16 +69,6 @@ def test_rows_that_lie_apart(way):
 @pytest.mark.parametrize("dtype", WIDE)
 def test_a_weight_in_4_bits(way, dtype):
     check(Case(9, 64, 33, 4, p=0.3, dtype=dtype, quant_type="nf4", needs=("x", "A", "B", "c")))
-
-
-def test_what_native_leaves_to_whole():
-    """A gradient whose rows lie apart."""
-    x, W, A, B = (torch.randn(shape, requires_grad=True) for shape in ((5, 16), (12, 16), (3, 16), (12, 3)))
-    y = lora_linear(x, W.detach(), A, B)
-    for grad in (torch.ones(()).expand(5, 12), torch.randn(12, 5).T):
-        strided, plain_ = (torch.autograd.grad(y, (x, A, B), g, retain_graph=True) for g in (grad, grad.contiguous()))
-        for got, want in zip(strided, plain_, strict=True):
-            torch.testing.assert_close(got, want)
 
 
 # ---- mistakes ----
@@ -117,8 +99,8 @@ def another_member_s_offset(monkeypatch):
     monkeypatch.setattr(whole, "backward", changed)
 
 
-def broken(needs: tuple[str, ...], M: int = 33, K: int = 40) -> list[str]:
-    case = Case(M=M, K=K, N=50, R=6, p=0.2, scaling=0.5, needs=needs)
+def broken(needs: tuple[str, ...]) -> list[str]:
+    case = Case(M=33, K=40, N=50, R=6, p=0.2, scaling=0.5, needs=needs)
     problem = case.draw()
     expected, exact = plain(problem), truth(problem)
     prepared._kinds.clear()
@@ -128,39 +110,6 @@ def broken(needs: tuple[str, ...], M: int = 33, K: int = 40) -> list[str]:
 
 @pytest.mark.parametrize("mistake", [other_scale, other_mask, no_scaling, unscaled_gradient_of_b, another_member_s_offset])
 def test_a_mistake_in_whole_is_seen(mistake, monkeypatch):
-    monkeypatch.setattr(native, "fits", lambda call: False)
     assert not broken(tuple("xWABc"))
     mistake(monkeypatch)
     assert broken(tuple("xWABc"))
-
-
-MISTAKES = {
-    "the second vector": ("products.h", "out + i * out_row + j * WIDTH<T>, VECTOR", "out + i * out_row, VECTOR"),
-    "the last columns": ("products.h", "for (; j < columns; ++j)", "for (; j + 1 < columns; ++j)"),
-    "the last rows": ("products.h", "for (; i < rows; ++i)\n    combine_block", "for (; i + 1 < rows; ++i)\n    combine_block"),
-    "no scaling forward": ("low_rank.cpp", "t(l.B), l.N, l.R, s);", "t(l.B), l.N, l.R, T{1});"),
-    "no scaling of g": ("low_rank.cpp", "= s * t(l.B)", "= t(l.B)"),
-    "no scaling of dB": ("low_rank.cpp", "l.R, l.N, static_cast<T>(l.s)", "l.R, l.N, T{1}"),
-    "base product in dx": ("low_rank.cpp", "to.W + k, K, N);", "to.W + k, K, N - 1);"),
-    "no dropout forward": ("low_rank.cpp", "Factor<T>{v.at, v.row", "Factor<T>{v.at ? term.x + first * K + k : v.at, K"),
-    "no dropout of dA": ("low_rank.cpp", "v.at, v.row, rows)", "v.at ? term.x + first * K + k : v.at, K, rows)"),
-    "no dropout of dx": ("low_rank.cpp", "+= v.at[i * COLUMNS + j]", "+= (v.at ? room.wide : v.at)[i * COLUMNS + j]"),
-    "dropout's scale": ("low_rank.cpp", "const T scale = term.scale;", "const T scale = term.scale > 0 ? 1 : 0;"),
-    "the first rows' mask": ("low_rank.cpp", "static_cast<std::uint32_t>(first), rows", "static_cast<std::uint32_t>(0), rows"),
-    "the first columns' mask": ("low_rank.cpp", "static_cast<std::uint32_t>(k / LANES)", "static_cast<std::uint32_t>(0)"),
-    "a row of dc": ("low_rank.cpp", "to.dc[j] += dy[i * N + j]", "to.dc[j] += dy[j]"),
-    "a chunk of rows": ("low_rank.cpp", "std::int64_t part = 1; part < parts", "std::int64_t part = 2; part < parts"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_csrc_is_seen(mistake, tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu_extension, "extension", compiled(tmp_path, MISTAKES[mistake]))
-    assert broken(tuple("xABc")) or broken(tuple("xABc"), M=150, K=200)
-
-
-def test_csrc_is_right(tmp_path, monkeypatch):
-    """Compiled as those are."""
-    monkeypatch.setattr(cpu_extension, "extension", compiled(tmp_path))
-    assert not broken(tuple("xABc"))
-    assert not broken(tuple("xABc"), M=150, K=200)

@@ -81,7 +81,7 @@ def test_in_a_block_each_row_of_this_package_stands_beside_the_fused_one(monkeyp
     assert by[peers.BARE]["saved_bytes"] == 3 * gate
     assert by[peers.OURS]["saved_bytes"] == 4 * gate + h + 7 * 8
     assert by[peers.OURS_FUSED]["saved_bytes"] == 2 * gate + h + 3 * 8
-    assert {row["backend"] for row in rows[1:]} == {"torch"}
+    assert {row["backend"] for row in rows[1:]} == {"cpu"}
     rows, wrong, _ = measure_case(BLOCK, CPU, 1, (), quantize="nf4")
     assert wrong == []
     assert [row["variant"] for row in rows] == [peers.BARE, peers.OURS_NF4, peers.OURS_NF4 + peers.FUSED]
@@ -125,7 +125,7 @@ def test_beside_bitsandbytes_stands_this_package_in_4_bits_behind_the_gate(monke
     rows, wrong, refusals = measure_case(case, CPU, 1, ("bnb",))
     assert (wrong, refusals) == ([], [])
     assert [row["variant"] for row in rows] == [peers.BARE, peers.OURS, peers.BNB, peers.OURS_NF4]
-    assert rows[3]["backend"] == "torch"
+    assert rows[3]["backend"] == "cpu"
     real = cases.lora_linear
     percent = {NF4Weight: 1.01}  # wrong over 4 bits alone
     monkeypatch.setattr(cases, "lora_linear", lambda x, W, *rest, **o: percent.get(type(W), 1.0) * real(x, W, *rest, **o))

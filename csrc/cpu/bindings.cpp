@@ -6,6 +6,30 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+namespace pybind11::detail {
+
+// Rows as Python has them: (address, stride, dtype), or None. Objects of a class would take a microsecond each.
+template <>
+struct type_caster<lora_kernels::cpu::Rows> {
+  PYBIND11_TYPE_CASTER(lora_kernels::cpu::Rows, const_name("Rows"));
+  bool load(handle from, bool) {
+    value = {};
+    if (from.is_none()) return true;
+    if (!PyTuple_Check(from.ptr()) || PyTuple_GET_SIZE(from.ptr()) != 3) return false;
+    const auto piece = [&](int i) { return PyTuple_GET_ITEM(from.ptr(), i); };
+    const auto address = PyLong_AsUnsignedLongLong(piece(0));
+    const auto stride = PyLong_AsLongLong(piece(1));
+    const char* dtype = PyUnicode_AsUTF8(piece(2));
+    if (PyErr_Occurred()) return PyErr_Clear(), false;
+    value = {address, stride, dtype};
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
 PYBIND11_MODULE(_cpu, m) {
   namespace py = pybind11;
   using namespace lora_kernels::cpu;
@@ -25,39 +49,37 @@ PYBIND11_MODULE(_cpu, m) {
         arg("threads"));
   m.def(
       "low_rank_forward",
-      [](Address x, Address A, Address B, std::int64_t M, std::int64_t K, std::int64_t N, std::int64_t R, double s, double scale,
-         std::int32_t threshold, std::int64_t seed, std::uint64_t offset, int itemsize, Address y, Address h, int threads) {
-        low_rank_forward({x, A, B, M, K, N, R, s, scale, threshold, seed, offset, itemsize}, y, h, threads);
+      [](const Rows& x, const Rows& A, const Rows& B, std::int64_t M, std::int64_t K, std::int64_t N, std::int64_t R, double s,
+         double scale, std::int32_t threshold, std::int64_t seed, std::uint64_t offset, std::int64_t first, const Rows& c,
+         const Rows& y, bool add, const Rows& h, int threads) {
+        low_rank_forward({x, A, B, M, K, N, R, s, scale, threshold, seed, offset, first}, c, y, add, h, threads);
       },
-      Unlocked(), "h, and y += s * h * B^T.", arg("x"), arg("A"), arg("B"), arg("M"), arg("K"), arg("N"), arg("R"), arg("s"),
-      arg("scale"), arg("threshold"), arg("seed"), arg("offset"), arg("itemsize"), arg("y"), arg("h"),
-      arg("threads"));
+      Unlocked(), "h, and y = s * h * B^T + c, or y += s * h * B^T.", arg("x"), arg("A"), arg("B"), arg("M"), arg("K"), arg("N"),
+      arg("R"), arg("s"), arg("scale"), arg("threshold"), arg("seed"), arg("offset"), arg("first"), arg("c"), arg("y"),
+      arg("add"), arg("h"), arg("threads"));
   m.def(
       "low_rank_backward",
-      [](Address x, Address A, Address B, std::int64_t M, std::int64_t K, std::int64_t N, std::int64_t R, double s, double scale,
-         std::int32_t threshold, std::int64_t seed, std::uint64_t offset, int itemsize, Address W, Address dy, Address h,
-         Address dx, Address dA, Address dB, Address dc, int threads) {
-        low_rank_backward({x, A, B, M, K, N, R, s, scale, threshold, seed, offset, itemsize}, W, dy, h, dx, dA, dB, dc, threads);
+      [](const Rows& x, const Rows& A, const Rows& B, std::int64_t M, std::int64_t K, std::int64_t N, std::int64_t R, double s,
+         double scale, std::int32_t threshold, std::int64_t seed, std::uint64_t offset, std::int64_t first, const Rows& W,
+         const Rows& dy, const Rows& h, const Rows& dx, const Rows& dA, const Rows& dB, const Rows& dc, bool add, int threads) {
+        low_rank_backward({x, A, B, M, K, N, R, s, scale, threshold, seed, offset, first}, {W, dy, h, dx, dA, dB, dc, add},
+                          threads);
       },
-      Unlocked(), "dx (+)= dy * W + undrop(g * A), dA, dB, dc, each unless it is 0.", arg("x"), arg("A"), arg("B"), arg("M"),
-      arg("K"), arg("N"), arg("R"), arg("s"), arg("scale"), arg("threshold"), arg("seed"), arg("offset"), arg("itemsize"),
-      arg("W"), arg("dy"), arg("h"), arg("dx"), arg("dA"), arg("dB"), arg("dc"), arg("threads"));
-  py::class_<Rows>(m, "Rows", py::module_local(), "A matrix whose rows' elements are adjacent.")
-      .def(py::init<Address, std::int64_t, std::string>(), arg("address"), arg("stride"), arg("dtype"));
+      Unlocked(), "dx (+)= undrop(g * A) + dy * W, dA, dB, dc, each unless it is None.", arg("x"), arg("A"), arg("B"), arg("M"),
+      arg("K"), arg("N"), arg("R"), arg("s"), arg("scale"), arg("threshold"), arg("seed"), arg("offset"), arg("first"), arg("W"),
+      arg("dy"), arg("h"), arg("dx"), arg("dA"), arg("dB"), arg("dc"), arg("add"), arg("threads"));
   m.def(
       "glu_forward",
-      [](const std::string& activation, std::int64_t rows, std::int64_t columns, const Rows& a, const Rows* e, const Rows& u,
-         int threads) { glu_forward({rows, columns, a, e ? *e : Rows(), u, Rows(), Rows()}, activation, threads); },
-      Unlocked(), "a = act(e) * u, or act(u).", arg("activation"), arg("rows"), arg("columns"), arg("a"), arg("e").none(true),
-      arg("u"), arg("threads"));
+      [](const std::string& activation, std::int64_t rows, std::int64_t columns, const Rows& a, const Rows& e, const Rows& u,
+         int threads) { glu_forward({rows, columns, a, e, u, Rows(), Rows()}, activation, threads); },
+      Unlocked(), "a = act(e) * u, or act(u).", arg("activation"), arg("rows"), arg("columns"), arg("a"), arg("e"), arg("u"),
+      arg("threads"));
   m.def(
       "glu_backward",
-      [](const std::string& activation, std::int64_t rows, std::int64_t columns, const Rows& da, const Rows* e, const Rows& u,
-         const Rows* de, const Rows& du, int threads) {
-        glu_backward({rows, columns, da, e ? *e : Rows(), u, de ? *de : Rows(), du}, activation, threads);
-      },
+      [](const std::string& activation, std::int64_t rows, std::int64_t columns, const Rows& da, const Rows& e, const Rows& u,
+         const Rows& de, const Rows& du, int threads) { glu_backward({rows, columns, da, e, u, de, du}, activation, threads); },
       Unlocked(), "de = da * u * act'(e), du = da * act(e); without e: du = da * act'(u).", arg("activation"), arg("rows"),
-      arg("columns"), arg("da"), arg("e").none(true), arg("u"), arg("de").none(true), arg("du"), arg("threads"));
+      arg("columns"), arg("da"), arg("e"), arg("u"), arg("de"), arg("du"), arg("threads"));
   m.def("nf4_decode", &nf4_decode, Unlocked(), "out[i, j] = element start + i * step + j of the weight.", arg("weight"),
         arg("out"), arg("dtype"), arg("out_stride"), arg("rows"), arg("columns"), arg("start"), arg("step"), arg("threads"));
   m.def("nf4_product", &nf4_product, Unlocked(), "y[M, N] += x[M, K] * W^T.", arg("weight"), arg("x"), arg("x_stride"), arg("M"),

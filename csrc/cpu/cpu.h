@@ -5,7 +5,7 @@
 
 namespace lora_kernels::cpu {
 
-constexpr int INTERFACE = 4;  // of lora_kernels/cpu_extension.py: one more when a signature or a meaning here changes
+constexpr int INTERFACE = 5;  // of lora_kernels/cpu_extension.py: one more when a signature or a meaning here changes
 
 using Address = std::uintptr_t;
 
@@ -18,35 +18,45 @@ void keep_rows(Address out, const std::string& dtype, std::int64_t first, std::i
 void drop_rows(Address out, Address in, std::int64_t in_stride, int itemsize, std::int64_t M, std::int64_t K,
                std::int32_t threshold, double scale, std::int64_t seed, std::uint64_t offset, int threads);
 
-// The low-rank part of a linear layer, of matrices with adjacent rows, and the mask of its dropout, with threshold 0 none.
+// A matrix of float32, bfloat16, float16 or float64: its rows are `stride` elements apart, their elements adjacent. Address 0: none.
+struct Rows {
+  enum Type { FLOAT, BFLOAT16, HALF, DOUBLE };
+  Address address = 0;
+  std::int64_t stride = 0;
+  Type type = FLOAT;
+  Rows() = default;
+  Rows(Address address, std::int64_t stride, Type type) : address(address), stride(stride), type(type) {}
+  Rows(Address address, std::int64_t stride, const std::string& dtype);
+  Address at(std::int64_t row, std::int64_t column) const {
+    return address + (row * stride + column) * (type == DOUBLE ? 8 : type == FLOAT ? 4 : 2);
+  }
+};
+
+// The low-rank part of a linear layer, and the mask of its dropout, with threshold 0 none. It is computed in double if x, A or B is
+// of that type, else in float.
 struct LowRank {
-  Address x, A, B;  // [M, K], [R, K], [N, R]
+  Rows x, A, B;  // [M, K], [R, K], [N, R]
   std::int64_t M, K, N, R;
   double s, scale;  // scale: of the values that dropout keeps
   std::int32_t threshold;
   std::int64_t seed;
   std::uint64_t offset;
-  int itemsize;  // of all elements: 4 (float) or 8 (double)
+  std::int64_t first;  // the mask's row of x's first one
 };
 
-// h[M, R] = drop(x) * A^T, y[M, N] += s * h * B^T.
-void low_rank_forward(const LowRank& term, Address y, Address h, int threads);
+// h[M, R] = drop(x) * A^T, y[M, N] = s * h * B^T + c[1, N], or where `add` y += s * h * B^T. The same bits for any number of threads.
+void low_rank_forward(const LowRank& term, const Rows& c, const Rows& y, bool add, const Rows& h, int threads);
 
-// dx[M, K] = dy * W + undrop(g * A), to which dx is only added up if W is 0; dA[R, K], dB[N, R] and dc[N]; each unless its own
-// address is 0. g = s * dy * B.
-void low_rank_backward(const LowRank& term, Address W, Address dy, Address h, Address dx, Address dA, Address dB, Address dc,
-                       int threads);
-
-// A matrix of float32, bfloat16 or float16: its rows are `stride` elements apart, their elements adjacent. Address 0: none.
-struct Rows {
-  enum Type { FLOAT, BFLOAT16, HALF };
-  Address address = 0;
-  std::int64_t stride = 0;
-  Type type = FLOAT;
-  Rows() = default;
-  Rows(Address address, std::int64_t stride, const std::string& dtype);
-  Address at(std::int64_t row, std::int64_t column) const;
+// What low_rank_backward reads and writes; each result unless its own address is 0.
+struct LowRankGradients {
+  Rows W, dy, h;        // [N, K], [M, N], [M, R]; W and dy of the type that is computed in, where W is there
+  Rows dx, dA, dB, dc;  // [M, K], [R, K], [N, R], [1, N]
+  bool add;             // to dx
 };
+
+// dx (+)= undrop(g * A) + dy * W, without the latter where W is not there; dA, dB and dc. g = s * dy * B. The same bits for any number
+// of threads.
+void low_rank_backward(const LowRank& term, const LowRankGradients& to, int threads);
 
 // The matrices of act(e) * u, each [rows, columns]; without e: act(u). a is da in the backward pass, which writes de and du.
 struct Glu {

@@ -9,7 +9,7 @@
 
 #include "cpu.h"
 #include "mask.h"
-#include "numbers.h"
+#include "rows.h"
 
 namespace lora_kernels::cpu {
 namespace {
@@ -112,36 +112,15 @@ struct Relu2 {
 
 // ---- tiles ----
 
-template <typename T>
-INLINE void read_as(float (&tile)[TILE], Address from, std::int64_t count) {
-  const T* in = reinterpret_cast<const T*>(from);
-  if (count == TILE)
-    for (int i = 0; i < TILE; ++i) tile[i] = as_float(in[i]);
-  else
-    for (int i = 0; i < TILE; ++i) tile[i] = i < count ? as_float(in[i]) : 0.0f;
-}
-
-template <typename T>
-INLINE void write_as(const float (&tile)[TILE], Address to, std::int64_t count) {
-  T* out = reinterpret_cast<T*>(to);
-  if (count == TILE)
-    for (int i = 0; i < TILE; ++i) round_to(out[i], tile[i]);
-  else
-    for (int i = 0; i < count; ++i) round_to(out[i], tile[i]);
-}
-
 INLINE void read(float (&tile)[TILE], const Rows& rows, std::int64_t row, std::int64_t column, std::int64_t count) {
-  const Address from = rows.at(row, column);
-  if (rows.type == Rows::FLOAT) return read_as<float>(tile, from, count);
-  if (rows.type == Rows::BFLOAT16) return read_as<BFloat16>(tile, from, count);
-  read_as<Half>(tile, from, count);
+  if (count == TILE) return read_row(tile, rows, row, column, TILE);
+  for (int i = 0; i < TILE; ++i) tile[i] = 0.0f;
+  read_row(tile, rows, row, column, count);
 }
 
 INLINE void write(const float (&tile)[TILE], const Rows& rows, std::int64_t row, std::int64_t column, std::int64_t count) {
-  const Address to = rows.at(row, column);
-  if (rows.type == Rows::FLOAT) return write_as<float>(tile, to, count);
-  if (rows.type == Rows::BFLOAT16) return write_as<BFloat16>(tile, to, count);
-  write_as<Half>(tile, to, count);
+  if (count == TILE) return write_row(tile, rows, row, column, TILE);
+  write_row(tile, rows, row, column, count);
 }
 
 template <typename Act>
@@ -212,21 +191,6 @@ std::invalid_argument unknown(const std::string& activation) {
 }
 
 }  // namespace
-
-Rows::Rows(Address address, std::int64_t stride, const std::string& dtype) : address(address), stride(stride) {
-  if (dtype == "float32")
-    type = FLOAT;
-  else if (dtype == "bfloat16")
-    type = BFLOAT16;
-  else if (dtype == "float16")
-    type = HALF;
-  else
-    throw std::invalid_argument("Rows: got dtype " + dtype + ", expected float32, bfloat16 or float16");
-}
-
-Address Rows::at(std::int64_t row, std::int64_t column) const {
-  return address + (row * stride + column) * (type == FLOAT ? 4 : 2);
-}
 
 void glu_forward(const Glu& t, const std::string& activation, int threads) {
   if (activation == "silu") return for_each_part(t, threads, forward_Silu);

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && X86_64_LEVEL != 1
 #define HAVE_AVX2  // in the compiler; whether the CPU has it is asked when the library is loaded
 #include <immintrin.h>
 #endif

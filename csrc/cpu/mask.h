@@ -5,11 +5,20 @@
 
 #define INLINE inline __attribute__((always_inline))
 
-// The compiler makes a version for each of these, and the one for this CPU is taken when the library is loaded.
+// The compiler makes a version for each of these, and the one for this CPU is taken when the library is loaded; X86_64_LEVEL, if it
+// is defined, asks for one alone: 1 (plain C++), 3 (AVX2) or 4 (AVX-512).
 #if defined(FOR_EACH_CPU)
+#elif X86_64_LEVEL == 1
+#define FOR_EACH_CPU
+#elif X86_64_LEVEL == 3
+#define FOR_EACH_CPU __attribute__((target("arch=x86-64-v3")))
+#elif X86_64_LEVEL == 4
+#define FOR_AVX512 __attribute__((target("arch=x86-64-v4")))
+#define FOR_EACH_CPU FOR_AVX512
 #elif !defined(__x86_64__) || !defined(__linux__)
 #define FOR_EACH_CPU
 #elif __GNUC__ >= 12
+#define FOR_AVX512 __attribute__((target("arch=x86-64-v4")))  // for loops in vectors of 64 bytes
 #define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))

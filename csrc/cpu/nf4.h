@@ -6,7 +6,7 @@
 #include "cpu.h"
 #include "numbers.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && X86_64_LEVEL != 1 && X86_64_LEVEL != 3
 #define HAVE_AVX512  // and the compiler can shuffle by a vector
 #endif
 

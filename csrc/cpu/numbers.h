@@ -25,7 +25,7 @@ struct Half {
   std::uint16_t bits;
 };
 
-INLINE void round_to(double& out, float value) { out = value; }
+INLINE void round_to(double& out, double value) { out = value; }
 INLINE void round_to(float& out, float value) { out = value; }
 
 INLINE void round_to(BFloat16& out, float value) {

@@ -14,5 +14,5 @@ def _load(backend: str, operation: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{backend}.{operation}")
 
 
-for _name in ("cuda", "triton", "torch"):
+for _name in ("cuda", "triton", "cpu", "torch"):
     register(_name, functools.partial(_load, _name))

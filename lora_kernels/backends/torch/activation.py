@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import cpu_extension
-from ...dtypes import dtype_name
+from ...cpu_extension import rows as rows_of
 from ...mask import row_chunks
 from .engine import part, to
 
@@ -41,7 +41,7 @@ def gated(e: Tensor | None, u: Tensor, activation: str, out: Tensor | None = Non
         out = torch.empty_like(u, memory_format=torch.contiguous_format)
     if _native(e, u, out):
         extension, threads = cpu_extension.extension, torch.get_num_threads()
-        extension.glu_forward(activation, *u.shape, _rows(out), _rows(e), _rows(u), threads)
+        extension.glu_forward(activation, *u.shape, rows_of(out), rows_of(e), rows_of(u), threads)
         return out
     act, chunks = ACTIVATIONS[activation].value, row_chunks(len(u), u.shape[1], u.device)
     for rows in chunks:
@@ -55,7 +55,7 @@ def gated_backward(da: Tensor, e: Tensor | None, u: Tensor, activation: str, de:
     """Write de = da·u·act'(e) and du = da·act(e), or du = da·act'(u); de or du may be da's own memory."""
     if _native(da, e, u, de, du):
         extension, threads = cpu_extension.extension, torch.get_num_threads()
-        extension.glu_backward(activation, *u.shape, _rows(da), _rows(e), _rows(u), _rows(de), _rows(du), threads)
+        extension.glu_backward(activation, *u.shape, rows_of(da), rows_of(e), rows_of(u), rows_of(de), rows_of(du), threads)
         return
     (act, gradient), chunks = ACTIVATIONS[activation], row_chunks(len(u), u.shape[1], u.device)
     for rows in chunks:
@@ -74,11 +74,6 @@ def _native(*tensors: Tensor | None) -> bool:
     if not cpu_extension.takes(*tensors):
         return False
     return all(t is None or (t.dtype in NATIVE and t.stride(1) == 1) for t in tensors)
-
-
-def _rows(t: Tensor | None) -> object:
-    """t as csrc/cpu takes it."""
-    return None if t is None else cpu_extension.extension.Rows(t.data_ptr(), t.stride(0), dtype_name(t.dtype))
 
 
 def _wide(t: Tensor) -> Tensor:

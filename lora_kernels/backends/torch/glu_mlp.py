@@ -1,11 +1,13 @@
-"""Equations 9 and 10 (reference/glu_mlp.py) between linear layers, which linear.py, whole.py or native.py computes.
+"""Equations 9 and 10 (reference/glu_mlp.py) between linear layers, which linear.py, whole.py or those of backends/cpu compute.
 
 Forward, a = act(e)·u is computed a chunk of rows at a time, which down reads while it is in the cache. Backward, it is computed
 once more, for down's gradients; then de and du take da's memory and a's.
 """
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,6 @@ from ...plan import Call, Plan
 from ...values import Dropout, Grads, LoRAWeights, Needs, following
 from . import linear
 from .activation import gated, gated_backward
-from .engine import ChunkMask
 
 FIELDS = linear.FIELDS
 notes = linear.notes
@@ -24,9 +25,12 @@ notes = linear.notes
 
 def plan(call: Call) -> Plan:
     """PyTorch computes with any tensors that pass the checks."""
-    way = linear.way_of(call) or linear
-    of_way = [functools.partial(function, way) for function in (forward, backward)]
-    return Plan("torch", "the first that can compute this call", *of_way)
+    return Plan("torch", "the first that can compute this call", *through(linear.way_of(call)))
+
+
+def through(way: ModuleType) -> list[Callable[..., Any]]:
+    """Forward and backward, whose linear layers a module computes that has linear.py's two functions."""
+    return [functools.partial(function, way) for function in (forward, backward)]
 
 
 def forward(
@@ -52,22 +56,10 @@ def _down(
     h = None if down.lora_A is None else down.lora_A.new_empty(len(u), down.lora_A.shape[0])
     for rows in chunks:
         a_rows = gated(None if e is None else e[rows], u[rows], activation, a[: rows.stop - rows.start])
-        mask = functools.partial(RowsMask, rows.start)
-        (y[rows],), (h_rows,) = linear.forward(a_rows, (down,), dropout, mask)  # type: ignore[arg-type]
+        (y[rows],), (h_rows,) = way.forward(a_rows, (down,), dropout, first=rows.start)
         if h is not None:
             h[rows] = h_rows
     return y, h
-
-
-class RowsMask(ChunkMask):
-    """keep for rows that begin at row `first` of the mask."""
-
-    def __init__(self, first: int, K: int, dropout: Dropout, member: int, dtype: torch.dtype):
-        super().__init__(K, dropout, member, dtype)
-        self._first = first
-
-    def chunk(self, rows: slice) -> None:
-        super().chunk(slice(self._first + rows.start, self._first + rows.stop))
 
 
 def backward(

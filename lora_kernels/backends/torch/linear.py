@@ -5,6 +5,7 @@ rounded once. x is never copied whole. The factor 1 / (1 - p̂) of dropout is ap
 """
 
 import functools
+import sys
 from types import ModuleType
 
 import torch
@@ -17,7 +18,7 @@ from ...plan import Call, Plan
 from ...values import Dropout, Grads, LoRAWeights, Needs
 from .. import magnitude
 from ..products import columns_together, product_dtype, transposed_product
-from . import native, whole
+from . import whole
 from .engine import (
     ChunkMask,
     add_backward_product,
@@ -38,15 +39,13 @@ def plan(call: Call) -> Plan:
     """PyTorch computes with any tensors that pass the checks."""
     why = "the first that can compute this call"
     way = way_of(call)
-    functions = (way.forward, way.backward) if way else (forward, backward)
+    functions = way.forward, way.backward
     return Plan("torch", why, *(magnitude.around(functions, STEPS) if "magnitude" in call.fields else functions))
 
 
-def way_of(call: Call) -> ModuleType | None:
-    """The module that computes a call's layers whole; None: this one, in chunks."""
-    if not whole.fits(call):
-        return None
-    return native if native.fits(call) else whole
+def way_of(call: Call) -> ModuleType:
+    """The module that computes a call's layers: whole, or this one, in chunks."""
+    return whole if whole.fits(call) else sys.modules[__name__]
 
 
 def notes(device: torch.device) -> list[str]:
@@ -56,15 +55,18 @@ def notes(device: torch.device) -> list[str]:
 
 
 def forward(
-    x: Tensor, members: tuple[LoRAWeights, ...], dropout: Dropout | None, mask: type[ChunkMask] = ChunkMask
+    x: Tensor, members: tuple[LoRAWeights, ...], dropout: Dropout | None, mask: type[ChunkMask] = ChunkMask, first: int = 0
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """Equations 1 and 2: every member's y[M,N] in x's dtype, and its h[M,R] in A's. mask: who makes dropout's."""
-    pairs = [_forward_of(x, member, dropout, i, mask) for i, member in enumerate(members)]
+    """Equations 1 and 2: every member's y[M,N] in x's dtype, and its h[M,R] in A's.
+
+    mask: who makes dropout's; first: its row of x's first one.
+    """
+    pairs = [_forward_of(x, member, dropout, i, mask, first) for i, member in enumerate(members)]
     return tuple([y for y, _ in pairs]), tuple([h for _, h in pairs])
 
 
 def _forward_of(
-    x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: int, mask: type[ChunkMask]
+    x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: int, mask: type[ChunkMask], first: int
 ) -> tuple[Tensor, Tensor | None]:
     """(y, h) of one member."""
     W, A, B, c, s, _ = member
@@ -82,7 +84,7 @@ def _forward_of(
         if keep is None or dropout is None:
             h = F.linear(xw, Aw)  # 1
         else:
-            keep.chunk(rows)
+            keep.chunk(slice(first + rows.start, first + rows.stop))
             h = F.linear(keep.dropped(xw), Aw).mul_(keep_scale(dropout.p))  # 1
         h = to(h, A.dtype)
         return h, F.linear(to(h, work) * s, Bw, cw)
