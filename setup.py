@@ -128,10 +128,11 @@ class Build(build_ext):
 def extensions() -> list[Extension]:
     found = []
     try:
-        from pybind11.setup_helpers import Pybind11Extension
+        from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
     except ImportError:
         print(f"lora_kernels: {CPU} is skipped: the Python package 'pybind11' is not installed", flush=True)
     else:
+        ParallelCompile(default=0).install()  # a processor each: one alone takes a minute
         found.append(
             Pybind11Extension(
                 CPU,

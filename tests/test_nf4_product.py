@@ -52,9 +52,8 @@ def weight(quant_type="nf4", blocksize=64, double_quant=True, dtype=torch.bfloat
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("blocksize", [64, 128, 256])
+@pytest.mark.parametrize(("blocksize", "threads"), [(64, 1), (128, 2), (256, 1)])
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("threads", [1, 2])
 def test_unit_vectors_give_the_weight_to_the_bit(products, dtype, quant_type, blocksize, double_quant, threads):
     w = weight(quant_type, blocksize, double_quant)
     dense, before = w.dequantize(dtype), torch.get_num_threads()
@@ -70,9 +69,8 @@ def test_unit_vectors_give_the_weight_to_the_bit(products, dtype, quant_type, bl
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 6, 7, 8, 11, 15, 16, 17, 48])
-@pytest.mark.parametrize("bias", [True, False])
-def test_tokens(products, M, dtype, bias):
-    check(Case(M=M, K=192, N=67, R=4, p=0.2, dtype=dtype, quant_type="nf4", bias=bias))
+def test_tokens(products, M, dtype):
+    check(Case(M=M, K=192, N=67, R=4, p=0.2, dtype=dtype, quant_type="nf4", bias=M % 2 == 1))
     assert M in products
 
 
