@@ -103,10 +103,11 @@ def numbers(start: int, stop: int, device: torch.device) -> Tensor:
     return torch.arange(start, stop, device=device) | 0
 
 
-def lanes(rows: slice, K: int, seed: Tensor, offset: int) -> Tensor:
+def lanes(rows: slice | Tensor, K: int, seed: Tensor, offset: int) -> Tensor:
     """The lane of each row and column, less 32768: int16[rows, K], valid until the thread's next lanes."""
-    M, device = rows.stop - rows.start, seed.device
-    column, row = numbers(0, -(-K // LANES), device), numbers(rows.start, rows.stop, device)[:, None]
+    device = seed.device
+    row = (numbers(rows.start, rows.stop, device) if isinstance(rows, slice) else rows)[:, None]
+    column, M = numbers(0, -(-K // LANES), device), len(row)
     offset_low, offset_high = (torch.full((), half, device=device) for half in (offset & _LOW, offset >> 32))
     work = scratch("philox", 6 * M * len(column), torch.int64, seed).view(6, M, len(column))
     words = scratch("words", 4 * M * len(column), torch.int32, seed).view(M, len(column), 4)
@@ -117,30 +118,34 @@ def lanes(rows: slice, K: int, seed: Tensor, offset: int) -> Tensor:
 
 
 class KeepRows:
-    """keep(seed, row, column) for slices of rows: [rows, K] ones and zeros, valid until the thread's next mask."""
+    """keep(seed, row, column) for rows in a slice or in a tensor of their numbers: [rows, K] ones and zeros, valid until the
+    thread's next mask.
+    """
 
     def __init__(self, K: int, p: float, seed: Tensor, *, offset: int = 0, dtype: torch.dtype = torch.bool):
         self.K, self.threshold, self.seed, self.offset, self.dtype = K, threshold(p), seed, offset, dtype
 
-    def __call__(self, rows: slice) -> Tensor:
-        M = rows.stop - rows.start
+    def __call__(self, rows: slice | Tensor) -> Tensor:
+        M = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         keep = scratch("keep", M * self.K, self.dtype, self.seed).view(M, self.K)
-        if cpu_extension.takes(self.seed):
-            cpu_extension.extension.keep_rows(
-                keep.data_ptr(),
-                dtype_name(self.dtype),
-                rows.start,
-                M,
-                self.K,
-                self.threshold,
-                self.seed.item(),
-                self.offset,
-                torch.get_num_threads(),
-            )
+        if cpu_extension.takes(self.seed, None if isinstance(rows, slice) else rows):
+            about = self.K, self.threshold, self.seed.item(), self.offset, torch.get_num_threads()
+            for at, first, number in runs(rows):
+                where = keep.data_ptr() + at * self.K * self.dtype.itemsize
+                cpu_extension.extension.keep_rows(where, dtype_name(self.dtype), first, number, *about)
             return keep
         if self.threshold == LANE_RANGE:  # the one threshold that int16 cannot hold
             return keep.zero_()
         return torch.ge(lanes(rows, self.K, self.seed, self.offset), self.threshold - LANE_RANGE // 2, out=keep)
+
+
+def runs(rows: slice | Tensor) -> list[tuple[int, int, int]]:
+    """(place, first row, number) of each run of consecutive rows: those of a sequence lie together."""
+    if isinstance(rows, slice):
+        return [(0, rows.start, rows.stop - rows.start)]
+    ends = [*((rows[1:] - rows[:-1] != 1).nonzero().flatten() + 1).tolist(), len(rows)]
+    starts = [0, *ends[:-1]]
+    return [(a, first, b - a) for a, b, first in zip(starts, ends, rows[starts].tolist(), strict=True)] if len(rows) else []
 
 
 def dropout_mask(

@@ -122,13 +122,13 @@ class Plan(NamedTuple):
 
 
 def layout(value: Any) -> Any:
-    """The Layout of a tensor or a 4-bit weight; any other value is itself."""
+    """The Layout of a tensor or a 4-bit weight; the kind of Rows; any other value is itself."""
     if isinstance(value, Tensor):
         return Layout(value.shape, value.stride(), value.dtype, value.data_ptr() % 16 == 0, type(value) in PLAIN)
     if hasattr(value, "quant_type"):
         plain = all(type(t) in PLAIN for t in value.tensors().values())
         return Layout(value.shape, (), value.dtype, value.codes.data_ptr() % 16 == 0, plain, value.quant_type)
-    return value
+    return value.kind if hasattr(value, "kind") else value
 
 
 def describe(
@@ -147,7 +147,8 @@ def describe(
         fields |= {name for name, value in zip(member._fields, member, strict=True) if value is not defaults.get(name, ...)}
         layouts.append(member._make([layout(value) for value in member]))
     p, offset = (0.0, 0) if dropout is None else (dropout.p, dropout.offset)
-    return Call(operation, setting, x.device, dtype, layout(x), tuple(layouts), p, offset, options, frozenset(fields))
+    own = tuple([layout(option) for option in options])
+    return Call(operation, setting, x.device, dtype, layout(x), tuple(layouts), p, offset, own, frozenset(fields))
 
 
 state = 0  # of the backends: another number means that they may answer a Call in another way

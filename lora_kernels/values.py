@@ -30,6 +30,15 @@ class LoRAWeights(NamedTuple):
     magnitude: Tensor | None = None
 
 
+class LoRAAdapter(NamedTuple):
+    """s·drop(x)·Aᵀ·Bᵀ, one of several over a shared weight: lora_A[R, K], lora_B[N, R], scaling s, a float or a 0-d tensor."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float | Tensor = 1.0
+    dropout_p: float = 0.0
+
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")  # of an MLP; what each is: reference/activation.py
 
 
@@ -44,6 +53,22 @@ class Dropout(NamedTuple):
 def following(dropout: Dropout | None, number: int) -> Dropout | None:
     """That of a call whose member 0 is this one's member `number`."""
     return dropout if dropout is None or number == 0 else dropout._replace(offset=dropout.offset + number)
+
+
+class Rows(NamedTuple):
+    """What a call reads of `Segments`; order is None where x is sorted by segment.
+
+    host: offsets on the CPU; None where the host does not know them, or a compiled graph must not depend on them.
+    """
+
+    offsets: Tensor
+    order: Tensor | None
+    host: Tensor | None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What a plan may depend on: nothing that differs from step to step."""
+        return "rows", self.offsets.shape, self.offsets.device, self.order is None, self.host is None
 
 
 class Needs(NamedTuple):
@@ -76,7 +101,7 @@ class Flat(NamedTuple):
 
 
 CLASSES: dict[str, Callable[..., Any]] = {
-    **{c.__name__: c for c in (LoRAWeights, Dropout, Needs)},
+    **{c.__name__: c for c in (LoRAWeights, Dropout, Needs, Rows)},
     "NF4Weight": lambda *fields: NF4Weight.from_fields(fields),
 }
 DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}

@@ -18,11 +18,13 @@ Members = tuple[LoRAWeights, ...]
 class Operation(NamedTuple):
     """An operation on x[..., K] and its members, whose results are [M, ·] tensors.
 
+    Options are hashable values, or `Rows`, whose tensors are saved whole.
+
     name: its basename in every layer. public: the function that users call, for messages.
     check(x, members, dropout, *options): raises for arguments that do not fit.
     shapes(x, members, *options) -> (shapes of the results; of what is saved (shape, dtype), with None for the results' dtype,
         or None for what this call does not have). There is one result for each member, or a single one.
-    kept(x, members, saved, dropout, needs): the same four with None for whatever no wanted gradient reads.
+    kept(x, members, saved, dropout, needs): these four with None for whatever no wanted gradient reads.
     gradient_shapes(grads, x, members, saved, needs) -> (shape, dtype) of each wanted gradient in order.
     """
 

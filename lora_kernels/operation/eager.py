@@ -55,10 +55,10 @@ class OperationFunction(torch.autograd.Function):
     def forward(ctx: Any, prepared: Prepared, arguments: tuple[Any, ...], *own: Tensor) -> tuple[Tensor, ...]:
         x, members, dropout, options = arguments  # in a tuple, which hides them from autograd: it is to see `own` alone
         results, saved = _forward(prepared, x, members, dropout, options)
-        tensors, ctx.numbers = prepared.saved(x, members, saved, dropout)
+        tensors, ctx.numbers = prepared.saved(x, members, saved, dropout, options)
         ctx.save_for_backward(*tensors)  # a setup_context of its own would cost 50 µs per call (torch 2.13)
         ctx.set_materialize_grads(False)
-        ctx.prepared, ctx.options, ctx.shape = prepared, options, x.shape
+        ctx.prepared, ctx.shape = prepared, x.shape
         return results
 
     @staticmethod
@@ -70,9 +70,9 @@ class OperationFunction(torch.autograd.Function):
         if torch._C._functorch.is_legacy_batchedtensor(present[0]):  # is_grads_batched
             refuse(prepared.operation.public, "a backward pass of several gradients at once does")
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = functools.partial(_backward, prepared, ctx.numbers, ctx.options, ctx.shape)
+            gradients = functools.partial(_backward, prepared, ctx.numbers, ctx.shape)
             return None, None, *DifferentiableOnce.apply(prepared.operation.public, gradients, *grads, *ctx.saved_tensors)
-        return None, None, *_backward(prepared, ctx.numbers, ctx.options, ctx.shape, *grads, *ctx.saved_tensors)
+        return None, None, *_backward(prepared, ctx.numbers, ctx.shape, *grads, *ctx.saved_tensors)
 
 
 # Function.apply without its look for a setup_context and for torch.func's wrappers, which are refused above: 3 µs of Python
@@ -80,12 +80,12 @@ _apply = super(torch.autograd.Function, OperationFunction).apply
 
 
 def _backward(
-    prepared: Prepared, numbers: list[float], options: tuple[Any, ...], shape: torch.Size, *tensors: Tensor | None
+    prepared: Prepared, numbers: list[float], shape: torch.Size, *tensors: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The wanted gradients in order, from those of the results and what was saved; x had this shape."""
     count = prepared.results
     dys, form = tensors[:count], prepared.form
-    x, members, saved, dropout = form.build(tensors[count:], numbers)  # type: ignore[union-attr]
+    x, members, saved, dropout, options = form.build(tensors[count:], numbers)  # type: ignore[union-attr]
     dtype, needs = prepared.dtype, prepared.needs if count == 1 else used(prepared.needs, dys)
     x, members = None if x is None else rows_of(x, dtype), members if prepared.as_is else in_dtype(members, dtype)
     if not torch._C._is_any_autocast_enabled():

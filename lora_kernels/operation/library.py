@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import plan as registry
 from ..dtypes import wide_dtype, without_autocast
 from ..plan import choose, describe
-from ..values import Dropout, LoRAWeights, flatten, unflatten
+from ..values import Dropout, LoRAWeights, Rows, flatten, unflatten
 from .definition import OPERATIONS, Members, Operation, in_dtype, no_second_derivative, rows_of, seeded
 from .gradients import in_order, keys, like_leaves, like_of, places, used, wanted
 
@@ -27,6 +27,7 @@ def call(
 ) -> tuple[Tensor, ...]:
     """The operation's results, by its registered operator."""
     members = tuple([_with_tensor_scaling(m, wide_dtype(dtype), x.device) for m in members])
+    options = tuple([unread(option) if isinstance(option, Rows) else option for option in options])
     pieces = flatten((registry.setting, dtype, x, members, dropout, options))
     results = getattr(torch.ops.lora_kernels, operation.name)(*pieces)
     return tuple(results[: len(operation.shapes(x, members, *options)[0])])
@@ -37,6 +38,11 @@ def _with_tensor_scaling(member: LoRAWeights, dtype: torch.dtype, device: torch.
     s = member.scaling if isinstance(member.scaling, Tensor) else torch.full((), member.scaling, dtype=dtype, device=device)
     values: list[Any] = [s if name == "scaling" else v for name, v in zip(LoRAWeights._fields, member, strict=True)]
     return LoRAWeights(*values)
+
+
+def unread(rows: Rows) -> Rows:
+    """A graph serves segments of any sizes, and so cannot leave a gradient out: that of one without rows is zeros."""
+    return Rows(rows.offsets, rows.order, None)
 
 
 _library = torch.library.Library("lora_kernels", "DEF")
@@ -84,10 +90,10 @@ def register(operation: Operation) -> Operation:
         needs, (results, kinds) = wanted(x, members), operation.shapes(x, members, *options)
         count, present = len(results), iter(output[len(results) :])
         saved = tuple([None if kind is None else next(present) for kind in kinds])
-        kept, *ctx.pieces = flatten(operation.kept(x, members, saved, dropout, needs))
+        kept, *ctx.pieces = flatten((*operation.kept(x, members, saved, dropout, needs), options))
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.needs, ctx.options, ctx.count = (setting, dtype), needs, options, count
+        ctx.call, ctx.needs, ctx.count = (setting, dtype), needs, count
         ctx.like, ctx.shape = like_of(x, members, keys(needs)), x.shape
         ctx.places, ctx.inputs = places(members, needs), len(inputs[0])
         ctx.no_numbers = None if inputs[1] else []  # an empty list counts as one of tensors
@@ -97,8 +103,8 @@ def register(operation: Operation) -> Operation:
         dys = tuple(grads[: ctx.count])
         if ctx.like and any(dy is not None for dy in dys):
             needs = used(ctx.needs, dys)
-            kept = unflatten(ctx.saved_tensors, *ctx.pieces)
-            pieces = flatten((*ctx.call, dys, *kept, needs, ctx.options))
+            *kept, options = unflatten(ctx.saved_tensors, *ctx.pieces)
+            pieces = flatten((*ctx.call, dys, *kept, needs, options))
             grads_of = dict(zip(keys(needs), getattr(torch.ops.lora_kernels, f"{name}_backward")(*pieces), strict=True))
             found = like_leaves([grads_of.get(key) for key in keys(ctx.needs)], ctx.like, ctx.shape)
             for place, grad in zip(ctx.places, found, strict=True):

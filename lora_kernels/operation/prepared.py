@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import plan as registry
 from ..dtypes import autocast_dtype
 from ..nf4 import NF4Weight
-from ..plan import choose, describe
+from ..plan import choose, describe, layout
 from ..values import Dropout, Form, LoRAWeights, Needs, flatten, form_of
 from .definition import Members, Operation, compute_dtype, in_dtype, rows_of
 from .gradients import keys, like_of, wanted
@@ -43,11 +43,14 @@ class Prepared:
         self.plan = choose(describe(operation.name, registry.setting, self.dtype, rows, read, dropout, options))
         self.form: Form | None = None  # of what is saved for the backward pass, known from the first call on
 
-    def saved(self, x: Tensor, members: Members, saved: tuple, dropout: Dropout | None) -> tuple[list[Tensor], list[float]]:
-        """The tensors and numbers that the wanted gradients read, of which `form` makes the four again."""
+    def saved(
+        self, x: Tensor, members: Members, saved: tuple, dropout: Dropout | None, options: tuple[Any, ...]
+    ) -> tuple[list[Tensor], list[float]]:
+        """The tensors and numbers that the wanted gradients read, of which `form` makes the five again."""
         if self.form is None:
-            self.form = form_of(flatten(self.operation.kept(x, members, saved, dropout, self.needs)).text)
-        return self.form.read((x, members, saved, dropout))
+            kept = self.operation.kept(x, members, saved, dropout, self.needs)
+            self.form = form_of(flatten((*kept, options)).text)
+        return self.form.read((x, members, saved, dropout, options))
 
 
 def prepare(operation: Operation, x: Tensor, members: Members, dropout: Dropout | None, options: tuple[Any, ...]) -> Prepared:
@@ -83,7 +86,8 @@ def _kind(operation: Operation, x: Tensor, members: Members, dropout: Dropout | 
                 fields.append(value if value is None else _field(value, default))
     drop = None if dropout is None else (dropout.p, dropout.offset)
     narrow = autocast_dtype(x.device) if torch._C._is_any_autocast_enabled() else None
-    return operation.name, registry.setting, registry.state, torch.is_grad_enabled(), narrow, own, tuple(fields), drop, options
+    about = operation.name, registry.setting, registry.state, torch.is_grad_enabled(), narrow
+    return *about, own, tuple(fields), drop, tuple([layout(option) for option in options]) if options else options
 
 
 def _field(value: Any, default: Any) -> Any:
