@@ -3,6 +3,7 @@
 from .functional.dora import dora_norm
 from .functional.eggroll import eggroll_gradient, eggroll_linear
 from .functional.glu_mlp import lora_glu_mlp
+from .functional.grouped_linear import lora_grouped_linear, multi_lora_linear
 from .functional.linear import backend_report, lora_linear, lora_linear_group
 from .functional.nf4 import dequantize_nf4, quantize_nf4
 from .integrations.peft import AccelerationReport, accelerate, accelerated, restore
@@ -27,7 +28,8 @@ from .models.surgery import LoRAReport, add_lora, remove_lora
 from .models.switching import delete_adapter, set_adapter
 from .nf4 import NF4Weight
 from .plan import use_backend
-from .values import LoRAWeights
+from .segments import Segments
+from .values import LoRAAdapter, LoRAWeights
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ __all__ = [
     "AdaLoRAConfig",
     "BlockReport",
     "Eggroll",
+    "LoRAAdapter",
     "LoRAConfig",
     "LoRALinear",
     "LoRAReport",
@@ -43,6 +46,7 @@ __all__ = [
     "LoadedAdapter",
     "NF4Weight",
     "RankAllocator",
+    "Segments",
     "accelerate",
     "accelerated",
     "adapter_checkpoints",
@@ -60,12 +64,14 @@ __all__ = [
     "load_adapter",
     "load_lora_state_dict",
     "lora_glu_mlp",
+    "lora_grouped_linear",
     "lora_linear",
     "lora_linear_group",
     "lora_parameters",
     "lora_plus_param_groups",
     "lora_state_dict",
     "merge_lora",
+    "multi_lora_linear",
     "orthogonality_loss",
     "quantize_nf4",
     "remove_lora",

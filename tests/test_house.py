@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_kernels"
 LAYERS = (  # from the top: a file imports from its own layer and those after it
     *("__main__", "cli", "commands", "lora_kernels", "integrations", "models", "layers", "cases", "functional", "operation"),
-    *("backends", "reference", "values", "nf4", "normal", "mask", "plan", "cpu_extension", "scratch", "dtypes"),
+    *("backends", "reference", "values", "segments", "nf4", "normal", "mask", "plan", "cpu_extension", "scratch", "dtypes"),
 )
 LONGER: dict[str, str] = {}  # file -> the reason why it has more than 300 lines
 

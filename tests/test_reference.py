@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from segments_accuracy import FORMS
 
 from lora_kernels import dropout_mask
 from lora_kernels.cases.linear import Case
 from lora_kernels.functional.nf4 import quantize
 from lora_kernels.mask import keep_scale
-from lora_kernels.reference import linear, nf4
+from lora_kernels.reference import grouped_linear, linear, nf4
 from lora_kernels.values import Dropout, LoRAWeights, Needs
 
 FIELDS = ("weight", "lora_A", "lora_B", "bias")
@@ -28,6 +29,23 @@ def test_backward_is_the_derivative_of_forward(count, p):
         dx, grads = linear.backward(dys, x, members, hs, dropout, Needs(True, (FIELDS,) * count))
     found = [dx, *(grad[field] for grad in grads for field in FIELDS)]
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("form", FORMS)
+def test_segments_backward_is_the_derivative_of_their_forward(form, p):
+    case, own = FORMS[form]
+    problem = case(M=12, K=9, N=5, p=p, sizes=(4, 0, 3, 2), dtype=torch.float64, needs=("x", *FIELDS), **own).draw()
+    members, about = tuple(problem.members.values()), (problem.case.rows(), problem.case.dropouts())
+    (y,), (h,) = grouped_linear.forward(problem.x, members, problem.dropout(), *about)
+    names = [tuple(f for f in FIELDS if isinstance(getattr(m, f), torch.Tensor)) for m in members]
+    leaves = [getattr(m, f) for m, fields in zip(members, names, strict=True) for f in fields]
+    want = torch.autograd.grad(y, (problem.x, *leaves), problem.dys["y"], allow_unused=True)
+    with torch.no_grad():
+        about = problem.dropout(), Needs(True, tuple(names)), *about
+        dx, grads = grouped_linear.backward((problem.dys["y"],), problem.x, members, (h,), *about)
+    found = [dx, *(grad.get(f) for grad, fields in zip(grads, names, strict=True) for f in fields)]
+    assert all(a is b is None or torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, want, strict=True))
 
 
 def test_only_the_wanted_gradients_come_back():

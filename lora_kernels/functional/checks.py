@@ -18,7 +18,15 @@ def check_member(x: Tensor, member: LoRAWeights, of: str = "", features: int | N
     """
     if not isinstance(member, LoRAWeights):
         raise TypeError(f"{of.rstrip('.')}: got {type(member).__name__}, expected LoRAWeights(weight, lora_A, lora_B, …)")
-    weight, lora_A, lora_B, bias, scaling, magnitude = member
+    check_tensors(x, member, of)
+    _check_shapes(x, member, of, features)
+    check_dtypes(x, member, of)
+    check_scaling(member.scaling, x.device, of)
+
+
+def check_tensors(x: Tensor, member: LoRAWeights, of: str) -> None:
+    """Raise TypeError or ValueError unless all are tensors of floating-point numbers on x's device."""
+    weight, lora_A, lora_B, bias, _, magnitude = member
     tensors: dict[str, Any] = {"x": x}
     if lora_A is not None or lora_B is not None:
         tensors |= {f"{of}lora_A": lora_A, f"{of}lora_B": lora_B}
@@ -41,9 +49,6 @@ def check_member(x: Tensor, member: LoRAWeights, of: str = "", features: int | N
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected bfloat16, float16, float32 or float64")
         if tensor.device != x.device:
             raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {x.device} as x; use {name}.to(x.device)")
-    _check_shapes(x, member, of, features)
-    _check_dtypes(x, member, of)
-    _check_scaling(scaling, x.device, of)
 
 
 def _check_shapes(x: Tensor, member: LoRAWeights, of: str, features: int | None) -> None:
@@ -79,7 +84,8 @@ def _check_shapes(x: Tensor, member: LoRAWeights, of: str, features: int | None)
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {K}] for {of}weight {tuple(weight.shape)}")
 
 
-def _check_dtypes(x: Tensor, member: LoRAWeights, of: str) -> None:
+def check_dtypes(x: Tensor, member: LoRAWeights, of: str) -> None:
+    """Raise TypeError unless the adapters share a dtype, and x, weight and bias one, or all are read as another."""
     weight, A, B, bias, _, _ = member
     if A is not None and B is not None and A.dtype != B.dtype:
         raise TypeError(f"{of}lora_B: got dtype {B.dtype}, expected {A.dtype} as lora_A; use lora_B.to(lora_A.dtype)")
@@ -99,7 +105,8 @@ def _check_dtypes(x: Tensor, member: LoRAWeights, of: str) -> None:
         )
 
 
-def _check_scaling(scaling: float | Tensor, device: torch.device, of: str) -> None:
+def check_scaling(scaling: float | Tensor, device: torch.device, of: str) -> None:
+    """Raise TypeError or ValueError unless it is a number, or a 0-d tensor of one."""
     if not isinstance(scaling, Tensor):
         if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
             raise TypeError(f"{of}scaling: got {type(scaling).__name__}, expected a float or a 0-d tensor")

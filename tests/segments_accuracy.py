@@ -1,0 +1,50 @@
+"""The tolerance rule over lora_kernels.cases.grouped_linear, and the forms and sizes of segments that its tests run over."""
+
+from typing import Any
+
+import pytest
+import torch
+from kinds import Kind
+from members_accuracy import draw_and_run
+
+from lora_kernels.cases.grouped_linear import GroupedCase, MultiCase, SegmentsCase
+from lora_kernels.cases.rule import violations
+
+FORMS: dict[str, tuple[type[SegmentsCase], dict[str, Any]]] = {
+    "own": (GroupedCase, {}),
+    "shared": (GroupedCase, {"own": ()}),
+    "adapters": (MultiCase, {}),
+}
+SIZES = {
+    "several": (17, (5, 0, 9, 2)),
+    "all in one": (17, (0, 17, 0, 0)),
+    "none in one": (5, (0, 0, 0, 0)),
+    "no rows": (0, (0, 0, 0, 0)),
+    "more segments than rows": (3, (0, 1, 1, 0)),
+    "many": (129, (64, 33, 1, 20)),
+}
+DRAWS = 16  # of a case that breaks the rule in one
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def case_of(form: str, kind: Kind, **options: Any) -> SegmentsCase:
+    """A case of this form; K and N let the blocks of a 4-bit stack end with its segments."""
+    case, own = FORMS[form]
+    four_bits = {"K": 64, "N": 40, "quant_type": kind.quant_type} if kind.quant_type else {}
+    return case(**{**own, **four_bits, **options})
+
+
+def check(case: SegmentsCase) -> None:
+    """Assert the rule, that dtypes are PyTorch's, and that no input was written to.
+
+    Of a segment with one row a gradient may be one number times x, and its error luck: a case that breaks the rule is drawn
+    many times and judged over all its draws.
+    """
+    judged = [draw_and_run(case)]
+    if violations(*judged[0], case.read_dtype):
+        judged += [draw_and_run(case) for _ in range(DRAWS - 1)]
+        results = [
+            {name: torch.cat([draw[name] for draw in draws]) for name in draws[0]} for draws in zip(*judged, strict=True)
+        ]
+        broken = violations(*results, case.read_dtype)
+        assert not broken, f"{case}: {broken}"
