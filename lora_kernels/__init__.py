@@ -22,6 +22,7 @@ from .models.config import LoRAConfig
 from .models.eggroll import Eggroll
 from .models.export import save_merged
 from .models.merging import merge_lora, unmerge_lora
+from .models.mixing import mixed_adapters
 from .models.parameters import lora_parameters, lora_plus_param_groups
 from .models.state_dict import load_lora_state_dict, lora_state_dict
 from .models.surgery import LoRAReport, add_lora, remove_lora
@@ -71,6 +72,7 @@ __all__ = [
     "lora_plus_param_groups",
     "lora_state_dict",
     "merge_lora",
+    "mixed_adapters",
     "multi_lora_linear",
     "orthogonality_loss",
     "quantize_nf4",

@@ -201,11 +201,17 @@ class AdaptedWeight(MergeableWeight):
         if name is not None:
             self._require(name)
             for other in self.adapters:
-                parameters = self._parameters_of(other)
-                if other != name or not any(parameter.requires_grad for parameter in parameters):
-                    for parameter in parameters:
-                        parameter.requires_grad_(other == name)
+                for parameter in self._parameters_of(other) if other != name else ():
+                    parameter.requires_grad_(False)
+            self.make_trainable(name)
         self.active_adapter = name
+
+    def make_trainable(self, name: str) -> None:
+        """Let adapter `name` be trained, if all of its tensors were frozen: one that was frozen on purpose stays so."""
+        parameters = self._parameters_of(name)
+        if not any(parameter.requires_grad for parameter in parameters):
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
     def delete_adapter(self, name: str) -> None:
         """Remove adapter `name`. If it was active, none is. A weight it rewrote is restored, to the rounding of its dtype."""

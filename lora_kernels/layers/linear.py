@@ -15,6 +15,7 @@ from ..values import LoRAWeights
 from .adapters import DEFAULT_ADAPTER, AdaptedWeight
 from .frozen_weight import is_conv1d, is_linear4bit, without_weight
 from .merging import bias_sum
+from .mixed import Mixed, forward_mixed
 from .offload import (
     call_onloaded,
     device_hook,
@@ -46,6 +47,8 @@ class LoRALinear(AdaptedWeight):
 
     The base may be in 4 bits (QLoRA): `from_linear(…, quantize="nf4")`, bitsandbytes' Linear4bit, or a 4-bit state dict.
     """
+
+    mixed: Mixed | None = None  # of the samples of a batch, while mixed_adapters says so
 
     def __init__(
         self,
@@ -190,6 +193,9 @@ class LoRALinear(AdaptedWeight):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
+        if self.mixed is not None:
+            self._refuse_if_merged("mix adapters")
+            return forward_mixed(self, x, self.mixed) if self.mixed.adapters else self._base_forward(x)
         name = self.active_adapter
         if name is None or self._unmerged:
             return self._base_forward(x)
@@ -213,6 +219,8 @@ class LoRALinear(AdaptedWeight):
     def projection(self, x: Tensor) -> Projection | str:
         """What `forward` computes of such an x, or the reason why it alone can."""
         name = self.active_adapter
+        if self.mixed is not None:
+            return "its samples have several adapters"
         if "_hf_hook" in self.__dict__ or "_hf_hook" in self._modules["lora_A"].__dict__:
             return "accelerate's hooks move the layer's tensors"
         if self._unmerged or (name is None and self.initial_term is not None):

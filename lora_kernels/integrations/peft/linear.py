@@ -20,6 +20,7 @@ from ...layers.linear_4bit import nf4_weight
 from ...layers.offload import call_onloaded, forward_is_replaced
 from ...layers.projection import Projection, projection, why_not_called
 from ...values import LoRAWeights
+from . import mixed
 from .parts import NONE_ACTIVE, Parts, dropout_p, fast_parts, modules_of, tensors_of
 from .refusals import is_plain, why_not_input, why_not_parameters, why_not_tensors
 
@@ -38,8 +39,11 @@ class Accelerated:
     """The forward of both classes; it stands before PEFT's class in the order of methods."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts = "extra arguments" if args or kwargs else fast_parts(self)
-        y = parts if isinstance(parts, str) else _computed(self, parts, x)
+        if not args and len(kwargs) == 1 and (names := kwargs.get("adapter_names")) is not None:
+            y = mixed.computed(self, x, names, weights_of)
+        else:
+            parts = "extra arguments" if args or kwargs else fast_parts(self)
+            y = parts if isinstance(parts, str) else _computed(self, parts, x)
         _count(self, y)
         return super().forward(x, *args, **kwargs) if isinstance(y, str) else y  # type: ignore[misc]
 

@@ -43,12 +43,17 @@ def fast_parts(layer: Any) -> Parts | str:
     if layer.merged_adapters:
         return "adapters are merged"
     modules, active = layer._modules, layer.active_adapter  # nn.Module's own look-up takes a µs for each attribute
-    adalora = "lora_E" in modules
-    adapters = modules["lora_A"] if adalora else modules["lora_A"]._modules
+    adapters = modules["lora_A"] if "lora_E" in modules else modules["lora_A"]._modules
     names = [name for name in ([active] if isinstance(active, str) else active) if name in adapters]
     if len(names) != 1:
         return "several active adapters" if names else NONE_ACTIVE
-    name = names[0]
+    return parts_of(layer, names[0])
+
+
+def parts_of(layer: Any, name: str) -> Parts | str:
+    """What the layer computes with by this adapter, active or not, or the reason why PEFT's own forward has to."""
+    modules = layer._modules
+    adalora = "lora_E" in modules
     dropout = modules["lora_dropout"]._modules[name]
     magnitude = _magnitude(layer, name, dropout) if name in layer.lora_variant else None
     if isinstance(magnitude, str):
@@ -62,7 +67,8 @@ def fast_parts(layer: Any) -> Parts | str:
         parts = Parts(modules["base_layer"], *_triplets(A, B, E, ranknum, layer.scaling[name], dropout))
     else:
         lora_B = modules["lora_B"]._modules[name]
-        parts = Parts(modules["base_layer"], adapters[name], lora_B, dropout, layer.scaling[name], magnitude)
+        lora_A = modules["lora_A"]._modules[name]
+        parts = Parts(modules["base_layer"], lora_A, lora_B, dropout, layer.scaling[name], magnitude)
     return _why_not_modules(parts) or parts
 
 
