@@ -10,6 +10,7 @@ from members_accuracy import every_dtype, every_kind
 from segments_accuracy import FORMS, SIZES, case_of, check, every_form
 
 from lora_kernels import LoRAAdapter, Segments, dropout_mask, lora_grouped_linear, lora_linear, multi_lora_linear
+from lora_kernels.backends.torch import grouped_linear
 from lora_kernels.cases.grouped_linear import GroupedCase, MultiCase
 from lora_kernels.cases.members import ours
 
@@ -87,12 +88,29 @@ def test_leading_sizes(kind, shape, device):
     check(case_of("adapters", kind, M=shape, sizes=sizes, p=0.2, device=device))
 
 
+@every_kind
+@every_form
+@pytest.mark.parametrize("most", [1, 4, 7])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_segments_in_several_blocks_of_rows(kind, form, most, dtype, monkeypatch, device):
+    """Blocks begin within segments, and end within them, and where p changes."""
+    monkeypatch.setattr(grouped_linear, "row_chunks", lambda M, width, device: [slice(0, most)])
+    check(case_of(form, kind, M=40, sizes=(9, 0, 21, 4), p=0.5, dtype=dtype, device=device))
+
+
 @pytest.mark.parametrize("form", ["own", "adapters"])
-def test_several_chunks_of_rows(form, device):
-    """Of each segment: their masks begin at their rows, and their rows lie apart."""
-    if device.type == "cpu":
-        case, own = FORMS[form]
-        check(case(M=1100, K=2048, N=8, sizes=(520, 0, 540, 3), p=0.5, device=device, **own))
+def test_a_block_stays_in_the_cache(form, monkeypatch):
+    """Of 4096 columns no more than 256 rows."""
+    lengths, whole = [], grouped_linear.low_rank
+
+    def spying(y, h, x, order, block, dropout):
+        lengths.append(block.place.stop - block.place.start)
+        whole(y, h, x, order, block, dropout)
+
+    monkeypatch.setattr(grouped_linear, "low_rank", spying)
+    case, own = FORMS[form]
+    ours(case(M=600, K=4096, N=8, sizes=(200, 0, 300, 100), needs=(), **own).draw())
+    assert lengths == [256, 256, 88]
 
 
 @every_kind

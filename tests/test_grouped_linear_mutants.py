@@ -7,7 +7,7 @@ import torch
 from segments_accuracy import FORMS
 
 from lora_kernels import use_backend
-from lora_kernels.backends.torch import grouped_linear
+from lora_kernels.backends.torch import grouped_linear, segments
 from lora_kernels.backends.torch.engine import ChunkMask
 from lora_kernels.cases.members import ours, plain, truth
 from lora_kernels.cases.rule import violations
@@ -17,11 +17,11 @@ def of_segments(change):
     """A mistake in what is known of each segment: change(segment, all of them) -> segment."""
 
     def mutate(monkeypatch, original=grouped_linear.segments):
-        def segments(*arguments):
+        def changed(*arguments):
             found = list(original(*arguments))
             yield from [change(segment, found) for segment in found]
 
-        monkeypatch.setattr(grouped_linear, "segments", segments)
+        monkeypatch.setattr(grouped_linear, "segments", changed)
 
     return mutate
 
@@ -67,10 +67,15 @@ def gradients_of_the_next_segment(monkeypatch, original=grouped_linear.into):
     monkeypatch.setattr(grouped_linear, "into", into)
 
 
-def rows_from_0(monkeypatch):
-    """As though each segment began where x does: of h, x and dy."""
-    change = of_segments(lambda s, found: s._replace(place=slice(0, s.place.stop - s.place.start)))
-    change(monkeypatch)
+def rows_where_the_block_begins(monkeypatch, original=grouped_linear.blocks):
+    """Of x and dy: a piece begins where its block does."""
+
+    def blocks(*arguments):
+        for block in original(*arguments):
+            pieces = [piece._replace(within=slice(0, piece.within.stop - piece.within.start)) for piece in block.pieces]
+            yield block._replace(pieces=pieces)
+
+    monkeypatch.setattr(grouped_linear, "blocks", blocks)
 
 
 def no_last_row(monkeypatch):
@@ -80,6 +85,11 @@ def no_last_row(monkeypatch):
 
 def rows_of_none_are_the_last_segments(monkeypatch, original=grouped_linear.ends):
     monkeypatch.setattr(grouped_linear, "ends", lambda rows, M: [*original(rows, M)[:-1], M])
+
+
+def the_last_block_alone(monkeypatch):
+    """Of the gradients of a segment that lies in several."""
+    monkeypatch.setattr(grouped_linear, "total", lambda sum_so_far, part: part)
 
 
 def rows_in_the_order_of_x(monkeypatch):
@@ -93,7 +103,7 @@ MISTAKES = {
     "no scale of dropout": (("own", "shared", "adapters"), a_scale_of_no_dropout),
     "dropout of all segments is the first's": (
         ("adapters",),
-        of_segments(lambda s, found: s._replace(dropout=found[0].dropout)),
+        of_segments(lambda s, found: s._replace(p=found[0].p)),
     ),
     "A of another": (("own", "shared", "adapters"), swapped("lora_A")),
     "B of another": (("own", "shared", "adapters"), swapped("lora_B")),
@@ -101,11 +111,17 @@ MISTAKES = {
     "c of another": (("own",), swapped("bias")),
     "s of another": (("adapters",), swapped("scaling")),
     "gradients of the next": (("own", "shared", "adapters"), gradients_of_the_next_segment),
-    "rows from 0": (("own", "shared", "adapters"), rows_from_0),
+    "rows from where the block begins": (("own", "shared"), rows_where_the_block_begins),
     "the last row left out": (("own", "shared", "adapters"), no_last_row),
     "rows of none are the last's": (("own", "shared", "adapters"), rows_of_none_are_the_last_segments),
+    "the last block alone": (("own", "shared", "adapters"), the_last_block_alone),
     "the order forgotten": (("adapters",), rows_in_the_order_of_x),
 }
+
+
+@pytest.fixture(autouse=True)
+def _blocks_of_few_rows(monkeypatch):
+    monkeypatch.setattr(grouped_linear, "row_chunks", lambda M, width, device: [slice(0, 7)])
 
 
 def case_of(form, **options):
@@ -127,13 +143,13 @@ def test_a_mistake_is_caught(form, name, monkeypatch):
 
 
 def test_codes_or_scales_of_another_segment_are_caught(monkeypatch):
-    original, case = grouped_linear.weight_of, replace(case_of("own"), K=64, N=40, quant_type="nf4")
+    original, case = segments.weight_of, replace(case_of("own"), K=64, N=40, quant_type="nf4")
     problem = case.draw()
     expected, exact = plain(problem), truth(problem)
     assert not violations(ours(problem), expected, exact, case.dtype)
     for field in ("codes", "absmax"):
         monkeypatch.setattr(
-            grouped_linear, "weight_of", lambda W, e, f=field: original(W, e).with_tensors(**{f: getattr(original(W, 0), f)})
+            segments, "weight_of", lambda W, e, f=field: original(W, e).with_tensors(**{f: getattr(original(W, 0), f)})
         )
         assert violations(ours(problem), expected, exact, case.dtype), field
 
