@@ -57,6 +57,10 @@ class Segments(NamedTuple):
         """M, those of no segment among them."""
         return self.order.shape[0]
 
+    def read(self) -> "Segments":
+        """The same, their numbers known to the host, which waits for the device once, and not in each layer that needs them."""
+        return self if self.host is not None else Segments(self.offsets, self.order, self.inverse, self.offsets.cpu())
+
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "Segments":
         """On `device`; what the host knows it keeps."""
         moved = [t.to(device, non_blocking=non_blocking) for t in (self.offsets, self.order, self.inverse)]

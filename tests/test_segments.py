@@ -33,6 +33,8 @@ def test_the_host_keeps_what_it_knows():
     moved = segments.to("meta")
     assert (moved.order.device.type, moved.host) == ("meta", segments.host)
     assert Segments.from_ids(torch.tensor(IDS).to("meta"), 4).host is None
+    assert segments.read() is segments
+    assert torch.equal(segments._replace(host=None).read().host, segments.offsets)
 
 
 def test_elsewhere_an_id_outside_is_one_of_none():

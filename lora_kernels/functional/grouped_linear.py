@@ -68,7 +68,7 @@ def multi_lora_linear(
     The mask of row i is row i of `dropout_mask(M, K, dropout_p of e, seed)`: an adapter that is trained alone over other rows,
     or over the same ones elsewhere in the batch, sees another mask with the same seed.
     The gradients of an adapter without rows are None, so that no optimizer decays it; zeros in a compiled graph, or where
-    the host does not know (`Segments.from_ids` of ids on a GPU: make it of ids on the CPU, and move it).
+    the host does not know, as of ids on a GPU (make the segments of ids on the CPU and move them, or `segments.read()`).
 
     Saves x itself, h [M, the largest R], one seed, the offsets and the order, each only if a wanted gradient reads it.
     Raises TypeError or ValueError, naming adapters[i], for arguments that do not fit, and RuntimeError on a second derivative.
