@@ -1,5 +1,9 @@
 """mixed_adapters: each sample of a batch is computed, and trains, as with its adapter alone."""
 
+import importlib
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -256,3 +260,16 @@ def test_compiled():
     with mixed_adapters(layer, NAMES):
         assert torch.allclose(compiled(x), layer(x), atol=1e-5)
     assert torch.allclose(compiled(x), layer(x), atol=1e-5)
+
+
+def test_the_example_of_three_adapters(monkeypatch, tmp_path, capsys):
+    """bench/three_adapters.py, in few steps; its losses together are those alone."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    example = importlib.import_module("three_adapters")
+    assert example.main(["--steps", "2", "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert [row["task"] for row in found["rows"]] == ["repeat", "reverse", "count"]
+    assert "alone" in capsys.readouterr().out
+    losses = {1: 1.0, 3: 1.002}  # of a task alone, and of three together
+    monkeypatch.setattr(example, "train", lambda names, steps: ({name: [losses[len(names)]] for name in names}, 0.0))
+    assert example.main([]) == 1
