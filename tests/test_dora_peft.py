@@ -282,6 +282,7 @@ def test_checkpoints_compute_the_same_dropout_again():
 
 @pytest.mark.parametrize(("dora_dropout", "lora_dropout"), [("peft", 0.0), ("low_rank", 0.2)])
 def test_torch_compile_in_one_graph(dora_dropout, lora_dropout):
+    torch._dynamo.reset()
     _, model, _ = dora(dora_dropout, lora_dropout=lora_dropout)
     expected, found = model(IDS), []
 
