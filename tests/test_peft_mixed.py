@@ -105,3 +105,26 @@ def test_a_layer_with_none_of_them_is_pefts_base():
     assert report.calls() == {FAST: 1, "no adapter of a mixed batch is the layer's": 1}
     restore(model)
     assert torch.equal(model(x, adapter_names=["c", "__base__"]), expected)
+
+
+def test_x_that_does_not_fit_is_pefts_own_error():
+    model = build().eval()
+    accelerate(model)
+    for x in (torch.randn(5, 63), torch.ones(5, 64, dtype=torch.int64)):
+        messages = []
+        for _ in range(2):
+            with pytest.raises(RuntimeError) as error:
+                model(x, adapter_names=NAMES)
+            messages.append(str(error.value))
+            restore(model)
+        assert messages[0] == messages[1]
+        accelerate(model)
+
+
+def test_an_adapter_of_another_dtype_is_pefts_own():
+    model, x = build().eval(), torch.randn(5, 64)
+    model.base_model.model[0].lora_A["b"].double(), model.base_model.model[0].lora_B["b"].double()
+    expected = model(x, adapter_names=NAMES)
+    report = accelerate(model)
+    assert torch.allclose(model(x, adapter_names=NAMES), expected, atol=1e-5)
+    assert report.calls() == {FAST: 1, "the adapters of a mixed batch differ in dtype": 1}
