@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import Kind
+from kinds import KINDS, Kind
 from members_accuracy import draw_and_run
 
 from lora_kernels.cases.grouped_linear import GroupedCase, MultiCase, SegmentsCase
@@ -24,6 +24,11 @@ SIZES = {
     "many": (129, (64, 33, 1, 20)),
 }
 DRAWS = 16  # of a case that breaks the rule in one
+TORCH = [kind for kind in KINDS if kind.backend == "torch"]
+every_kind = pytest.mark.parametrize("kind", TORCH, ids=str, indirect=True)
+every_dtype = pytest.mark.parametrize(
+    ("kind", "dtype"), [(kind, dtype) for kind in TORCH for dtype in kind.dtypes], ids=str, indirect=["kind"]
+)
 every_form = pytest.mark.parametrize("form", FORMS)
 
 

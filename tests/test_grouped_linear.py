@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kinds import DTYPES
-from members_accuracy import every_dtype, every_kind
-from segments_accuracy import FORMS, SIZES, case_of, check, every_form
+from segments_accuracy import FORMS, SIZES, case_of, check, every_dtype, every_form, every_kind
 
 from lora_kernels import LoRAAdapter, Segments, dropout_mask, lora_grouped_linear, lora_linear, multi_lora_linear
 from lora_kernels.backends.torch import grouped_linear
@@ -115,8 +114,11 @@ def test_a_block_stays_in_the_cache(form, monkeypatch):
 
 @every_kind
 @pytest.mark.parametrize("frozen", [("base",), ("adapter0", "adapter3"), ("base", "adapter0", "adapter1", "adapter2")])
-def test_frozen_adapters(kind, frozen, device):
-    check(case_of("adapters", kind, p=0.3, frozen=frozen, device=device))
+@pytest.mark.parametrize("needs", [("x", "lora_A", "lora_B", "bias"), ("lora_A",), ("lora_B",)])
+def test_frozen_adapters(kind, frozen, needs, device):
+    """Of one block, where p is 0 for all: without x's gradient nothing of a frozen one is there."""
+    for p in (0.0, 0.3):
+        check(case_of("adapters", kind, p=p, frozen=frozen, needs=needs, device=device))
 
 
 @every_kind

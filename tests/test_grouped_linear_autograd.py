@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from members_accuracy import every_kind, saved_bytes
-from segments_accuracy import FORMS, case_of, every_form
+from members_accuracy import saved_bytes
+from segments_accuracy import FORMS, case_of, every_form, every_kind
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad

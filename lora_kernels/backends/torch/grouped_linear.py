@@ -171,22 +171,21 @@ def of_block(
     wanted: list[set[str]],
 ) -> list[dict[str, Tensor]]:
     """The wanted gradients of each piece."""
-    first, i = block.pieces[0].segment.own, numbers(order, block.place)
-    work = work_dtype(dy, *(t for t in (first.lora_B, h) if t is not None))
-    dyw, need_A = to(dy[i], work), any("lora_A" in names for names in wanted)
-    gs = [None] * len(wanted) if dx is None and not need_A else [g_of(dyw, piece, work) for piece in block.pieces]
-    K = 0 if gs[0] is None else (x if dx is None else dx).shape[1]
-    keep = mask_of(dropout, block, K, work, i) if block.p and K else None
+    i, Bs = numbers(order, block.place), [piece.segment.own.lora_B for piece in block.pieces]
+    work = work_dtype(dy, h, next((B for B in Bs if B is not None), None))
+    dyw, needs_g = to(dy[i], work), [dx is not None or "lora_A" in names for names in wanted]
+    gs = [g_of(dyw, piece, work) if needed else None for piece, needed in zip(block.pieces, needs_g, strict=True)]
+    keep = mask_of(dropout, block, (x if dx is None else dx).shape[1], work, i) if block.p and any(needs_g) else None
     if dx is not None:
         in_place = order is None and dx.dtype == work
-        dx_rows = dx[i] if in_place else dx.new_empty(len(dyw), K, dtype=work)
+        dx_rows = dx[i] if in_place else dx.new_empty(len(dyw), dx.shape[1], dtype=work)
         for g, piece in zip(gs, block.pieces, strict=True):
             torch.mm(g, to(piece.segment.own.lora_A, work), out=dx_rows[piece.within])
         if keep is not None:
             keep.undrop_(dx_rows)
         if not in_place:
             dx[i] = to(dx_rows, dx.dtype)
-    if need_A:
+    if any("lora_A" in names for names in wanted):
         xw = to(x[i], work) if keep is None else keep.dropped(to(x[i], work))
     found: list[dict[str, Tensor]] = []
     for g, names, (segment, place, within) in zip(gs, wanted, block.pieces, strict=True):
