@@ -2,11 +2,18 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from members_accuracy import draw_and_run
 from segments_accuracy import SIZES, check
 from triton_interpreter import DEVICE
 
-from lora_kernels import use_backend
+from lora_kernels import LoRAAdapter, Segments, lora_grouped_linear, multi_lora_linear, quantize_nf4, use_backend
+from lora_kernels.backends.triton import grouped_linear
+from lora_kernels.backends.triton.kernels import segments
 from lora_kernels.cases.grouped_linear import GroupedCase, MultiCase
+from lora_kernels.cases.members import ours
+from lora_kernels.cases.rule import violations
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FORMS = {
@@ -37,8 +44,136 @@ def test_dtypes(form: str, dtype: torch.dtype, p: float) -> None:
     check(case(form, dtype=dtype, p=p))
 
 
-@every_form
+@pytest.mark.parametrize("form", ["own", "adapters"])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_sizes(form: str, sizes: str) -> None:
     M, of_segments = SIZES[sizes]
     check(case(form, M=M, sizes=of_segments, p=0.3, dtype=FP16, K=70, N=133))
+
+
+@pytest.mark.parametrize("form", ["own", "adapters"])
+@pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP16, FP32), (FP32, BF16)])
+def test_adapters_of_another_dtype_and_strides(form: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    check(case(form, dtype=dtypes[0], adapter_dtype=dtypes[1], strided=True, p=0.2, bias=False))
+
+
+@pytest.mark.parametrize("form", ["own", "adapters"])
+@pytest.mark.parametrize(
+    "needs", [(), ("x",), ("lora_A",), ("lora_B",), ("bias",), ("weight",), ("x", "lora_A", "lora_B", "weight", "bias")]
+)
+@pytest.mark.parametrize("host", [True, False])
+def test_wanted_gradients(form: str, needs: tuple[str, ...], host: bool) -> None:
+    check(case(form, dtype=FP16, p=0.3, needs=needs, host=host, frozen=("adapter1",) if form == "adapters" else ()))
+
+
+def test_ranks_scalings_and_dropout_of_all() -> None:
+    check(case("own", R=64, p=1.0, dtype=BF16, scaling=torch.tensor(0.5, device=DEVICE)))
+    check(
+        case("adapters", p=1.0, ranks=(64, 1, 17, 4), scalings=(1.0, torch.tensor(-2.0, device=DEVICE), 0.0, 3.0), dtype=FP16)
+    )
+
+
+def test_many_segments_and_rows() -> None:
+    sizes = tuple((7 * i) % 11 for i in range(19))
+    check(case("own", M=sum(sizes) + 5, sizes=sizes, p=0.3, dtype=FP16))
+    check(case("adapters", M=sum(sizes) + 5, sizes=sizes, ranks=(3,) * 19, scalings=(1.0,) * 19, p=0.3, dtype=FP16))
+
+
+@pytest.mark.parametrize("form", ["own", "adapters"])
+def test_the_same_bits_again(form: str) -> None:
+    problem = case(form, M=129, sizes=(64, 33, 1, 20), p=0.3, dtype=FP16).draw()
+    first, again = ours(problem), ours(problem)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_4_bit_weight_is_shared_or_refused() -> None:
+    check(case("shared", K=64, N=40, quant_type="nf4", dtype=FP16, p=0.3))
+    x, W = torch.randn(4, 64, device=DEVICE), quantize_nf4(torch.randn(2, 8, 64, device=DEVICE))
+    A, B = torch.ones(2, 3, 64, device=DEVICE), torch.ones(2, 8, 3, device=DEVICE)
+    own = Segments.from_ids(torch.tensor([0, 0, 1, 1]), 2).to(DEVICE)
+    with pytest.raises(RuntimeError, match="4-bit weights of segments' own are decoded one at a time"):
+        lora_grouped_linear(x, W, A, B, own)
+    wide = LoRAAdapter(torch.ones(65, 64, device=DEVICE), torch.ones(8, 65, device=DEVICE))
+    with pytest.raises(RuntimeError, match="adapters of rank above 64 are ordinary products"):
+        multi_lora_linear(x, torch.ones(8, 64, device=DEVICE), [wide, wide], own)
+
+
+# ---- mistakes ----
+
+tile_of, kept_tile, load_factor = segments.tile_of, segments.kept_tile, segments.load_factor
+
+
+@triton.jit
+def rows_in_sorted_order(offsets, order, i_tile, E, M, BE: tl.constexpr, BM: tl.constexpr):
+    return tile_of(offsets, None, i_tile, E, M, BE, BM)
+
+
+@triton.jit
+def the_segment_before(offsets, order, i_tile, E, M, BE: tl.constexpr, BM: tl.constexpr):
+    e, o_j, inside, o_i = tile_of(offsets, order, i_tile, E, M, BE, BM)
+    return tl.maximum(e - 1, 0), o_j, inside, o_i
+
+
+@triton.jit
+def rows_of_the_next_segment(offsets, order, i_tile, E, M, BE: tl.constexpr, BM: tl.constexpr):
+    e, o_j, _, o_i = tile_of(offsets, order, i_tile, E, M, BE, BM)
+    return e, o_j, o_j < M, o_i
+
+
+@triton.jit
+def dropout_for_all(seed, edge, o_row, column, COLUMNS: tl.constexpr):
+    return kept_tile(seed, tl.where(edge == -1, 1 << 30, edge), o_row, column, COLUMNS)
+
+
+@triton.jit
+def mask_of_the_next_row(seed, edge, o_row, column, COLUMNS: tl.constexpr):
+    return kept_tile(seed, edge, o_row + 1, column, COLUMNS)
+
+
+@triton.jit
+def the_first_adapter(F, e, o_r, o_k, stride_r, stride_k, R, K):
+    return load_factor(F, e * 0, o_r, o_k, stride_r, stride_k, R, K)
+
+
+MISTAKES = [
+    ("tile_of", rows_in_sorted_order), ("tile_of", the_segment_before), ("tile_of", rows_of_the_next_segment),
+    ("kept_tile", dropout_for_all), ("kept_tile", mask_of_the_next_row), ("load_factor", the_first_adapter),
+]  # fmt: skip
+
+
+def broken(of: object) -> bool:
+    torch.manual_seed(0)
+    return bool(violations(*draw_and_run(of), FP16))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels are replaced in the interpreter")
+@pytest.mark.parametrize(("name", "mistake"), MISTAKES, ids=[mistake.__name__ for _, mistake in MISTAKES])
+def test_a_mistake_in_a_kernel_is_caught(name: str, mistake: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = case("adapters", sizes=(5, 4, 6, 1), dtype=FP16, p=0.3)
+    assert not broken(of)
+    monkeypatch.setattr(segments, name, mistake)
+    assert broken(of)
+
+
+def only_the_first_rows(out, u, W, rows):
+    return segments.add_products(out, u, W, rows._replace(offsets=rows.offsets.clone().clamp_(max=3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake"),
+    [
+        ("add_products", only_the_first_rows),
+        ("edge_of", lambda p: segments.KEEP_ALL),
+        ("factors_of", lambda *a: grouped_linear_factors(*a)._replace(s=grouped_linear_factors(*a).keep)),
+    ],
+)
+def test_a_mistake_around_the_kernels_is_caught(name: str, mistake: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = case("own", dtype=FP16, p=0.3)
+    assert not broken(of)
+    grouped_linear.constant.cache_clear()
+    monkeypatch.setattr(grouped_linear, name, mistake)
+    assert broken(of)
+    grouped_linear.constant.cache_clear()
+
+
+grouped_linear_factors = grouped_linear.factors_of

@@ -141,8 +141,9 @@ def form_of(arguments: dict[str, Any], options: dict[str, Any]) -> str:
     form += [f"x{members}"] if (members := sum(arguments.get(f"A{i}") is not None for i in range(3))) > 1 else []
     form += [options["ACT"]] if options.get("ACT", "silu") != "silu" else []
     form += ["nf4"] if "stride_k" in arguments and arguments["W"] is None else []
+    form += ["order"] if arguments.get("order") is not None else []
     form += ["ungated"] if "e" in arguments and arguments["e"] is None else []
-    form += ["dc"] if any(arguments.get(name) is not None for name in ("parts_dc", "parts_dc_up")) else []
+    form += ["dc"] if any(arguments.get(name) is not None for name in ("parts_dc", "parts_dc_up", "sums")) else []
     form += [only for missing, only in (("dx", "dA"), ("parts_dA0", "dx")) if arguments.get(missing, 0) is None]
     return " ".join(form + (["few"] if arguments.get("M") == FEW else []))
 

@@ -29,6 +29,8 @@ def calls(pair: str, R: int, capability: int) -> None:
             products(pair, R, dropouts=(0.1, 0.0) if R == 16 else (0.1,))
         if R in (16, 64):
             norms(pair, R)
+            if best:
+                segment_kernels(pair, R)
     tuning.tiles = tiles
     plan.changed()
     if R == 16:
@@ -123,6 +125,27 @@ def norms(pair: str, R: int) -> None:
     t = tensors(pair, R, FEW)
     for W in (t["W"], weight_of_4_bits(t["W"])) if R == 16 else (t["W"],):
         row_norm(W, t["A"], t["B"], 2.0, t["x"].dtype)
+
+
+def segment_kernels(pair: str, R: int) -> None:
+    """Those of eight segments, with and without dropout; at rank 16 also of rows in any order."""
+    import torch
+
+    from lora_kernels.backends.triton.kernels.segments import add_products, expand, reduce, shrink
+    from lora_kernels.values import Rows
+
+    t, E = tensors(pair, R, 8192), 8
+    A, B, c = (t[name].expand(E, *t[name].shape).contiguous() if name != "c" else t[name] for name in "ABc")
+    factors, edges, seed = torch.empty(E), torch.empty(E, dtype=torch.int32), torch.tensor(1)
+    offsets, order = torch.empty(E + 1, dtype=torch.int32), torch.empty(8192, dtype=torch.int64)
+    for rows in (Rows(offsets, None, None), Rows(offsets, order, None))[: 2 if R == 16 else 1]:
+        shrink(t["x"], A, False, factors, edges, seed, rows)
+        shrink(t["dy"], B, True, factors, None, None, rows)
+        expand(t["h"], B, True, c, t["x"].dtype, factors, None, None, rows)
+        expand(t["h"], A, False, None, t["x"].dtype, factors, edges, seed, rows)
+        reduce(t["h"], t["x"], False, factors, edges, seed, rows, False)
+        reduce(t["h"], t["dy"], True, factors, None, None, rows, rows.order is None)
+    add_products(t["dy"], t["x"], t["W"].expand(E, D, D), Rows(offsets, None, None))
 
 
 def products(pair: str, R: int, dropouts: tuple[float, ...]) -> None:

@@ -61,7 +61,7 @@ def load_factor(F, e, o_r, o_k, stride_r, stride_k, R, K):
 
 
 @triton.jit(do_not_specialize=["M"])
-def shrink_kernel(
+def segment_shrink_kernel(
     u, F, out, offsets, order, factors, edges, seed, E, M, K, stride_u, R: tl.constexpr, STRIDE_R: tl.constexpr,
     STRIDE_K: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr,
@@ -85,7 +85,7 @@ def shrink_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def expand_kernel(
+def segment_expand_kernel(
     v, F, c, out, offsets, order, factors, edges, seed, E, M, N, R: tl.constexpr, STRIDE_R: tl.constexpr,
     STRIDE_K: tl.constexpr, STRIDE_C: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
@@ -111,7 +111,7 @@ def expand_kernel(
 
 
 @triton.jit
-def reduce_kernel(
+def segment_reduce_kernel(
     v, u, out, sums, offsets, order, factors, edges, seed, K, stride_u, R: tl.constexpr, STRIDE_R: tl.constexpr,
     STRIDE_K: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +146,7 @@ def reduce_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def product_kernel(
+def segment_product_kernel(
     u, W, out, offsets, E, M, K, N, stride_u, stride_e, stride_n, stride_k, PRECISION: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -245,7 +245,7 @@ def shrinks(
     precision: str,
 ) -> Launch:  # fmt: skip
     constants = {**_of_rank(R, K, transposed), **_of_segments(E, SHRINK), "BK": SHRINK.columns}
-    return Launch(shrink_kernel, SHRINK.options(), DROP=not whole, PRECISION=precision, **constants)
+    return Launch(segment_shrink_kernel, SHRINK.options(), DROP=not whole, PRECISION=precision, **constants)
 
 
 @kept
@@ -254,7 +254,7 @@ def expands(
     whole: bool, sorted_: bool, precision: str,
 ) -> Launch:  # fmt: skip
     constants = {**_of_rank(R, N, transposed), **_of_segments(E, EXPAND), "BN": EXPAND.columns, "STRIDE_C": N if own_c else 0}
-    return Launch(expand_kernel, EXPAND.options(), DROP=not whole, PRECISION=precision, **constants)
+    return Launch(segment_expand_kernel, EXPAND.options(), DROP=not whole, PRECISION=precision, **constants)
 
 
 @kept
@@ -263,10 +263,10 @@ def reduces(
     whole: bool, sorted_: bool, precision: str,
 ) -> Launch:  # fmt: skip
     constants = {**_of_rank(R, K, transposed), "BM": REDUCE.rows, "BK": REDUCE.columns}
-    return Launch(reduce_kernel, REDUCE.options(), DROP=not whole, PRECISION=precision, **constants)
+    return Launch(segment_reduce_kernel, REDUCE.options(), DROP=not whole, PRECISION=precision, **constants)
 
 
 @kept
 def products(dtype: torch.dtype, E: int, N: int, K: int, stride: int, strides: tuple[int, ...], precision: str) -> Launch:
     constants = {**_of_segments(E, PRODUCT), "BN": PRODUCT.columns, "BK": PRODUCT.depth}
-    return Launch(product_kernel, PRODUCT.options(), PRECISION=precision, **constants)
+    return Launch(segment_product_kernel, PRODUCT.options(), PRECISION=precision, **constants)
