@@ -18,7 +18,8 @@ from .tiles import dot
 
 KEEP_ALL, DROP_ALL = -1, -2  # edges: of the latter what is kept is multiplied by 0
 _KEEP_ALL = tl.constexpr(KEEP_ALL)
-SHRINK, EXPAND, REDUCE, PRODUCT = Tile(32, 64, 4, 2), Tile(32, 64, 4), Tile(32, 64, 4, 2), Tile(64, 64, 4, 3, 32)
+SHRINK, EXPAND, PRODUCT = Tile(32, 64, 4, 2), Tile(32, 64, 4), Tile(64, 64, 4, 3, 32)
+REDUCE = {2: Tile(32, 64, 4, 2), 4: Tile(32, 32, 4, 2)}  # by u's bytes; of 64 float32 Triton 3.6 multiplies in TF32 on sm_100
 
 
 @triton.jit
@@ -206,7 +207,7 @@ def reduce(
         u.dtype, of_v, R, K, u.stride(0), transposed, out is None, need_sums, edges is None, rows.order is None,
         tuning.precision(u.dtype),
     )  # fmt: skip
-    grid = E, -(-K // REDUCE.columns)
+    grid = E, -(-K // REDUCE[u.element_size()].columns)
     reduces(*key)(grid, v, u, out, sums, rows.offsets, rows.order, factors, edges, seed, K, u.stride(0))
     return out, sums
 
@@ -262,8 +263,9 @@ def reduces(
     dtype: torch.dtype, of_v: torch.dtype, R: int, K: int, stride: int, transposed: bool, only_sums: bool, need_sums: bool,
     whole: bool, sorted_: bool, precision: str,
 ) -> Launch:  # fmt: skip
-    constants = {**_of_rank(R, K, transposed), "BM": REDUCE.rows, "BK": REDUCE.columns}
-    return Launch(segment_reduce_kernel, REDUCE.options(), DROP=not whole, PRECISION=precision, **constants)
+    tile = REDUCE[dtype.itemsize]
+    constants = {**_of_rank(R, K, transposed), "BM": tile.rows, "BK": tile.columns}
+    return Launch(segment_reduce_kernel, tile.options(), DROP=not whole, PRECISION=precision, **constants)
 
 
 @kept
