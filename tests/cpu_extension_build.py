@@ -1,24 +1,29 @@
 """csrc/cpu compiled for the tests, as it is or with a mistake in it; CXXFLAGS and LDFLAGS as `make sanitize` sets them."""
 
-import atexit
+import fcntl
 import functools
+import hashlib
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 SOURCES = Path(__file__).parents[1] / "csrc/cpu"
+BUILD = Path(__file__).parents[1] / "build/csrc-cpu-tests"
 
 
-def compiled(folder: Path, *changes: tuple[str, str, str]) -> ModuleType:
-    """The extension, for each (file, old, new) with `old` replaced once. OpenMP is not linked: torch has brought it."""
+def compiled(folder: Path, *changes: tuple[str, str, str], optimize: str = "-O0") -> ModuleType:
+    """The extension, for each (file, old, new) with `old` replaced once. OpenMP is not linked: torch has brought it.
+
+    optimize: how what is changed is compiled; -O0, for a mistake that a few calls show, in half the time.
+    """
     right, objects = right_objects(), []
     for source in SOURCES.iterdir():
         text = source.read_text()
@@ -28,7 +33,9 @@ def compiled(folder: Path, *changes: tuple[str, str, str]) -> ModuleType:
         (folder / source.name).write_text(text)
     files = {change[0] for change in changes}
     for source in sorted(folder.glob("*.cpp")):
-        objects.append(compile_object(source, "-DFOR_EACH_CPU=") if _reads(source, files) else right / f"{source.stem}.o")
+        objects.append(
+            compile_object(source, optimize, "-DFOR_EACH_CPU=") if _reads(source, files) else right / f"{source.stem}.o"
+        )
     subprocess.run(["g++", "-shared", *flags("LDFLAGS"), *objects, "-o", "_cpu.so"], cwd=folder, check=True)
     spec = importlib.util.spec_from_file_location(f"{folder.name}._cpu", folder / "_cpu.so")
     module = importlib.util.module_from_spec(spec)
@@ -44,16 +51,21 @@ def _reads(source: Path, files: set[str]) -> bool:
 
 @functools.cache
 def right_objects() -> Path:
-    """A folder with the sources as they are, compiled once."""
+    """A folder with the sources as they are, compiled once for all test processes."""
     pytest.importorskip("pybind11")
     if shutil.which("g++") is None:
         pytest.skip("there is no g++")
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for source in SOURCES.iterdir():
-        shutil.copy(source, folder)
-    for source in sorted(folder.glob("*.cpp")):
-        compile_object(source)
+    texts = [source.read_text() for source in sorted(SOURCES.iterdir())]
+    key = hashlib.sha256("\0".join([*texts, *flags("CXXFLAGS"), sys.version]).encode()).hexdigest()[:16]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    folder = BUILD / key
+    with open(BUILD / "lock", "w") as lock:  # one of the test processes compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            partial = Path(shutil.copytree(SOURCES, BUILD / f"{key}.partial", dirs_exist_ok=True))
+            for source in sorted(partial.glob("*.cpp")):
+                compile_object(source)
+            partial.rename(folder)
     return folder
 
 

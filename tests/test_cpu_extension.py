@@ -28,7 +28,7 @@ def extension(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("right")
     if request.param == "for this CPU":
         return compiled(folder)
-    return compiled(folder, ("nf4.h", "#define HAVE_AVX512", "//"), ("mask.cpp", "#define HAVE_AVX2", "//"))
+    return compiled(folder, ("nf4.h", "#define HAVE_AVX512", "//"), ("mask.cpp", "#define HAVE_AVX2", "//"), optimize="-O1")
 
 
 @pytest.fixture(params=[1, 2])

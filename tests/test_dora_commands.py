@@ -7,6 +7,7 @@ import torch
 from accuracy import violations
 from test_demo import QUICK, model, run, text  # noqa: F401  (fixtures)
 
+from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.torch import linear
 from lora_kernels.cases import linear as cases
 from lora_kernels.commands.bench import model as model_benchmark
@@ -58,7 +59,8 @@ def test_rows_over_a_4_bit_weight():
 
 def test_wrong_results_have_no_times(monkeypatch):
     steps = linear.STEPS
-    monkeypatch.setattr(linear, "STEPS", steps._replace(norm=lambda *args: 1.01 * steps.norm(*args)))
+    for backend in (linear, cpu):
+        monkeypatch.setattr(backend, "STEPS", steps._replace(norm=lambda *args: 1.01 * steps.norm(*args)))
     monkeypatch.setattr(prepared, "_kinds", {})
     rows, wrong, _ = measure_case(CASE, CPU, 2, ())
     assert not rows

@@ -1,5 +1,7 @@
 """lora_grouped_linear and multi_lora_linear under autograd, torch.compile and PyTorch's modes; their operators."""
 
+import threading
+
 import pytest
 import torch
 from members_accuracy import saved_bytes
@@ -12,7 +14,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import LoRAAdapter, Segments, lora_grouped_linear, multi_lora_linear
+from lora_kernels import LoRAAdapter, Segments, lora_grouped_linear, multi_lora_linear, scratch
 from lora_kernels.cases.grouped_linear import GroupedCase, MultiCase
 from lora_kernels.cases.members import ours
 from lora_kernels.functional.grouped_linear import kept
@@ -89,8 +91,9 @@ class Allocated(TorchDispatchMode):
 
 
 @every_form
-def test_no_stack_of_deltas_and_no_padded_rows(form, device):
+def test_no_stack_of_deltas_and_no_padded_rows(form, device, monkeypatch):
     """Of 64 segments of 8 rows nothing is made that is larger than x, y or a gradient of the stacked A."""
+    monkeypatch.setattr(scratch, "_kept", threading.local())  # what other tests needed
     case, own = FORMS[form]
     own = own | ({"ranks": (2,) * 64, "scalings": (1.0,) * 64} if form == "adapters" else {"R": 2})
     problem = case(M=512, K=256, N=256, sizes=(8,) * 64, p=0.1, device=device, **own).draw()

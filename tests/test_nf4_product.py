@@ -23,7 +23,7 @@ CHANGES = {
 
 @pytest.fixture(scope="module", params=CHANGES)
 def extension(request, tmp_path_factory):
-    return compiled(tmp_path_factory.mktemp("right"), *CHANGES[request.param])
+    return compiled(tmp_path_factory.mktemp("right"), *CHANGES[request.param], optimize="-O1")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ namespace {
 
 constexpr std::int64_t BLOCK = 32;     // rows that are computed together, so that what they read of A and B stays in cache
 constexpr std::int64_t COLUMNS = 128;  // of a tile of such rows
-constexpr std::int64_t PARTS = 32;     // terms of h and g that are summed up apart: at R = 1 128 broke the rule once in 5,000 calls
+constexpr std::int64_t PARTS = 32;     // terms of h and g that are summed up apart: of 128 one draw in 40 broke the rule at R = 1
 constexpr std::int64_t CHUNK = 64;     // rows, at least, whose parts of dA, dB and dc are summed up first
 constexpr std::int64_t CHUNKS = 32;    // at most: 4 MiB of such parts for 2048 features and R = 8
 constexpr std::int64_t FEW = 1 << 16;  // multiplications that one thread computes before others have begun
