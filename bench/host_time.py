@@ -87,7 +87,7 @@ def parts(p: float) -> dict[str, Callable[[], Any]]:
         "    checks, dtypes, gradients, choice: a look-up": lambda: prepare(LINEAR, x, members, asked, ()),
         "    a Function that does nothing": lambda: Nothing.apply(x, A, B),
         "    the backend's forward": lambda: prepared.plan.forward(x, members, dropout),
-        "    what is saved": lambda: prepared.saved(x, members, saved, dropout),
+        "    what is saved": lambda: prepared.saved(x, members, saved, dropout, ()),
         "backward: the backend's": lambda: prepared.plan.backward((dy,), x, members, saved, dropout, prepared.needs),
         "torch.empty, of which there are two forward, three backward": lambda: torch.empty(
             (M, N), dtype=x.dtype, device=x.device
