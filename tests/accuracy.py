@@ -13,6 +13,7 @@ from lora_kernels import lora_linear
 from lora_kernels.cases.linear import LETTERS, Case, Problem, ours, plain, truth
 from lora_kernels.cases.rule import Results, errors, violations
 from lora_kernels.functional.linear import kept
+from lora_kernels.operation import prepared
 from lora_kernels.plan import choose, describe, use_backend
 from lora_kernels.reference import linear as reference
 from lora_kernels.values import Needs
@@ -139,6 +140,19 @@ def _double(problem: Problem) -> dict[str, Tensor]:
 
 
 # ---- what the public function must do however it computes ----
+
+
+def gradients_asked(monkeypatch: pytest.MonkeyPatch) -> list[Needs]:
+    """A list that grows by what each backward pass from here on is to compute."""
+    asked: list[Needs] = []
+    choose = prepared.choose
+
+    def spying(call: Any) -> Any:
+        plan = choose(call)
+        return plan._replace(backward=lambda *args: asked.append(args[5]) or plan.backward(*args))
+
+    monkeypatch.setattr(prepared, "choose", spying)
+    return asked
 
 
 def check_checkpoint(problem: Problem, use_reentrant: bool) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import gradients_asked
 from members_accuracy import every_kind, saved_bytes
 from test_glu_mlp import every_form
 from torch.library import opcheck
@@ -11,7 +12,6 @@ from lora_kernels import lora_glu_mlp
 from lora_kernels.cases.glu_mlp import Case, Layer
 from lora_kernels.cases.members import ours
 from lora_kernels.functional.glu_mlp import kept
-from lora_kernels.operation import prepared
 from lora_kernels.reference import glu_mlp as reference
 from lora_kernels.values import Needs, flatten
 
@@ -74,13 +74,7 @@ def test_it_saves_less_than_the_frozen_layers():
 @every_kind
 @pytest.mark.parametrize("needs", [("x",), ("lora_A",), ("lora_B", "bias"), ()])
 def test_only_wanted_gradients_are_computed(kind, needs, monkeypatch):
-    asked, choose = [], prepared.choose
-
-    def spying(call):
-        plan = choose(call)
-        return plan._replace(backward=lambda *args: asked.append(args[5]) or plan.backward(*args))
-
-    monkeypatch.setattr(prepared, "choose", spying)
+    asked = gradients_asked(monkeypatch)
     ours(sized(kind, needs=needs).draw())
     fields = tuple(name for name in FIELDS if name in needs)
     assert asked == ([Needs("x" in needs, (fields,) * 3)] if needs else [])

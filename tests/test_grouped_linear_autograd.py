@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from accuracy import gradients_asked
 from members_accuracy import saved_bytes
 from segments_accuracy import FORMS, case_of, every_form, every_kind
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -18,7 +19,6 @@ from lora_kernels import LoRAAdapter, Segments, lora_grouped_linear, multi_lora_
 from lora_kernels.cases.grouped_linear import GroupedCase, MultiCase
 from lora_kernels.cases.members import ours
 from lora_kernels.functional.grouped_linear import kept
-from lora_kernels.operation import prepared
 from lora_kernels.reference import grouped_linear as reference
 from lora_kernels.values import LoRAWeights, Needs, flatten
 
@@ -61,13 +61,7 @@ def test_only_what_a_wanted_gradient_reads_is_saved(needs, elements, seed, x_sav
 @every_form
 @pytest.mark.parametrize("needs", [("x",), ("lora_A",), ("lora_B", "bias"), ()])
 def test_only_wanted_gradients_are_computed(form, needs, monkeypatch):
-    asked, choose = [], prepared.choose
-
-    def spying(call):
-        plan = choose(call)
-        return plan._replace(backward=lambda *args: asked.append(args[5]) or plan.backward(*args))
-
-    monkeypatch.setattr(prepared, "choose", spying)
+    asked = gradients_asked(monkeypatch)
     case, own = FORMS[form]
     ours(case(needs=needs, **own).draw())
     adapters, base = (tuple(n for n in needs if n in names) for names in (("lora_A", "lora_B"), ("weight", "bias")))

@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import Case, check_checkpoint, ours
+from accuracy import Case, check_checkpoint, gradients_asked, ours
 from kinds import every_dense_kind
 
 from lora_kernels import dropout_mask, lora_linear
 from lora_kernels.cases.linear import LETTERS
-from lora_kernels.operation import prepared
 from lora_kernels.values import Needs
 
 pytestmark = every_dense_kind
@@ -115,13 +114,7 @@ def test_saved_bytes_under_autocast(kind, device):
 
 @pytest.mark.parametrize("needs", [n for k in range(6) for n in itertools.combinations("xWABc", k)])
 def test_only_wanted_gradients_are_computed(kind, needs, monkeypatch):
-    asked, choose = [], prepared.choose
-
-    def spying(call):
-        plan = choose(call)
-        return plan._replace(backward=lambda *args: asked.append(args[5]) or plan.backward(*args))
-
-    monkeypatch.setattr(prepared, "choose", spying)
+    asked = gradients_asked(monkeypatch)
     ours(Case(needs=needs).draw())
     fields = tuple(LETTERS[name] for name in needs if name != "x")
     assert asked == ([Needs("x" in needs, (fields,))] if needs else [])

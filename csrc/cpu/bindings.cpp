@@ -35,7 +35,7 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace lora_kernels::cpu;
   using py::arg;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  m.doc() = "Loops over addresses in a CPU's memory, for lora_kernels/mask.py, backends/torch.";
+  m.doc() = "Loops over addresses in a CPU's memory, for lora_kernels/mask.py, backends/cpu and backends/torch.";
   m.attr("interface") = INTERFACE;
 
   py::class_<Weight>(m, "Weight", py::module_local(), "A weight in 4 bits; `values` of the 16 codes.")
