@@ -20,7 +20,7 @@ namespace {
 
 constexpr std::int64_t BLOCK = 32;     // rows that are computed together, so that what they read of A and B stays in cache
 constexpr std::int64_t COLUMNS = 128;  // of a tile of such rows
-constexpr std::int64_t PARTS = 32;     // terms of h and g that are summed up apart: of 128 one draw in 40 broke the rule at R = 1
+constexpr std::int64_t PARTS = 32;     // terms that are summed up apart: of 128 one draw in 40 broke the rule at R = 1
 constexpr std::int64_t CHUNK = 64;     // rows, at least, whose parts of dA, dB and dc are summed up first
 constexpr std::int64_t CHUNKS = 32;    // at most: 4 MiB of such parts for 2048 features and R = 8
 constexpr std::int64_t FEW = 1 << 16;  // multiplications that one thread computes before others have begun
@@ -114,7 +114,9 @@ INLINE void forward(const Term<T>& term, const Rows& c, const Rows& y, bool add,
     const Place p{first, rows, n, std::min(COLUMNS, N - n)};
     const auto sum = sum_of(room.wide, y, add, p);
     if (c.address) read_tile(sum.at, sum.row, {c.address, 0, c.type}, p);
-    combine<BYTES>(sum.at, sum.row, rows, p.columns, Factor<T>{sums.data(), padded, 1}, term.sBt.data() + n, N, term.R);  // 2
+    for (std::int64_t r = 0; r < term.R; r += PARTS)  // 2
+      combine<BYTES>(sum.at, sum.row, rows, p.columns, Factor<T>{sums.data() + r, padded, 1}, term.sBt.data() + r * N + n, N,
+                     std::min(PARTS, term.R - r));
     if (sum.at == room.wide) write_tile(room.wide, COLUMNS, y, add, p);
   }
 }
@@ -129,7 +131,9 @@ struct Sums {
 template <int BYTES, typename T>
 INLINE void write_dx(const Term<T>& term, const LowRankGradients& to, Room<T>& room, const T* g, const Place& p) {
   const auto sum = sum_of(room.wide, to.dx, to.add && term.mask.threshold == 0, p);
-  combine<BYTES>(sum.at, sum.row, p.rows, p.columns, Factor<T>{g, term.padded, 1}, term.A.data() + p.column, term.K, term.R);
+  for (std::int64_t r = 0; r < term.R; r += PARTS)
+    combine<BYTES>(sum.at, sum.row, p.rows, p.columns, Factor<T>{g + r, term.padded, 1}, term.A.data() + r * term.K + p.column,
+                   term.K, std::min(PARTS, term.R - r));
   if (term.mask.threshold) drop(room.wide, room.lanes, term, p);
   if (to.W.address) {
     const Factor<T> dy{reinterpret_cast<const T*>(to.dy.at(p.first, 0)), to.dy.stride, 1};

@@ -72,14 +72,14 @@ def forward(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """Equations 1 and 2: every member's y[M,N] in x's dtype, and its h[M,R] in A's. first: the mask's row of x's first one."""
     x = _adjacent(x)
-    pairs = [_forward_of(x, member, dropout, i, first) for i, member in enumerate(members)]
-    return tuple([y for y, _ in pairs]), tuple([h for _, h in pairs])
+    ys, hs = zip(*[_forward_of(x, member, dropout, i, first) for i, member in enumerate(members)], strict=True)
+    return ys, hs
 
 
 def _forward_of(
     x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: int, first: int
 ) -> tuple[Tensor, Tensor | None]:
-    (W, A, B, c, s, _), M, h = member, len(x), None
+    (W, A, B, c, s, _), M, h = member, x.shape[0], None
     before = _product_is_first(x, W)
     if before:
         y = nf4_product.linear(x, W, c) if isinstance(W, NF4Weight) else F.linear(x, W, c)
@@ -88,7 +88,7 @@ def _forward_of(
     if A is not None:
         A, B, (R, K) = _adjacent(A), _adjacent(B), A.shape
         h = A.new_empty((M, R))
-        term = rows_of(x), rows_of(A), rows_of(B), M, K, len(B), R, float(s), *mask_of(dropout, number), first
+        term = rows_of(x), rows_of(A), rows_of(B), M, K, W.shape[0], R, float(s), *mask_of(dropout, number), first
         c = None if c is None or before else c.contiguous()
         cpu_extension.extension.low_rank_forward(*term, rows_of(c), rows_of(y), before, rows_of(h), torch.get_num_threads())
     elif not before:
@@ -105,13 +105,14 @@ def backward(
     needs: Needs,
 ) -> Grads:
     """Equations 3 to 6, as linear.backward of backends/torch."""
+    dtype = None
     for dy in dys:
-        if dy is not None and type(dy) not in PLAIN:
-            return pytorch.backward(dys, x, members, hs, dropout, needs)
-    dys, x = tuple([_adjacent(dy) for dy in dys]), _adjacent(x)
-    backward_of = functools.partial(_backward_of, dropout=dropout, alone=len(members) == 1)
-    dx, found = members_backward(dys, x, members, hs, needs, backward_of)
-    return Grads(None if dx is None else to(dx, next(dy.dtype for dy in dys if dy is not None)), found)
+        if dy is not None:
+            dtype = dy.dtype
+            if type(dy) not in PLAIN:
+                return pytorch.backward(dys, x, members, hs, dropout, needs)
+    dx, found = members_backward(dys, _adjacent(x), members, hs, needs, _backward_of, dropout, len(members) == 1)
+    return Grads(None if dx is None else to(dx, dtype), found)
 
 
 def _backward_of(
@@ -127,14 +128,14 @@ def _backward_of(
     alone: bool,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """(dx with one member's part, its wanted gradients but W's). alone: dx has no other member's part."""
-    (W, A, B, _, s, _), (M, N) = member, dy.shape
-    A, B, h = _adjacent(A), _adjacent(B), _adjacent(h)
+    dy, A, B, h = _adjacent(dy), _adjacent(member.lora_A), _adjacent(member.lora_B), _adjacent(h)
+    W, s, (M, N) = member.weight, member.scaling, dy.shape
     R = 0 if B is None and h is None else (h if B is None else B).shape[1]
     K = W.shape[1] if need_x else x.shape[1] if "lora_A" in wanted else 0
     small, before, add = None, need_x and _product_is_first(dy, W), dx is not None
     if before and dx is None and A is not None and M * N * K <= TINY and _multiplied_by_csrc(W, A):
-        small, before = W, False
-    if before:
+        small, before, dx = W, False, dy.new_empty((M, K))
+    elif before:
         W, add = one_tile(W, dy.dtype) if isinstance(W, NF4Weight) else W, True
         dx = dy @ W if dx is None else accumulate(dx, dy, W)
     elif need_x and dx is None:
@@ -145,11 +146,9 @@ def _backward_of(
     dB = h.new_empty((N, R)) if "lora_B" in wanted else None
     dc = dy.new_empty((N,), dtype=wide_dtype(dy.dtype)) if "bias" in wanted else None
     term = rows_of(x), rows_of(A), rows_of(B), M, K, N, R, float(s), *mask_of(dropout, number), 0
-    read, written = (
-        (rows_of(small), rows_of(dy), rows_of(h)),
-        (rows_of(dx if A is not None else None), rows_of(dA), rows_of(dB)),
-    )
-    cpu_extension.extension.low_rank_backward(*term, *read, *written, rows_of(dc), add, torch.get_num_threads())
+    read = rows_of(small), rows_of(dy), rows_of(h)
+    written = rows_of(None if A is None else dx), rows_of(dA), rows_of(dB), rows_of(dc)
+    cpu_extension.extension.low_rank_backward(*term, *read, *written, add, torch.get_num_threads())
     found = {name: grad for name, grad in (("lora_A", dA), ("lora_B", dB), ("bias", dc)) if grad is not None}
     return dx if not need_x or before or small is not None else add_backward_product(dx, dy, W), found
 

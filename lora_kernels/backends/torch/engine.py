@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +44,12 @@ def members_backward(
     hs: tuple[Tensor | None, ...],
     needs: Needs,
     backward_of: Callable[..., tuple[Tensor | None, dict[str, Tensor]]],
+    *more: Any,
 ) -> Grads:
     """Equations 3 to 6 of every member, and dx, the sum of their parts in one buffer.
 
-    backward_of(dy, x, member, h, dx, need_x, wanted, number): dx with this member's part, in place unless it is the first,
-    with None for dx; and its wanted gradients but W's. A member whose y was not used has None for its dy, and is left out.
+    backward_of(dy, x, member, h, dx, need_x, wanted, number, *more): dx with this member's part, in place unless it is the
+    first, with None for dx; and its wanted gradients but W's. A member whose y was not used has None for its dy, and no part.
     """
     dx: Tensor | None = None
     grads: list[dict[str, Tensor]] = []
@@ -55,7 +57,7 @@ def members_backward(
         if dy is None:
             grads.append({})
             continue
-        dx, found = backward_of(dy, x, member, h, dx, needs.x, wanted, i)
+        dx, found = backward_of(dy, x, member, h, dx, needs.x, wanted, i, *more)
         if "weight" in wanted:
             found["weight"] = weight_gradient(dy, x)
         grads.append(found)

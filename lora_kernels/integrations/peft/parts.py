@@ -134,6 +134,11 @@ def dropout_p(dropout: nn.Module) -> float:
 def tensors_of(parts: Parts) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(W, c, A, B, b, m) as the modules hold them: a 4-bit W packed, Conv1D's transposed; b is PEFT's lora_bias, m DoRA's."""
     base, lora_A, lora_B, _, _, magnitude = parts
-    A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
-    A, B = lora_A.weight if A is None else A, lora_B.weight if B is None else B  # FSDP1 makes them plain attributes
-    return base.weight, base.bias, A, B, lora_B.bias, None if magnitude is None else magnitude.weight
+    m = None if magnitude is None else magnitude.weight
+    return held(base, "weight"), held(base, "bias"), held(lora_A, "weight"), held(lora_B, "weight"), held(lora_B, "bias"), m
+
+
+def held(module: Any, name: str) -> Any:
+    """module.name, in most cases a parameter, which nn.Module's look-up takes a µs for; FSDP1 makes it a plain attribute."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)

@@ -13,7 +13,7 @@ from ...layers import linear_4bit
 from ...layers.frozen_weight import is_linear4bit
 from ...layers.offload import execution_device, offloading_hooks
 from ...plan import PLAIN
-from .parts import Factor, Parts, fast_parts, modules_of, tensors_of
+from .parts import Factor, Parts, fast_parts, held, modules_of, tensors_of
 
 EMPTY: dict[int, torch.device] = {}
 
@@ -48,7 +48,7 @@ def is_plain(layer: Any, parts: Parts, tensors: tuple[Any, ...], x: Tensor) -> b
         and (m is None or (type(m) in PLAIN and x.ndim != 1))
         and not W.requires_grad
         and b is None
-        and parts.lora_A.bias is None
+        and held(parts.lora_A, "bias") is None
         and (x.dtype == A.dtype or layer.cast_input_dtype_enabled)
         and not torch._C._are_functorch_transforms_active()
         and type(parts.base).forward is nn.Linear.forward
