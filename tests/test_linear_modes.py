@@ -12,8 +12,7 @@ BF16 = torch.bfloat16
 
 
 @every_dtype
-@pytest.mark.parametrize("adapter_dtype", [None, torch.float32])
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("adapter_dtype", "p"), [(None, 0.3), (torch.float32, 0.0)])
 def test_backward_inside_autocast_is_the_one_outside(kind, dtype, adapter_dtype, p, device):
     """loss.backward() within the block is a common mistake, which must not change a bit; autocast decides in the forward."""
     if dtype == torch.float64 and adapter_dtype is not None:
