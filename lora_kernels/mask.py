@@ -104,7 +104,7 @@ def numbers(start: int, stop: int, device: torch.device) -> Tensor:
 
 
 def lanes(rows: slice | Tensor, K: int, seed: Tensor, offset: int) -> Tensor:
-    """The lane of each row and column, less 32768: int16[rows, K], valid until the thread's next lanes."""
+    """The lane of each row and column, less 32768: int16[rows, K]."""
     device = seed.device
     row = (numbers(rows.start, rows.stop, device) if isinstance(rows, slice) else rows)[:, None]
     column, M = numbers(0, -(-K // LANES), device), len(row)
@@ -118,9 +118,7 @@ def lanes(rows: slice | Tensor, K: int, seed: Tensor, offset: int) -> Tensor:
 
 
 class KeepRows:
-    """keep(seed, row, column) for rows in a slice or in a tensor of their numbers: [rows, K] ones and zeros, valid until the
-    thread's next mask.
-    """
+    """keep(seed, row, column) for rows in a slice or in a tensor of their numbers: [rows, K] ones and zeros."""
 
     def __init__(self, K: int, p: float, seed: Tensor, *, offset: int = 0, dtype: torch.dtype = torch.bool):
         self.K, self.threshold, self.seed, self.offset, self.dtype = K, threshold(p), seed, offset, dtype

@@ -25,7 +25,8 @@ class ChunkMask:
         self._keep = KeepRows(K, dropout.p, dropout.seed, offset=dropout.offset + member, dtype=dtype)
 
     def chunk(self, rows: slice) -> None:
-        """Go to these rows; the mask is there until the thread's next one."""
+        """Go to these rows."""
+        self._rows = None  # the next mask may have its memory
         self._rows = self._keep(rows)
 
     def undrop_(self, v: Tensor) -> None:
@@ -113,6 +114,7 @@ def _add_forward_rows(y: Tensor, x: Tensor, dtype: torch.dtype, W: NF4Weight) ->
             accumulate(y[:, n], x, tile.T)
         else:
             y[:, n] = accumulate(y[:, n].to(x.dtype), x, tile.T)
+        del tile
 
 
 def add_backward_product(dx: Tensor, dy: Tensor, W: Tensor | NF4Weight) -> Tensor:
@@ -122,6 +124,7 @@ def add_backward_product(dx: Tensor, dy: Tensor, W: Tensor | NF4Weight) -> Tenso
     if dx.dtype == dy.dtype == product_dtype(dy.dtype, dy.device) and W.shape[1] % W.blocksize == 0:
         for k, tile in column_tiles(W, dx.dtype):
             accumulate(dx[:, k], dy, tile)
+            del tile
         return dx
     work = torch.promote_types(dx.dtype, torch.float32)
     for rows in _rows(dx, work):
@@ -133,6 +136,7 @@ def _add_backward_rows(dx: Tensor, dy: Tensor, W: NF4Weight, work: torch.dtype) 
     wide = dx.to(work)
     for n, tile in tiles(W, dy.dtype, work):
         accumulate(wide, dy[:, n].to(work), tile)
+        del tile
     if work != dx.dtype:
         dx.copy_(wide)
 

@@ -39,6 +39,7 @@ def dequantize(w: NF4Weight, out: Tensor) -> None:
         return
     for where, tile in tiles(w, out.dtype, torch.float32):
         out[where] = tile
+        del tile
 
 
 def quantize(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> NF4Weight:
@@ -76,23 +77,28 @@ def chunks(w: NF4Weight, start: int = 0, stop: int | None = None) -> Iterator[tu
 
 
 def tiles(w: NF4Weight, dtype: torch.dtype, work: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, W[rows] rounded to `dtype`, held in `work`), a few hundred rows at a time; a tile lives until the next one."""
+    """(rows, W[rows] rounded to `dtype`, held in `work`), a few hundred rows at a time. The caller lets go of each tile."""
     N, K = _matrix(w)
     for rows in slices(N, max(1, tile_size(w.device) // max(K, 1))):
-        tile = scratch("nf4 tile", (rows.stop - rows.start) * K, work, w.codes)
-        for start, stop in chunks(w, rows.start * K, rows.stop * K):
-            part = tile[start - rows.start * K : stop - rows.start * K]
-            if work == dtype:
-                decode_into(part, w, start, stop)
-            else:
-                rounded = scratch("nf4 rounded", stop - start, dtype, w.codes)
-                decode_into(rounded, w, start, stop)
-                part.copy_(rounded)
-        yield rows, tile.view(-1, K)
+        yield rows, _tile(w, rows, dtype, work).view(-1, K)
+
+
+def _tile(w: NF4Weight, rows: slice, dtype: torch.dtype, work: torch.dtype) -> Tensor:
+    first, last = rows.start * w.shape[-1], rows.stop * w.shape[-1]
+    tile = scratch("nf4 tile", last - first, work, w.codes)
+    for start, stop in chunks(w, first, last):
+        if work == dtype:
+            decode_into(tile[start - first : stop - first], w, start, stop)
+        else:
+            rounded = scratch("nf4 rounded", stop - start, dtype, w.codes)
+            decode_into(rounded, w, start, stop)
+            tile[start - first : stop - first] = rounded
+            del rounded
+    return tile
 
 
 def one_tile(w: NF4Weight, dtype: torch.dtype) -> Tensor:
-    """The whole of a small matrix W in `dtype`, until the next tile."""
+    """The whole of a small matrix W in `dtype`."""
     size = w.numel()
     if size <= FRESH:
         tile = torch.empty(w.shape, dtype=dtype, device=w.device)
@@ -104,7 +110,7 @@ def one_tile(w: NF4Weight, dtype: torch.dtype) -> Tensor:
 
 
 def column_tiles(w: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(columns, W[:, columns] in `dtype`), some 64 columns at a time, for a matrix whose blocks do not cross rows.
+    """(columns, W[:, columns] in `dtype`), some 64 columns at a time, for a matrix whose blocks do not cross rows. As `tiles`.
 
     A product dy·W is complete in such a tile: it is rounded once, where a sum over tiles of rows would be rounded with each.
     """
@@ -117,6 +123,7 @@ def column_tiles(w: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
         tile = scratch("nf4 tile", N * count, dtype, w.codes).view(N, count)
         if decoded_by_extension(tile, w, columns.start, K):
             yield columns, tile
+            del tile
             continue
         for rows in slices(N, row_step):
             part = packed[rows, columns.start // 2 : columns.stop // 2]
@@ -125,7 +132,9 @@ def column_tiles(w: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
             block = (row * K + torch.arange(columns.start, columns.stop, per_block, device=w.device)) // w.blocksize
             values = values.view(-1, per_block).mul_(absmax_of(w, block.flatten())[:, None])
             tile[rows] = values.view(-1, count)
+            del values
         yield columns, tile
+        del tile
 
 
 def _matrix(w: NF4Weight) -> tuple[int, int]:
@@ -173,7 +182,7 @@ def decode_into(out: Tensor, w: NF4Weight, start: int, stop: int) -> None:
 
 
 def decode(w: NF4Weight, start: int, stop: int) -> Tensor:
-    """float32 values of the elements start:stop, in scratch that the next call overwrites; whole blocks are decoded."""
+    """float32 values of the elements start:stop, in scratch; whole blocks are decoded."""
     block, n = start // w.blocksize, w.numel()
     first, last = block * w.blocksize, min(n, -(-stop // w.blocksize) * w.blocksize)
     packed = w.codes[first // 2 : (last + 1) // 2]
