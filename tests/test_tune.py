@@ -83,6 +83,9 @@ def test_a_call_takes_the_measured_tile_and_dataflow_and_is_right(gpu, monkeypat
     ("data", "reason"),
     [
         ("{", "JSONDecodeError"),
+        ("[" * 100_000, "RecursionError"),
+        ('{"format": 2, "device": ' + '{"a":' * 100_000, "RecursionError"),
+        (content(tiles=[{**content()["tiles"][0], "arithmetic": []}]), "arithmetic: got []"),
         ([], "TypeError"),
         (content(format=99), "format: got 99, expected 2"),
         (content(device="Other GPU"), "device: got 'Other GPU'"),
@@ -103,6 +106,25 @@ def test_a_bad_file_is_ignored_with_one_warning(gpu, data, reason):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tuning.measured(CPU).source == ""  # said once
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def of_another_user(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+@pytest.mark.parametrize(("name", "fails"), [("home", no_home), ("is_file", of_another_user)])
+def test_a_folder_that_cannot_be_read_is_ignored_with_one_warning(gpu, monkeypatch, name, fails):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(tuned.Path, name, fails)
+    with pytest.warns(UserWarning, match=r"is ignored \((RuntimeError: Could not|PermissionError).*run `lora-kernels tune`"):
+        assert tuning.measured(CPU).tiles == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuning.candidates("project", "16", 8, CPU) == tuning.tiles("project", "16", 8, CAPABILITY)
 
 
 def test_a_limit_of_registers_is_read_and_a_file_without_one_too(gpu):

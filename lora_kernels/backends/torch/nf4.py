@@ -121,11 +121,8 @@ def column_tiles(w: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
     for columns in slices(K, width):
         count = columns.stop - columns.start
         tile = scratch("nf4 tile", N * count, dtype, w.codes).view(N, count)
-        if decoded_by_extension(tile, w, columns.start, K):
-            yield columns, tile
-            del tile
-            continue
-        for rows in slices(N, row_step):
+        decoded = decoded_by_extension(tile, w, columns.start, K)
+        for rows in [] if decoded else slices(N, row_step):
             part = packed[rows, columns.start // 2 : columns.stop // 2]
             values = packed_values(w, part, scratch("nf4 values", part.numel(), torch.int64, w.codes))
             row = torch.arange(rows.start, rows.stop, device=w.device)[:, None]

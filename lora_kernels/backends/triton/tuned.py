@@ -90,15 +90,15 @@ def user_folder() -> Path:
 
 def read(device: str, capability: tuple[int, int]) -> Measured:
     """The user's file for `device`, otherwise the package's, otherwise nothing; a bad one is ignored aloud."""
-    for folder in (user_folder(), COMMITTED):
-        path = folder / file_name(device)
-        if not path.is_file():
-            continue
+    for folder in (user_folder, lambda: COMMITTED):
+        place: Path | str = "the user's folder of tuning files"
         try:
-            return parse(json.loads(path.read_text(encoding="utf-8")), device, capability, str(path))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            place = folder() / file_name(device)
+            if place.is_file():
+                return parse(json.loads(place.read_text(encoding="utf-8")), device, capability, str(place))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # too deep, or no home
             reason = f"{type(error).__name__}: {error}"
-            warnings.warn(f"{path} is ignored ({reason}); run `lora-kernels tune` to write it anew", stacklevel=2)
+            warnings.warn(f"{place} is ignored ({reason}); run `lora-kernels tune` to write it anew", stacklevel=2)
     return Measured()
 
 
