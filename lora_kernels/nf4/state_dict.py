@@ -6,7 +6,6 @@ another dtype of the same bytes (`quant_storage`), which FSDP wants.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from .weight import DTYPES, NESTED_BLOCKSIZE, NF4Weight
 
 PACKED = "quant_state.bitsandbytes__"
 REQUIRED = {"quant_type", "blocksize", "dtype", "shape"}
+FLOAT32_MAX = torch.finfo(torch.float32).max
 NESTED = {"nested_blocksize", "nested_dtype", "nested_offset"}
 
 
@@ -57,6 +57,9 @@ def to_state(w: NF4Weight) -> dict[str, Tensor]:
 
 def from_state(codes: Tensor, state: Mapping[str, Tensor], key: str = "weight") -> NF4Weight:
     """NF4Weight of `codes` and what a state dict holds beside them. Raises ValueError, naming `key`, for what does not fit."""
+    for name, tensor in (("", codes), *((f".{name}", tensor) for name, tensor in state.items())):
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            raise ValueError(f"{key}{name}: got {_described(tensor)}, expected a dense torch.Tensor")
     packed = [name for name in state if name.startswith(PACKED)]
     if len(packed) != 1 or packed[0].removeprefix(PACKED) not in QUANT_TYPES:
         raise ValueError(f"{key}: got {packed or 'nothing'}, expected one key {key}.{PACKED}nf4 or …fp4")
@@ -85,7 +88,24 @@ def from_state(codes: Tensor, state: Mapping[str, Tensor], key: str = "weight") 
         w.check()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{key}: {error}") from error
+    _check_values(w, state["quant_map"], key)
     return w
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of layout {value.layout}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _check_values(w: NF4Weight, quant_map: Tensor, key: str) -> None:
+    """Raise ValueError for scales that are not finite, and for codes that stand for other values than the format's."""
+    for name, tensor in w.tensors().items():
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            raise ValueError(f"{key}: {name} has values that are not finite")
+    expected = code_values(w.quant_type, quant_map.device)
+    fits = quant_map.is_floating_point() and quant_map.shape == expected.shape
+    if fits and (quant_map.is_meta or torch.allclose(quant_map.float(), expected, atol=1e-3)):
+        return
+    raise ValueError(f"{key}.quant_map: got other values than those of {w.quant_type}, which its codes stand for")
 
 
 def _scalars(packed: Tensor, key: str) -> dict[str, Any]:
@@ -93,7 +113,7 @@ def _scalars(packed: Tensor, key: str) -> dict[str, Any]:
         raise ValueError(f"{key}: got a tensor on the meta device, whose values are needed")
     try:
         scalars = json.loads(bytes(packed.flatten().tolist()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{key}: got {packed.dtype}{list(packed.shape)}, expected JSON in uint8: {error}") from error
     if not isinstance(scalars, dict):
         raise ValueError(f"{key}: got JSON {scalars!r}, expected an object")
@@ -110,7 +130,7 @@ def _check_scalars(scalars: dict[str, Any], quant_type: str, key: str) -> None:
         ("shape", isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)),
         ("nested_blocksize", scalars.get("nested_blocksize", NESTED_BLOCKSIZE) == NESTED_BLOCKSIZE),
         ("nested_dtype", scalars.get("nested_dtype", "float32") == "float32"),
-        ("nested_offset", isinstance(offset, (int, float)) and math.isfinite(offset)),
+        ("nested_offset", isinstance(offset, (int, float)) and abs(offset) <= FLOAT32_MAX),  # NaN is not
     )
     for name, fits in checks:
         if not fits:
