@@ -1,0 +1,116 @@
+"""Factors as an adapter of a model, a LoRAConfig and tensors under PEFT's keys, and the reverse."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...layers.adapters import scaling
+from ..adapter_keys import KEYS, PREFIX, Form
+from ..config import LoRAConfig
+from ..names import names_match
+from ..state import lora_layers
+from ..wrappers import named_modules
+from .factors import Factors
+
+
+def config_of(factors: Mapping[str, Factors], paths: Collection[str]) -> LoRAConfig:
+    """What add_lora would be given for exactly these factors, by path, in a model with modules at `paths`.
+
+    Raises ValueError where some have DoRA's magnitude or a bias and others have not.
+    """
+    for what, has in (("DoRA's magnitude", _has_magnitude), ("a bias", _has_bias)):
+        without = [each.key for each in factors.values() if not has(each)]
+        if without and len(without) < len(factors):
+            raise ValueError(f"{without[0]!r} has no {what} beside, and others have: expected it in all, or in none")
+    r, ranks = _most({path: each.r for path, each in factors.items()})
+    alpha, alphas = _most({path: each.alpha for path, each in factors.items()})
+    one = next(iter(factors.values()))
+    return LoRAConfig(
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        target_modules=_targets(sorted(factors), paths),
+        use_dora=_has_magnitude(one),
+        lora_bias=_has_bias(one),
+    )
+
+
+def tensors_of(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Under PEFT's keys."""
+    tensors: dict[str, Tensor] = {}
+    for path, each in factors.items():
+        own = {"lora_A": each.A, "lora_B": each.B, "lora_bias": each.bias, "lora_magnitude": each.magnitude}
+        tensors |= {f"{PREFIX}{path}.{KEYS[kind]}": tensor for kind, tensor in own.items() if tensor is not None}
+    return tensors
+
+
+def fitted(tensors: dict[str, Tensor], expected: Mapping[str, Form]) -> dict[str, Tensor]:
+    """With the 1 × 1 of a convolution over pixels where the model has one, and without it where it has a linear layer."""
+    return {
+        key: tensor.reshape(expected[key].shape) if key in expected and _alike(tensor.shape, expected[key].shape) else tensor
+        for key, tensor in tensors.items()
+    }
+
+
+def factors_of(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """The factors, by path, of an adapter that add_lora gave a model, from its tensors under PEFT's keys.
+
+    Raises ValueError that names a tensor which is none of LoRA's, such as a module that is trained whole.
+    """
+    found: dict[str, Factors] = {}
+    left = set(tensors)
+    for path, layer in lora_layers(model).items():
+        if adapter_name not in layer.adapters:
+            continue
+        settings = layer.adapters[adapter_name]
+        keys = {kind: f"{PREFIX}{path}.{key}" for kind, key in KEYS.items()}
+        A, B, bias, magnitude = (tensors.get(keys[kind]) for kind in ("lora_A", "lora_B", "lora_bias", "lora_magnitude"))
+        if A is None or B is None:
+            raise ValueError(f"{path}: AdaLoRA's triplets are PEFT's alone; call compact_ranks(model) first")
+        s, r = float(settings.scaling), settings.r
+        alpha = settings.lora_alpha if scaling(r, settings.lora_alpha) == s else s * r
+        found[path] = Factors(A, B, alpha, magnitude, bias, keys["lora_A"])
+        left -= set(keys.values())
+    if left:
+        raise ValueError(f"adapter {adapter_name!r}: {min(left)!r} is no part of a LoRA, and only PEFT's format has it")
+    return found
+
+
+def rescaled(factors: Mapping[str, Factors], config: LoRAConfig) -> dict[str, Factors]:
+    """With the scalings that a file's own configuration says."""
+    ranks = config.ranks(factors)
+    return {path: replace(each, alpha=ranks[path].scaling * each.r) for path, each in factors.items()}
+
+
+def _has_magnitude(factors: Factors) -> bool:
+    return factors.magnitude is not None
+
+
+def _has_bias(factors: Factors) -> bool:
+    return factors.bias is not None
+
+
+def _most(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value, and a pattern for every other's path; its "^" keeps it from other paths with the same end."""
+    most = Counter(values.values()).most_common(1)[0][0]
+    return most, {f"^{re.escape(path)}": value for path, value in values.items() if value != most}
+
+
+def _targets(adapted: list[str], paths: Collection[str]) -> list[str] | str:
+    """The paths themselves; a regex for them where one is the end of another module's."""
+    matched = {path for path in paths if names_match(path, set(adapted))}
+    return adapted if matched <= set(adapted) else "|".join(re.escape(path) for path in adapted)
+
+
+def _alike(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    short, long = sorted((tuple(one), tuple(other)), key=len)
+    return long[: len(short)] == short and all(size == 1 for size in long[len(short) :])
+
+
+def paths_in(model: nn.Module) -> list[str]:
+    return [path for path, _ in named_modules(model)]
