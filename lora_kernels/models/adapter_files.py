@@ -49,7 +49,7 @@ def load_adapter(
     parts = parts_of(model)
     for part in parts.values():
         refuse_unready(part)
-    found = _find(Path(path), adapter_name)
+    found = find_adapter(Path(path), adapter_name)
     if not found.is_file() and found.suffix != ".safetensors":
         if ALONE not in parts:
             raise ValueError(f"{found}: PEFT's files are for one model, expected a part such as pipeline.unet")
@@ -71,8 +71,8 @@ def load_adapter(
     return loaded.get(ALONE, loaded)
 
 
-def _find(path: Path, adapter_name: str) -> Path:
-    """PEFT's directory, or the one file, that holds the adapter."""
+def find_adapter(path: Path, adapter_name: str = DEFAULT_ADAPTER) -> Path:
+    """PEFT's directory, or the one file, that holds the adapter. Raises ValueError for a directory with several."""
     for folder in (subfolder(path, adapter_name), path):
         if (folder / CONFIG_FILE).is_file():
             return folder
@@ -87,7 +87,7 @@ def _find(path: Path, adapter_name: str) -> Path:
 
 def _prepare_peft(model: nn.Module, folder: Path, adapter_name: str, autocast_adapter_dtype: bool) -> Loading:
     """PEFT's two files, which fit `model`."""
-    values, saved = _read(folder)
+    values, saved = read_peft(folder)
     saved = {key.removesuffix(".weight") if key.endswith(f".{MAGNITUDE}.weight") else key: t for key, t in saved.items()}
     config = adapter_config.from_peft(values, model, str(folder / CONFIG_FILE))
     allocation: dict[str, Tensor] | None = None
@@ -97,7 +97,7 @@ def _prepare_peft(model: nn.Module, folder: Path, adapter_name: str, autocast_ad
     return prepare_loading(model, config, saved, adapter_name, source, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors on the CPU) of the adapter in `directory`.
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged one.

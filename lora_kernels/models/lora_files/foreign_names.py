@@ -1,8 +1,8 @@
 """Other codebases' names, such as SDXL's input_blocks_4_1 and FLUX's double_blocks_0_img_attn_qkv, by diffusers' converters.
 
 These rename keys, split and swap rows, and scale, each in its own way. They are given numbered rows in place of a file's
-tensors, and what becomes of the numbers says which rows go where: scales, magnitudes and ranks are then the file's own, and what a
-converter drops in silence is missed.
+tensors, and what becomes of the numbers says which rows go where: scales, magnitudes and ranks are then the file's own, and
+what a converter drops in silence is missed.
 """
 
 import importlib.util

@@ -12,6 +12,7 @@ from typing import NamedTuple
 DENOISER = "denoiser"  # the unet or the transformer: what a pipeline calls it
 PEFT, DIFFUSERS, KOHYA, COMFYUI = "peft", "diffusers", "kohya", "comfyui"
 MODEL = "base_model.model."
+CONFIGS = "lora_adapter_metadata"  # where diffusers has the parts' LoraConfigs in a file's header
 FLATTENED = {  # kohya's prefixes -> the part
     **{"lora_unet_": DENOISER, "lora_transformer_": DENOISER, "lycoris_": DENOISER, "lora_te_": "text_encoder"},
     **{"lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3"},

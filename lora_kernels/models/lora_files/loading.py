@@ -11,11 +11,10 @@ from .. import adapter_config
 from ..config import LoRAConfig
 from .adapters import config_of, paths_in, rescaled, tensors_of
 from .factors import Factors, Module, modules_of
+from .keys import CONFIGS
 from .parts import ALONE, own_name
 from .places import placed
 from .reading import read_file
-
-CONFIGS = "lora_adapter_metadata"  # where diffusers has the parts' LoraConfigs in a file's header
 
 
 class LoRAFile(NamedTuple):
@@ -60,7 +59,10 @@ def factors_by_part(
                 '{"unet": unet, "text_encoder": text_encoder}'
             )
         found = placed(file.modules, parts, pipeline)
-        return {part: _as_configured(file, part, parts[part], factors) for part, factors in found.items()}
+        return {
+            part: configured(file, own_name(part, parts[part], factors), parts[part], factors)
+            for part, factors in found.items()
+        }
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -81,9 +83,9 @@ def read_adapter(path: Path, parts: Mapping[str, nn.Module], pipeline: object) -
     return adapters
 
 
-def _as_configured(file: LoRAFile, part: str, model: nn.Module, factors: dict[str, Factors]) -> dict[str, Factors]:
-    """With the alphas of diffusers' LoraConfigs in the header, where it has one for the part."""
-    values = _configuration(file.metadata, own_name(part, model, factors))
+def configured(file: LoRAFile, part: str, model: nn.Module, factors: dict[str, Factors]) -> dict[str, Factors]:
+    """With the alphas of diffusers' LoraConfigs in the header, where it has one for the part, a pipeline's name."""
+    values = _configuration(file.metadata, part)
     if not values or any(each.own_alpha for each in factors.values()):
         return factors
     given = {name: value for name, value in values.items() if name not in ("modules_to_save", "bias", "target_modules")}
