@@ -1,6 +1,7 @@
 """Tiny image models and the files of their adapters, by the naming rules of the tools that write them."""
 
 import copy
+import re
 from types import SimpleNamespace
 
 import diffusers
@@ -154,6 +155,63 @@ def by_diffusers(loader, path, parts):
         setattr(pipeline, name, part)
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
     return SimpleNamespace(**parts)
+
+
+FUSED = {  # sd-scripts' names of FLUX's modules, in Black Forest Labs' code -> diffusers' modules, whose rows are these in turn
+    "double_blocks_0_img_attn_qkv": [f"transformer_blocks.0.attn.to_{each}" for each in "qkv"],
+    "double_blocks_0_txt_attn_qkv": [f"transformer_blocks.0.attn.add_{each}_proj" for each in "qkv"],
+    "double_blocks_0_img_attn_proj": ["transformer_blocks.0.attn.to_out.0"],
+    "double_blocks_0_txt_attn_proj": ["transformer_blocks.0.attn.to_add_out"],
+    "double_blocks_0_img_mlp_0": ["transformer_blocks.0.ff.net.0.proj"],
+    "double_blocks_0_img_mlp_2": ["transformer_blocks.0.ff.net.2"],
+    "double_blocks_0_img_mod_lin": ["transformer_blocks.0.norm1.linear"],
+    "single_blocks_0_linear2": ["single_transformer_blocks.0.proj_out"],
+    "single_blocks_0_modulation_lin": ["single_transformer_blocks.0.norm.linear"],
+}
+BEYOND = {  # those that diffusers splits by the released sizes, drops or does not scale
+    "single_blocks_0_linear1": [
+        *[f"single_transformer_blocks.0.attn.to_{each}" for each in "qkv"],
+        "single_transformer_blocks.0.proj_mlp",
+    ],
+    "final_layer_linear": ["proj_out"],
+    "final_layer_adaLN_modulation_1": ["norm_out.linear"],  # shift and scale are the other way round
+    "img_in": ["x_embedder"],
+    "guidance_in_in_layer": ["time_text_embed.guidance_embedder.linear_1"],
+}
+
+
+def fused(model, names, prefix, seed=4):
+    """(a kohya file's tensors, {path: (A, B, alpha)}) of modules that are one there and several here."""
+    torch.manual_seed(seed)
+    modules, tensors, made = dict(model.named_modules()), {}, {}
+    for number, (name, paths) in enumerate(names.items()):
+        sizes, alpha = [modules[path].out_features for path in paths], float(1 + number % 3)
+        A, B = torch.randn(3, modules[paths[0]].in_features), torch.randn(sum(sizes), 3) / 4
+        base = f"{prefix}{name}"
+        tensors |= {f"{base}.lora_down.weight": A, f"{base}.lora_up.weight": B, f"{base}.alpha": torch.tensor(alpha)}
+        rows = torch.cat(B.chunk(2)[::-1]) if "adaLN" in name else B
+        made |= {path: (A, part, alpha) for path, part in zip(paths, rows.split(sizes), strict=True)}
+    return tensors, made
+
+
+def sgm(path):
+    """The name in Stability's code, which sd-scripts uses for SDXL, of a module in a UNet's attention."""
+    parts = re.fullmatch(r"(?:(down|up)_blocks\.(\d)|mid_block)\.attentions\.(\d)\.(.*)", path)
+    block, number, attention, rest = parts.groups()
+    if block is None:
+        return f"middle_block.1.{rest}"
+    layer = 2 * int(number) + int(attention)
+    return f"input_blocks.{layer + 1}.1.{rest}" if block == "down" else f"output_blocks.{layer}.1.{rest}"
+
+
+def uniform(made, alpha=2.0):
+    """With one alpha: diffusers loses all others of attention layers in a UNet."""
+    return {path: (A, B, alpha) for path, (A, B, _) in made.items()}
+
+
+def unscaled(made):
+    """With alpha = r."""
+    return {path: (A, B, float(A.shape[0])) for path, (A, B, _) in made.items()}
 
 
 def close(a, b):

@@ -13,7 +13,7 @@ from ..models.conversion import read_parts, write_parts
 from ..models.lora_files.keys import PEFT
 from ..models.lora_files.parts import ALONE
 from ..models.lora_files.writing import FORMATS, Parts
-from .console import CommandError, first_line, require
+from .console import CommandError, Output, first_line, require
 
 LIBRARIES = ("diffusers", "transformers")
 ADAPTED = ("unet", "transformer", "text_encoder")  # how the names of a pipeline's parts begin that adapters are for
@@ -34,12 +34,21 @@ def read(source: Path, models: Mapping[str, nn.Module] | None) -> tuple[Parts, d
         return read_parts(source, models)
 
 
-def write(parts: Parts, target: Path, format: str, metadata: Mapping[str, str], models: Mapping[str, nn.Module] | None) -> None:
+def write(
+    out: Output,
+    parts: Parts,
+    target: Path,
+    format: str,
+    metadata: Mapping[str, str],
+    models: Mapping[str, nn.Module] | None,
+) -> None:
     """Write a file and say so. Raises CommandError for what the format cannot hold."""
     with refusing():
         place = write_parts(parts, target, format, metadata, models)
     counts = ", ".join(f"{len(factors)} layers of the {part}" for part, factors in parts.items())
-    print(f"{place}: {format}, {counts}")
+    out.print(f"{place}: {format}, {counts}", markup=False, soft_wrap=True)
+    ranks = {part: {path: each.r for path, each in factors.items()} for part, factors in parts.items()}
+    out.write_json({"output": str(place), "format": format, "ranks": ranks})
 
 
 @contextlib.contextmanager

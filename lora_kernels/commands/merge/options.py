@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ..console import CommandError
-from ..options import AdapterFormat, AdapterModel
+from ..console import CommandError, Output
+from ..options import AdapterFormat, AdapterModel, Json
 
 
 def merge(
@@ -17,6 +17,7 @@ def merge(
         list[float] | None, typer.Option(help="Of each IN in turn, repeated; default 1. Any finite number but 0.")
     ] = None,
     model: AdapterModel = None,
+    json_file: Json = None,
 ) -> None:
     """Write the weighted sum of adapters as one, exactly: ranks add up, and no base model is read."""
     from ...models.lora_files.sums import weighted_sum
@@ -25,9 +26,10 @@ def merge(
     weights = weight or [1.0] * len(sources)
     if len(weights) != len(sources) or not all(0 < abs(each) < float("inf") for each in weights):
         raise CommandError(f"--weight: got {weights}, expected a finite number but 0 for each of {len(sources)} files")
+    out = Output(json_file)
     check_target(output, format)
     models = None if model is None else models_of(model)
     parts = [read(source, models)[0] for source in sources]
     with refusing():
         total = weighted_sum(list(zip(parts, weights, strict=True)))
-    write(total, output, format, {}, models)
+    write(out, total, output, format, {}, models)

@@ -82,8 +82,11 @@ def factors_of(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor
 
 
 def rescaled(factors: Mapping[str, Factors], config: LoRAConfig) -> dict[str, Factors]:
-    """With the scalings that a file's own configuration says."""
+    """With the scalings that a file's own configuration says. Raises ValueError where it says another rank."""
     ranks = config.ranks(factors)
+    for path, each in factors.items():
+        if ranks[path].r != each.r:
+            raise ValueError(f"{each.key!r} is of rank {each.r}, and the configuration beside says {ranks[path].r} for {path}")
     return {path: replace(each, alpha=ranks[path].scaling * each.r) for path, each in factors.items()}
 
 

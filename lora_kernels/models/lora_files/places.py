@@ -13,6 +13,7 @@ from ..targets import features, is_linear
 from ..wrappers import named_modules
 from .factors import Factors, Module
 from .foreign_names import Found, renamed
+from .keys import KOHYA
 from .parts import part_for
 
 CLIP = "text_model"  # which transformers' CLIPTextModel had around its layers, and files have still
@@ -45,9 +46,12 @@ class Index:
             flattened.setdefault(flat(path), []).append(path)
         return cls(modules, flattened)
 
-    def find(self, name: str) -> str | None:
-        """The path that a name means; None for another codebase's. Raises ValueError where it may be two modules'."""
-        if name in self.modules:
+    def find(self, name: str, flattened: bool = False) -> str | None:
+        """The path that a name means; None for another codebase's. Raises ValueError where it may be two modules'.
+
+        flattened: it is no path, even where it looks like one.
+        """
+        if name in self.modules and not flattened:
             return name
         own = flat(name)
         for spelled in (own, own.removeprefix(f"{CLIP}_"), f"{CLIP}_{own}"):
@@ -79,7 +83,7 @@ def placed(file: Mapping[Module, Factors], parts: Mapping[str, nn.Module], pipel
         if part not in indices:
             indices[part] = Index.of(parts[part])
         index = indices[part]
-        path = _find(index, (module.name, module.base), factors.key)
+        path = _find(index, module, factors.key)
         if path is not None:
             _put(found, Spot(part, path), factors, index)
         else:
@@ -93,9 +97,11 @@ def placed(file: Mapping[Module, Factors], parts: Mapping[str, nn.Module], pipel
     return by_part
 
 
-def _find(index: Index, names: tuple[str, ...], key: str) -> str | None:
+def _find(index: Index, module: Module, key: str) -> str | None:
+    """By the name without the part's prefix or, where that is a module of the model itself, with it."""
     try:
-        return next((path for name in names if (path := index.find(name)) is not None), None)
+        found = index.find(module.name, module.format == KOHYA)
+        return index.find(module.base) if found is None else found
     except ValueError as error:
         raise ValueError(f"{key!r}: {error}") from error
 
