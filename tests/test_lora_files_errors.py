@@ -51,11 +51,8 @@ BAD = {  # what is in the file, and what the error says of it
     "columns' magnitudes": (good() | {f"{ONE}.dora_scale": torch.ones(1, 16)}, rf"'{ONE}.dora_scale' has shape \(1, 16\)"),
     "Tucker of a linear layer": (good() | {f"{ONE}.lora_mid.weight": torch.ones(2, 2)}, "lora_mid.weight' has shape"),
     "the same twice": (
-        good()
-        | dotted(
-            {f"{'mid_block.attentions.0.transformer_blocks.0.attn1'}.to_q": (torch.ones(2, 16), torch.ones(16, 2), 0)}, "unet."
-        ),
-        rf"{DOWN}' .*are both for mid_block.attentions.0.transformer_blocks.0.attn1.to_q|to_q.lora_A.weight' and '{DOWN}' are both",
+        good() | dotted({PATH: (torch.ones(2, 16), torch.ones(16, 2), 2.0)}, "unet."),
+        rf"'unet.{PATH}.lora_A.weight' and '{DOWN}' are both for {PATH}",
     ),
     "LoKr": (good() | {f"{ONE}.lokr_w1": torch.ones(2, 2)}, rf"'{ONE}.lokr_w1' is of LoKr, which has no counterpart"),
     "LoHa": ({f"{ONE}.hada_w1_a": torch.ones(2, 2)}, "is of LoHa"),

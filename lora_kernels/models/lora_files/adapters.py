@@ -87,7 +87,8 @@ def rescaled(factors: Mapping[str, Factors], config: LoRAConfig) -> dict[str, Fa
     for path, each in factors.items():
         if ranks[path].r != each.r:
             raise ValueError(f"{each.key!r} is of rank {each.r}, and the configuration beside says {ranks[path].r} for {path}")
-    return {path: replace(each, alpha=ranks[path].scaling * each.r) for path, each in factors.items()}
+    alphas = {path: rank.scaling * rank.r if config.use_rslora else rank.lora_alpha for path, rank in ranks.items()}
+    return {path: replace(each, alpha=alphas[path]) for path, each in factors.items()}
 
 
 def _has_magnitude(factors: Factors) -> bool:
