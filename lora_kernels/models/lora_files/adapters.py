@@ -71,7 +71,8 @@ def factors_of(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor
         keys = {kind: f"{PREFIX}{path}.{key}" for kind, key in KEYS.items()}
         A, B, bias, magnitude = (tensors.get(keys[kind]) for kind in ("lora_A", "lora_B", "lora_bias", "lora_magnitude"))
         if A is None or B is None:
-            raise ValueError(f"{path}: AdaLoRA's triplets are PEFT's alone; call compact_ranks(model) first")
+            cure = "; call compact_ranks(model) first" * settings.use_adalora
+            raise ValueError(f"{path}: its adapter is no product of lora_B and lora_A, and only PEFT's format has it{cure}")
         s, r = float(settings.scaling), settings.r
         alpha = settings.lora_alpha if scaling(r, settings.lora_alpha) == s else s * r
         found[path] = Factors(A, B, alpha, magnitude, bias, keys["lora_A"])
