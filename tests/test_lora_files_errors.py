@@ -204,6 +204,7 @@ def test_a_directory_with_one_file_is_that_file_s(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("[" * 100000, "lora_adapter_metadata is not JSON"),
         ("{", "lora_adapter_metadata is not JSON"),
         ("[]", "lora_adapter_metadata is a list, expected an object"),
         (json.dumps({"unet.r": 3}), r"'unet\..*lora_A.weight' is of rank 2, and the configuration beside says 3 for mid_block"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.loaders import lora_pipeline
 from lora_files_case import (
     BEYOND,
     FUSED,
@@ -79,9 +80,11 @@ def test_sdxl_in_stability_s_names(tmp_path):
     load_adapter(ours, saved(tmp_path / "each.safetensors", kohya(made, "lora_unet_", sgm)))
     close(output(ours), output(adapted(base, made)))
     file = saved(tmp_path / "one.safetensors", kohya(uniform(made), "lora_unet_", sgm))
-    load_adapter(ours := sdxl(), file)
+    mixin = lora_pipeline.StableDiffusionXLLoraLoaderMixin
+    ours = type("Pipeline", (mixin,), {"components": {"unet": sdxl(), "vae": None, "scheduler": object()}})()
+    assert list(load_adapter(ours, file)) == ["unet"]
     by_diffusers("StableDiffusionXL", file, {"unet": theirs})
-    close(output(ours), output(theirs))
+    close(output(ours.components["unet"]), output(theirs))
 
 
 @pytest.mark.parametrize("spelling", ["kohya", "comfyui", "comfyui with PEFT's ends"])

@@ -91,7 +91,7 @@ def _model(directory: Path, what: str) -> nn.Module:
 def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CommandError(f"--model: cannot read {path}: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise CommandError(f"--model: {path} has a {type(values).__name__}, expected an object")

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -13,21 +13,43 @@ from . import adapter_config
 from .adalora.config import AdaLoRAConfig
 from .adalora.files import expanded
 from .adapter_keys import MAGNITUDE
-from .adapter_loading import Loading, Source, prepare_loading, refuse_unready
+from .adapter_loading import LoadedAdapter, Loading, Source, prepare_loading, refuse_unready
 from .adapter_saving import CONFIG_FILE, WEIGHTS_FILE, subfolder
 from .lora_files.keys import PEFT
 from .lora_files.loading import read_adapter
 from .lora_files.parts import ALONE, parts_of
 
 
+@overload
+def load_adapter(  # type: ignore[overload-overlap]
+    model: nn.Module,
+    path: str | os.PathLike,
+    adapter_name: str = ...,
+    *,
+    autocast_adapter_dtype: bool = ...,
+    quantize: str | None = ...,
+) -> LoadedAdapter: ...
+
+
+@overload
 def load_adapter(
-    model: Any,
+    model: object,
+    path: str | os.PathLike,
+    adapter_name: str = ...,
+    *,
+    autocast_adapter_dtype: bool = ...,
+    quantize: str | None = ...,
+) -> dict[str, LoadedAdapter]: ...
+
+
+def load_adapter(
+    model: object,
     path: str | os.PathLike,
     adapter_name: str = DEFAULT_ADAPTER,
     *,
     autocast_adapter_dtype: bool = True,
     quantize: str | None = None,
-) -> Any:
+) -> LoadedAdapter | dict[str, LoadedAdapter]:
     """Read an adapter of any common format as `adapter_name` of `model`; the LoadedAdapter says what was read, for people too.
 
     path: a directory that PEFT or save_adapter wrote, of which the subfolder `adapter_name` counts if an adapter is in it; or

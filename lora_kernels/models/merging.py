@@ -27,15 +27,15 @@ def merge_lora(model: nn.Module, adapters: Mapping[str, Any] | None = None) -> d
     layers = adapted_layers(model)
     refuse_if_merged(layers, "merge again")
     refuse_offloaded_adapters(model, "merge")
-    terms: dict[str, LowRankTerm | None]
+    terms: dict[str, tuple[LowRankTerm, ...]]  # of the active adapter by default
     if adapters is None:
-        terms = {path: None for path, layer in layers.items() if layer.active_adapter is not None}
+        terms = {path: () for path, layer in layers.items() if layer.active_adapter is not None}
     else:
         terms = _weighted(model, layers, adapters)
     if not terms:
         raise RuntimeError("cannot merge: no adapter is active; call set_adapter(model, name) first")
     try:
-        errors = {path: layers[path].merge(term) for path, term in terms.items()}
+        errors = {path: layers[path].merge(*term) for path, term in terms.items()}
     except BaseException:
         for path in terms:
             if layers[path].merged:
@@ -44,14 +44,16 @@ def merge_lora(model: nn.Module, adapters: Mapping[str, Any] | None = None) -> d
     return {path: error for path, error in errors.items() if error is not None}
 
 
-def _weighted(model: nn.Module, layers: dict[str, LoRALinear], adapters: Mapping[str, Any]) -> dict[str, LowRankTerm | None]:
+def _weighted(
+    model: nn.Module, layers: Mapping[str, LoRALinear], adapters: Mapping[str, Any]
+) -> dict[str, tuple[LowRankTerm, ...]]:
     """Σ wᵢsᵢ·Bᵢ·Aᵢ by path, for the layers that have one of the adapters."""
     weights = check_combined(lora_state(model), list(adapters), list(adapters.values()))
     for exchange in lora_state(model).exchanges:
         if whole := [name for name in adapters if name in exchange.choices]:
             raise ValueError(f"adapters: {whole} train {exchange.name} whole, which is no low-rank term; merge it alone")
     terms = {path: weighted_term(layer, list(adapters), weights) for path, layer in layers.items()}
-    return {path: term for path, term in terms.items() if term is not None}
+    return {path: (term,) for path, term in terms.items() if term is not None}
 
 
 def unmerge_lora(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...layers.adapters import scaling
 from ..adapter_keys import KEYS, PREFIX, Form
 from ..config import LoRAConfig
-from ..names import names_match
+from ..names import names_match, tails
 from ..state import lora_layers
 from ..wrappers import named_modules
 from .factors import Factors
@@ -26,8 +26,9 @@ def config_of(factors: Mapping[str, Factors], paths: Collection[str]) -> LoRACon
         without = [each.key for each in factors.values() if not has(each)]
         if without and len(without) < len(factors):
             raise ValueError(f"{without[0]!r} has no {what} beside, and others have: expected it in all, or in none")
-    r, ranks = _most({path: each.r for path, each in factors.items()})
-    alpha, alphas = _most({path: each.alpha for path, each in factors.items()})
+    patterns = _patterns(factors, paths)
+    r, ranks = _most({path: each.r for path, each in factors.items()}, patterns)
+    alpha, alphas = _most({path: each.alpha for path, each in factors.items()}, patterns)
     one = next(iter(factors.values()))
     return LoRAConfig(
         r=r,
@@ -100,10 +101,16 @@ def _has_bias(factors: Factors) -> bool:
     return factors.bias is not None
 
 
-def _most(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and a pattern for every other's path; its "^" keeps it from other paths with the same end."""
+def _most(values: Mapping[str, Any], patterns: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value, and the patterns of the others' paths."""
     most = Counter(values.values()).most_common(1)[0][0]
-    return most, {f"^{re.escape(path)}": value for path, value in values.items() if value != most}
+    return most, {patterns[path]: value for path, value in values.items() if value != most}
+
+
+def _patterns(adapted: Iterable[str], paths: Iterable[str]) -> dict[str, str]:
+    """A pattern for each path alone; a "^" keeps it from those with the same end, and costs a regex's trial at each path."""
+    ends = {tail for path in paths for tail in tails(path)[1:]}
+    return {path: f"{'^' * (path in ends)}{re.escape(path)}" for path in adapted}
 
 
 def _targets(adapted: list[str], paths: Collection[str]) -> list[str] | str:

@@ -101,7 +101,7 @@ def _configuration(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(metadata[CONFIGS])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"its header's {CONFIGS} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"its header's {CONFIGS} is a {type(values).__name__}, expected an object")

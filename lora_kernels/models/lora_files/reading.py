@@ -1,9 +1,11 @@
-"""Read one .safetensors file of an adapter: its header first, and tensors only once every dtype in it is fine."""
+"""Read one .safetensors file of an adapter: its header first, and tensors only once every key and dtype is fine."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
+
+from .keys import parse
 
 FLOATS = ("F64", "F32", "BF16", "F16")
 INTEGERS = ("I64", "I32", "I16", "I8", "U8")  # an alpha may be one
@@ -18,8 +20,8 @@ class Contents(NamedTuple):
 
 
 def read_file(path: Path) -> Contents:
-    """Raises FileNotFoundError for a missing file, and ValueError, naming file and key, for a pickle, a damaged file, and
-    tensors that are no plain floating-point ones.
+    """Raises FileNotFoundError for a missing file, and ValueError, naming file and key, for a pickle, a damaged file, keys
+    that are no LoRA's, and tensors that are no plain floating-point ones.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -33,13 +35,17 @@ def read_file(path: Path) -> Contents:
         with safe_open(path, framework="pt", device="cpu") as file:
             keys = sorted(file.keys())
             for key in keys:
-                _check_dtype(path, key, file.get_slice(key).get_dtype())
+                _check(path, key, file.get_slice(key).get_dtype())
             return Contents({key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {}))
     except SafetensorError as error:
         raise ValueError(f"{path}: no safetensors file, or cut off: {error}") from error
 
 
-def _check_dtype(path: Path, key: str, dtype: str) -> None:
+def _check(path: Path, key: str, dtype: str) -> None:
+    try:
+        parse(key)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if dtype not in FLOATS and not (dtype in INTEGERS and key.endswith(".alpha")):
         cure = "; convert it to float16 or bfloat16 with the tool that made it" * dtype.startswith("F8")
         raise ValueError(f"{path}: {key!r} has dtype {dtype}, expected one of {', '.join(FLOATS)}{cure}")
