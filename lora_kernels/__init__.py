@@ -14,7 +14,8 @@ from .models.adalora.allocator import RankAllocator
 from .models.adalora.compaction import compact_ranks
 from .models.adalora.config import AdaLoRAConfig
 from .models.adalora.orthogonality import orthogonality_loss
-from .models.adapter_files import LoadedAdapter, load_adapter
+from .models.adapter_files import load_adapter
+from .models.adapter_loading import LoadedAdapter
 from .models.adapter_saving import save_adapter
 from .models.blocks import BlockReport, fuse_blocks, unfuse_blocks
 from .models.combining import add_weighted_adapter

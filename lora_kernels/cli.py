@@ -1,4 +1,4 @@
-"""`lora-kernels demo | bench | tune | report | memory`: the command line; each command's options are in its folder.
+"""`lora-kernels demo | bench | tune | report | memory | convert | merge`; each command's options are in its folder.
 
 Heavy imports happen inside the commands.
 """
@@ -11,9 +11,11 @@ from typer.core import TyperCommand, TyperGroup
 
 from .commands.bench.options import bench
 from .commands.console import FAILED, CommandError
+from .commands.convert.options import convert
 from .commands.demo.options import demo
 from .commands.failures import explained, give_up_output
 from .commands.memory.options import memory
+from .commands.merge.options import merge
 from .commands.report.options import report
 from .commands.tune.options import tune
 
@@ -55,7 +57,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fused LoRA linear layers for PyTorch: see them train, measure them, ask what runs where.",
 )
-for command in (demo, bench, tune, report, memory):
+for command in (demo, bench, tune, report, memory, convert, merge):
     app.command(cls=Command)(command)
 
 

@@ -13,6 +13,11 @@ Json = Annotated[
     typer.Option("--json", metavar="FILE", help="Write results as JSON to FILE; - is stdout (tables go to stderr)."),
 ]
 Rank = Annotated[int, typer.Option(help="Rank r of the adapters.")]
+AdapterFormat = Annotated[str, typer.Option(help="peft, diffusers or kohya.")]
+AdapterModel = Annotated[
+    Path | None,
+    typer.Option(help="Directory of the pipeline or model that flattened names are of; only configurations are read."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
 MAX_COUNT = 1 << 28  # of tokens, features, ranks: more is a slip of the hand, and bytes of their products would not fit 64 bits
 

@@ -43,8 +43,9 @@ class MergeableWeight(FrozenWeight):
         """Whether the active adapter is in the weight."""
         return bool(self._unmerged)
 
-    def merge(self) -> float | None:
+    def merge(self, term: LowRankTerm | None = None) -> float | None:
         """W + s·B·A, rounded once to W's dtype, becomes the weight; the unmerged one is kept, so unmerge() is bit-exact.
+        term: instead of the active adapter's.
         c + s·b becomes the bias of an adapter with lora_bias. With a magnitude (DoRA) it is (m / n) ⊙ (W + s·B·A), the bias c.
 
         A 4-bit W is dequantised, added to and quantised again; the relative error of that, ‖new − (W + s·B·A)‖ / ‖W + s·B·A‖,
@@ -53,7 +54,7 @@ class MergeableWeight(FrozenWeight):
         Raises RuntimeError if already merged, if no adapter is active, or if it has no values.
         """
         self._refuse_if_merged("merge again")
-        term = self.active_term
+        term = self.active_term if term is None else term
         if term is None:
             raise RuntimeError("cannot merge: no adapter is active; call set_adapter(name) first")
         if term.A.is_meta and (offloading_hooks(self) or not self.weight.is_meta):

@@ -1,12 +1,10 @@
-"""Read an adapter's files, which PEFT or save_adapter wrote, into a model."""
+"""Read an adapter's files, which PEFT, diffusers, kohya's sd-scripts, ai-toolkit or save_adapter wrote, into a model."""
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import torch
 from torch import Tensor, nn
 
 from ..layers.adapters import check_adapter_name
@@ -14,98 +12,114 @@ from ..layers.linear import DEFAULT_ADAPTER
 from . import adapter_config
 from .adalora.config import AdaLoRAConfig
 from .adalora.files import expanded
-from .adapter_checks import check_settings, check_tensors, not_linear
-from .adapter_keys import MAGNITUDE, PREFIX, adapter_tensors, exchanged_tensors, forms, planned_forms
+from .adapter_keys import MAGNITUDE
+from .adapter_loading import LoadedAdapter, Loading, Source, prepare_loading, refuse_unready
 from .adapter_saving import CONFIG_FILE, WEIGHTS_FILE, subfolder
-from .config import LoRAConfig
-from .distributed import sharded_like
-from .embeddings import add_embeddings, brought_embeddings
-from .peft_layers import refuse_peft_layers
-from .state import lora_layers, lora_state, refuse_if_merged, refuse_offloaded_adapters
-from .surgery import add_adapter
-from .switching import active_adapter
-from .targets import plan_layers
+from .lora_files.keys import PEFT
+from .lora_files.loading import read_adapter
+from .lora_files.parts import ALONE, parts_of
 
 
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """What load_adapter read; str() is for people."""
+@overload
+def load_adapter(  # type: ignore[overload-overlap]
+    model: nn.Module,
+    path: str | os.PathLike,
+    adapter_name: str = ...,
+    *,
+    autocast_adapter_dtype: bool = ...,
+    quantize: str | None = ...,
+) -> LoadedAdapter: ...
 
-    adapter: str
-    directory: Path  # in which the files are
-    config: LoRAConfig
-    adapted: dict[str, int]  # path -> r
-    tensors: tuple[str, ...]  # all keys that were read
-    active: bool  # otherwise it waits for set_adapter
 
-    def __str__(self) -> str:
-        ranks = ", ".join(map(str, sorted(set(self.adapted.values()))))
-        waits = "" if self.active else f"; not active: call set_adapter(model, {self.adapter!r})"
-        whole = [key.removeprefix(PREFIX) for key in self.tensors if ".lora_" not in key]
-        lines = [f"adapter {self.adapter!r} from {self.directory}: {len(self.adapted)} LoRA layers, r = {ranks}{waits}"]
-        return "\n".join(lines + [f"  whole: {key}" for key in whole])
+@overload
+def load_adapter(
+    model: object,
+    path: str | os.PathLike,
+    adapter_name: str = ...,
+    *,
+    autocast_adapter_dtype: bool = ...,
+    quantize: str | None = ...,
+) -> dict[str, LoadedAdapter]: ...
 
 
 def load_adapter(
-    model: nn.Module,
-    directory: str | os.PathLike,
+    model: object,
+    path: str | os.PathLike,
     adapter_name: str = DEFAULT_ADAPTER,
     *,
     autocast_adapter_dtype: bool = True,
     quantize: str | None = None,
-) -> LoadedAdapter:
-    """Read an adapter that PEFT or save_adapter wrote, as `adapter_name` of `model`.
+) -> LoadedAdapter | dict[str, LoadedAdapter]:
+    """Read an adapter of any common format as `adapter_name` of `model`; the LoadedAdapter says what was read, for people too.
 
-    It is read from the subfolder `adapter_name` if there is one with an adapter, else from `directory` itself. A model that has
-    an adapter of that name gets its values; otherwise the adapter is added, as by add_lora with the file's configuration
-    and the same `autocast_adapter_dtype` and `quantize`. Where the file has the embedding and the head of a resized model, the
-    adapter gets frozen copies of them. Returns what was read, for people too.
-    Raises FileNotFoundError or ValueError, before anything changes, for files that are missing or damaged, a configuration
-    that has no counterpart here, keys or shapes that are not exactly those of this model, and values that are NaN or infinite,
-    or would be in the adapter's dtype; RuntimeError for a model that is merged, or whose adapters accelerate offloads.
+    path: a directory that PEFT or save_adapter wrote, of which the subfolder `adapter_name` counts if an adapter is in it; or
+        one .safetensors file, or a directory with one. PEFT's, diffusers', kohya's (sd-scripts, LyCORIS' LoCon), ComfyUI's and
+        ai-toolkit's are told apart by their keys. Each layer's own rank and alpha count; alpha = r where a file has none. Names
+        are those of the model's modules, flattened or not; other codebases' go through diffusers' converters.
+    model: an nn.Module; or a diffusers pipeline, or a dict of its parts, {"unet": ..., "text_encoder": ...}, for files with
+        adapters of several: then the result is a dict, with the LoadedAdapter of each part that the file has.
+    A model that has an adapter of that name gets its values; otherwise the adapter is added, as by add_lora with the file's
+    configuration and the same `autocast_adapter_dtype` and `quantize`. Where PEFT's files have the embedding and the head of a
+    resized model, the adapter gets frozen copies of them.
+
+    Raises FileNotFoundError or ValueError, before anything changes, for files that are missing, damaged or pickled, a
+    configuration that has no counterpart here, LoKr, LoHa, OFT and others that are no LoRA, keys or shapes that are not exactly
+    those of this model, and values that are NaN or infinite, or would be in the adapter's dtype; RuntimeError for a model that
+    is merged, or whose adapters accelerate offloads.
     """
     check_adapter_name(adapter_name, "adapter_name")
-    refuse_peft_layers(model)
-    folder = Path(directory)
-    if (subfolder(directory, adapter_name) / CONFIG_FILE).is_file():
-        folder = subfolder(directory, adapter_name)
-    values, saved = _read(folder)
+    parts = parts_of(model)
+    for part in parts.values():
+        refuse_unready(part)
+    found = find_adapter(Path(path), adapter_name)
+    if not found.is_file() and found.suffix != ".safetensors":
+        if ALONE not in parts:
+            raise ValueError(f"{found}: PEFT's files are for one model, expected a part such as pipeline.unet")
+        prepared = {ALONE: _prepare_peft(parts[ALONE], found, adapter_name, autocast_adapter_dtype)}
+    else:
+        read = read_adapter(found, parts, model)
+        prepared = {
+            part: prepare_loading(
+                parts[part],
+                adapter.config,
+                adapter.tensors,
+                adapter_name,
+                Source(found, found, found, adapter.format, adapter.metadata),
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )
+            for part, adapter in read.items()
+        }
+    loaded = {part: loading.load(autocast_adapter_dtype, quantize) for part, loading in prepared.items()}
+    return loaded.get(ALONE, loaded)
+
+
+def find_adapter(path: Path, adapter_name: str = DEFAULT_ADAPTER) -> Path:
+    """PEFT's directory, or the one file, that holds the adapter. Raises ValueError for a directory with several."""
+    for folder in (subfolder(path, adapter_name), path):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+        files = sorted(file.name for file in folder.glob("*.safetensors")) if folder.is_dir() else []
+        if len(files) > 1:
+            raise ValueError(f"{folder}: got {files}, expected one of these files")
+        if files and files[0] != WEIGHTS_FILE:  # PEFT's has a configuration beside
+            return folder / files[0]
+    beside = path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file()
+    return path.parent if beside else path
+
+
+def _prepare_peft(model: nn.Module, folder: Path, adapter_name: str, autocast_adapter_dtype: bool) -> Loading:
+    """PEFT's two files, which fit `model`."""
+    values, saved = read_peft(folder)
     saved = {key.removesuffix(".weight") if key.endswith(f".{MAGNITUDE}.weight") else key: t for key, t in saved.items()}
     config = adapter_config.from_peft(values, model, str(folder / CONFIG_FILE))
-    kept: dict[str, Tensor] = {}
+    allocation: dict[str, Tensor] | None = None
     if isinstance(config, AdaLoRAConfig):
-        saved, kept = expanded(saved, values.get("rank_pattern"), str(folder / CONFIG_FILE))
-    refuse_if_merged(lora_layers(model), "load an adapter")
-    refuse_offloaded_adapters(model, "load an adapter")
-    present = adapter_name in lora_state(model).configs
-    if present:
-        check_settings(model, config, adapter_name, folder)
-        expected = forms(adapter_tensors(model, adapter_name))
-    else:
-        try:
-            plan = plan_layers(model, config, adapter_name)
-            expected = planned_forms(model, config, plan.modules, autocast_adapter_dtype)
-        except ValueError as error:
-            why = "; ".join([str(error), *not_linear(model, saved).values()])
-            raise ValueError(f"{folder / CONFIG_FILE}: {why}") from error
-    brought = brought_embeddings(model, saved, expected)
-    expected |= forms(exchanged_tensors(brought))
-    weights = check_tensors(model, saved, expected, folder / WEIGHTS_FILE)
-    if not present:
-        add_adapter(model, config, adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype, quantize=quantize)
-    add_embeddings(model, adapter_name, brought)
-    with torch.no_grad():
-        for key, tensor in adapter_tensors(model, adapter_name).items():
-            tensor.copy_(sharded_like(weights[key], tensor))
-    if isinstance(config, AdaLoRAConfig):
-        lora_state(model).allocations[adapter_name] = kept
-    adapted = {
-        path: layer.adapters[adapter_name].r for path, layer in lora_layers(model).items() if adapter_name in layer.adapters
-    }
-    return LoadedAdapter(adapter_name, folder, config, adapted, tuple(weights), active_adapter(model) == adapter_name)
+        saved, allocation = expanded(saved, values.get("rank_pattern"), str(folder / CONFIG_FILE))
+    source = Source(folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE, PEFT, {}, allocation)
+    return prepare_loading(model, config, saved, adapter_name, source, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors on the CPU) of the adapter in `directory`.
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged one.

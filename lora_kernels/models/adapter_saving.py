@@ -1,7 +1,8 @@
-"""Write an adapter of a model changed by add_lora into PEFT's own files, adapter_config.json and adapter_model.safetensors."""
+"""Write an adapter of a model changed by add_lora: PEFT's adapter_config.json and adapter_model.safetensors, or one file."""
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,42 @@ from .adapter_keys import adapter_tensors
 from .atomic_files import all_or_nothing
 from .distributed import full, is_sharded
 from .embeddings import resized_embeddings
+from .lora_files.adapters import factors_of
+from .lora_files.factors import Factors
+from .lora_files.keys import PEFT
+from .lora_files.parts import ALONE, own_name, parts_of
+from .lora_files.writing import FORMATS, written
 from .state import adapted_layers, lora_state
 from .wrappers import unwrapped
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = DEFAULT_ADAPTER) -> Path:
-    """Write adapter `adapter_name` of `model` so that PEFT, and load_adapter, read it: two files, complete or not at all.
+def save_adapter(model: Any, path: str | os.PathLike, adapter_name: str = DEFAULT_ADAPTER, *, format: str = PEFT) -> Path:
+    """Write adapter `adapter_name` of `model` for other tools, and load_adapter, to read: complete or not at all.
 
-    Returns the directory that has them: as in PEFT, "default" goes into `directory` itself, another name into a subfolder of
-    that name. A transformers model that was resized since it was loaded has its embedding and its head in the file as well.
-    Where parameters are sharded (FSDP2), every process has to call it, and the first one writes.
+    format: "peft", two files in a directory; or one file, "diffusers" for load_lora_weights of its pipelines, or "kohya" with
+        flattened names and alphas for ComfyUI, A1111 and their kind. A file goes to `path` itself if that ends in
+        .safetensors. In a directory, as in PEFT, "default" is in `path` itself, another adapter in a subfolder of its name.
+    model: also a pipeline or a dict of its parts, as in load_adapter, for one file with the adapters of all that have it.
+
+    Returns the directory of PEFT's files, or the file. The header of a file that was loaded (kohya's ss_*) is written again. A
+    transformers model that was resized since it was loaded has its embedding and its head in PEFT's file as well. Where
+    parameters are sharded (FSDP2), every process has to call it, and the first one writes.
     Raises KeyError for an unknown adapter, and ValueError, before anything is written, for a model without add_lora's layers,
-    what PEFT's format cannot say, and NaN or infinity.
+    another format, what the format cannot say (modules trained whole, AdaLoRA: PEFT's alone), and NaN or infinity.
     """
-    return prepare_adapter(model, directory, adapter_name).write()
+    if format not in (PEFT, *FORMATS):
+        raise ValueError(f"format: got {format!r}, expected one of {(PEFT, *FORMATS)}")
+    parts = parts_of(model)
+    if format != PEFT:
+        return _prepare_file(parts, Path(path), adapter_name, format).write()
+    if ALONE not in parts:
+        raise ValueError(
+            f'format: got "peft" for {sorted(parts)}, expected "diffusers" or "kohya", or one of the parts as model'
+        )
+    return prepare_adapter(parts[ALONE], path, adapter_name).write()
 
 
 @dataclass(frozen=True)
@@ -84,6 +105,46 @@ def prepare_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name
         whole, config["rank_pattern"] = pruned(whole, state.allocations.get(adapter_name, {}))
     sharded = any(is_sharded(tensor) for tensor in own.values())
     return PreparedAdapter(target, config, whole, sharded)
+
+
+@dataclass(frozen=True)
+class PreparedFile:
+    """One file of an adapter before it is written."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    header: dict[str, str]
+    sharded: bool
+
+    def write(self) -> Path:
+        from safetensors.torch import save_file
+
+        if not self.sharded or torch.distributed.get_rank() == 0:
+            with all_or_nothing(self.path.parent) as folder:
+                save_file(self.tensors, folder / self.path.name, metadata=self.header)
+        if self.sharded:
+            torch.distributed.barrier()
+        return self.path
+
+
+def _prepare_file(parts: Mapping[str, nn.Module], path: Path, adapter_name: str, format: str) -> PreparedFile:
+    """The adapters of that name of all parts, for one file."""
+    having = {name: part for name, part in parts.items() if adapter_name in lora_state(part).configs} or parts
+    factors: dict[str, dict[str, Factors]] = {}
+    models: dict[str, nn.Module] = {}
+    metadata: dict[str, str] = {}
+    sharded = False
+    for name, part in having.items():
+        prepared = prepare_adapter(part, path, adapter_name)
+        own = factors_of(unwrapped(part), adapter_name, prepared.tensors)
+        called = own_name(name, part, own)
+        factors[called], models[called] = own, unwrapped(part)
+        metadata |= lora_state(part).metadata.get(adapter_name, {})
+        sharded |= prepared.sharded
+    single = path.suffix == ".safetensors"
+    file = path if single else (path if adapter_name == DEFAULT_ADAPTER else subfolder(path, adapter_name)) / FILE
+    tensors, header = written(factors, format, metadata, models)
+    return PreparedFile(file, tensors, header, sharded)
 
 
 def remove_adapter(directory: Path) -> None:

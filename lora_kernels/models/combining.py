@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..layers.adapters import check_adapter_name
 from ..layers.linear import LoRALinear
+from ..layers.merging import LowRankTerm
 from .adalora.config import AdaLoRAConfig
 from .config import LoRAConfig
 from .exchanges import add_exchanges, plan_exchanges
@@ -54,8 +55,8 @@ def add_weighted_adapter(
     """
     refuse_in_fsdp1(model, "combine adapters")
     layers, state = adapted_layers(model), lora_state(model)
+    weights = check_combined(state, adapters, weights)
     _check(layers, state, adapters, adapter_name, combination_type)
-    weights = _finite(weights, adapters)
     refuse_if_merged(layers, "add an adapter")
     lora_exchanges(model)  # checks them
     refuse_offloaded_adapters(model, "combine adapters")
@@ -80,9 +81,18 @@ def add_weighted_adapter(
                 exchange.choices[adapter_name] = deepcopy(exchange.choices[adapter])
 
 
-def _check(
-    layers: dict[str, LoRALinear], state: LoRAState, adapters: Sequence[str], adapter_name: str, combination_type: str
-) -> None:
+def weighted_term(layer: LoRALinear, adapters: Sequence[str], weights: Sequence[float]) -> LowRankTerm | None:
+    """Σ wᵢsᵢ·Bᵢ·Aᵢ and Σ wᵢsᵢ·bᵢ of those of `adapters` that a layer has, exactly, by stacking; None where it has none."""
+    parts = _parts(layer, adapters, weights)
+    if not parts:
+        return None
+    with torch.no_grad():
+        A, B, bias = _stacked(layer, parts)
+    return LowRankTerm(A, B, 1.0, bias)
+
+
+def check_combined(state: LoRAState, adapters: Sequence[str], weights: Iterable[Any]) -> list[float]:
+    """The weights as floats. Raises KeyError or ValueError for adapters and weights of which there is no weighted sum."""
     names = isinstance(adapters, Collection) and not isinstance(adapters, str) and all(isinstance(a, str) for a in adapters)
     if not names or not adapters or len(set(adapters)) != len(adapters):
         raise ValueError(f"adapters: got {adapters!r}, expected a list of different names")
@@ -94,6 +104,12 @@ def _check(
                 f"adapters: {adapter!r} is a DoRA adapter, expected adapters without a magnitude: (m / n) ⊙ (W + s·B·A) is no "
                 "sum of W and a product of small matrices; merge it into the base, or save a merged model (save_merged)"
             )
+    return _finite(weights, adapters)
+
+
+def _check(
+    layers: dict[str, LoRALinear], state: LoRAState, adapters: Sequence[str], adapter_name: str, combination_type: str
+) -> None:
     check_adapter_name(adapter_name, "adapter_name")
     here = list(dict.fromkeys([*state.configs, *(name for layer in layers.values() for name in layer.adapters)]))
     if adapter_name in here:  # a layer's own add_adapter makes some that no config is for
@@ -142,19 +158,25 @@ def _parts(layer: LoRALinear, adapters: Sequence[str], weights: Sequence[float])
 @torch.no_grad()
 def _combine(layer: LoRALinear, parts: list[Part], adapter_name: str, combination_type: str, lora_dropout: float) -> None:
     """Add the combination of `parts` to one layer; it is computed in float32 or wider, and rounded once."""
-    As, Bs = [_wide(layer.right(name)) for name, _ in parts], [_wide(layer.lora_B[name]) for name, _ in parts]
-    if combination_type == "cat":
-        A, B = torch.cat([w * A for (_, w), A in zip(parts, As, strict=True)]), torch.cat(Bs, 1)
-    else:
+    A, B, bias = _stacked(layer, parts)
+    if combination_type == "linear":
+        As, Bs = [_wide(layer.right(name)) for name, _ in parts], [_wide(layer.lora_B[name]) for name, _ in parts]
         A = torch.stack([math.copysign(abs(w) ** 0.5, w) * A for (_, w), A in zip(parts, As, strict=True)]).sum(0)
         B = torch.stack([abs(w) ** 0.5 * B for (_, w), B in zip(parts, Bs, strict=True)]).sum(0)
-    biases = [w * _wide(layer.lora_bias[name]) for name, w in parts if name in layer.lora_bias]
     dtype, r = layer.lora_A[parts[0][0]].dtype, A.shape[0]
-    layer.add_adapter(adapter_name, r, r, lora_dropout=lora_dropout, lora_bias=bool(biases), dtype=dtype)
+    layer.add_adapter(adapter_name, r, r, lora_dropout=lora_dropout, lora_bias=bias is not None, dtype=dtype)
     layer.lora_A[adapter_name].copy_(A)
     layer.lora_B[adapter_name].copy_(B)
-    if biases:
-        layer.lora_bias[adapter_name].copy_(torch.stack(biases).sum(0))
+    if bias is not None:
+        layer.lora_bias[adapter_name].copy_(bias)
+
+
+def _stacked(layer: LoRALinear, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(A, B, b): all wᵢsᵢ·Aᵢ below each other, all Bᵢ side by side, Σ wᵢsᵢ·bᵢ where there is a bias; in float32 or wider."""
+    A = torch.cat([w * _wide(layer.right(name)) for name, w in parts])
+    B = torch.cat([_wide(layer.lora_B[name]) for name, _ in parts], 1)
+    biases = [w * _wide(layer.lora_bias[name]) for name, w in parts if name in layer.lora_bias]
+    return A, B, torch.stack(biases).sum(0) if biases else None
 
 
 def _wide(tensor: Tensor) -> Tensor:

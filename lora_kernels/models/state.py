@@ -21,6 +21,8 @@ class LoRAState:
     exchanges: list[Exchange] = field(default_factory=list)
     # AdaLoRA's adapters whose ranks a RankAllocator decides, or that a file brought: once ranks are final, which triplets stay
     allocations: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    # adapter -> the strings of the header of the file it was read from, such as kohya's ss_*, to be written again
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)  # names of the parameters that add_lora froze
     fast_paths: dict[str, int] = field(default_factory=dict)  # see surgery.py
     state_check: RemovableHandle | None = None  # see state_dict.check_state

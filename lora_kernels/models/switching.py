@@ -64,6 +64,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     state.exchanges[:] = [exchange for exchange in state.exchanges if len(exchange.choices) > 1]
     state.configs.pop(name, None)
     state.allocations.pop(name, None)
+    state.metadata.pop(name, None)
 
 
 def _layers_with(model: nn.Module, name: str) -> dict[str, LoRALinear]:

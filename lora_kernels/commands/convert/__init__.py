@@ -1,0 +1,1 @@
+"""`lora-kernels convert`: an adapter's file in another tool's format."""

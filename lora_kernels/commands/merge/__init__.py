@@ -1,0 +1,1 @@
+"""`lora-kernels merge`: the weighted sum of adapters' files as one."""
