@@ -82,8 +82,7 @@ def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "pe
     _check_dora_dropout(dora_dropout)
     from peft.tuners.lora import LoraLayer
 
-    from .refusals import why_not_at_present
-    from .swap import swap
+    from .swap import swap, why_not_at_present
 
     accelerated: list[str] = []
     skipped: dict[str, str] = {}
