@@ -14,7 +14,12 @@ SIZE = {
 MODELS = {
     "Mixtral": {"num_local_experts": 4},
     "Qwen3Moe": {"head_dim": 8, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3},
-    "Qwen2Moe": {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 24},
+    "Qwen2Moe": {
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 24,
+    },
     "DeepseekV3": {
         **{"num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2},
         **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8},

@@ -96,6 +96,7 @@ class AdaptedWeight(MergeableWeight):
     lora_E: NamedParameters
     lora_bias: NamedParameters
     lora_magnitude: NamedParameters
+    stack = 1  # weights, of which A and B of rank r have E·r rows and columns
     _initial_A: Tensor | None
     _initial_B: Tensor | None
 
@@ -155,7 +156,8 @@ class AdaptedWeight(MergeableWeight):
         like: Any = {"dtype": dtype or self.base_dtype}
         if (device := execution_device(self)) is not None:  # an offloaded weight waits elsewhere
             like["device"] = device
-        A, B = self.weight.new_empty(r, self.in_features, **like), self.weight.new_empty(self.out_features, r, **like)
+        R = r * self.stack
+        A, B = self.weight.new_empty(R, self.in_features, **like), self.weight.new_empty(self.out_features, R, **like)
         own = {"lora_A": A, "lora_B": B}
         if use_adalora:
             own["lora_E"] = A.new_empty(r, 1)

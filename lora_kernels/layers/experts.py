@@ -62,7 +62,7 @@ def experts_forward(
     and experts without rows cost nothing. A number outside 0 … E - 1, as of an expert on another device, adds zeros.
     """
     first, second = weight_names(experts)
-    E, k = getattr(experts, first).shape[0], top_k_index.shape[-1]
+    E, k = _weight(experts, first).shape[0], top_k_index.shape[-1]
     ids = top_k_index.reshape(-1)
     segments = Segments.from_ids(ids.masked_fill((ids < 0) | (ids >= E), -1), E)
     h = _product(experts, first, rows_by_expert(hidden_states, segments, k), segments, adapters)
@@ -75,7 +75,7 @@ def experts_forward(
 
 def _product(experts: Any, name: str, x: Tensor, segments: Segments, adapters: Mapping[str, LoRAAdapter]) -> Tensor:
     """One product of rows by expert; without an adapter, with one of zeros."""
-    weight, bias = getattr(experts, name), getattr(experts, f"{name}_bias") if experts.has_bias else None
+    weight, bias = _weight(experts, name), getattr(experts, f"{name}_bias") if experts.has_bias else None
     W = weight.mT if experts.is_transposed else weight
     adapter = adapters.get(name)
     if adapter is None:
@@ -83,6 +83,12 @@ def _product(experts: Any, name: str, x: Tensor, segments: Segments, adapters: M
         adapter = LoRAAdapter(W.new_zeros(E, 1, K), W.new_zeros(E, N, 1))
     A, B, scaling, p = adapter
     return lora_grouped_linear(x, W, A, B, segments, bias, scaling=scaling, dropout_p=p)
+
+
+def _weight(experts: Any, name: str) -> Tensor:
+    """The parameter of this name, or that of the LoRAStack in its place."""
+    own = getattr(experts, name)
+    return own if isinstance(own, Tensor) else own.weight
 
 
 def _activated(experts: Any, h: Tensor) -> Tensor:

@@ -144,12 +144,14 @@ def _combine(layer: LoRALinear, parts: list[Part], adapter_name: str, combinatio
     """Add the combination of `parts` to one layer; it is computed in float32 or wider, and rounded once."""
     As, Bs = [_wide(layer.right(name)) for name, _ in parts], [_wide(layer.lora_B[name]) for name, _ in parts]
     if combination_type == "cat":
-        A, B = torch.cat([w * A for (_, w), A in zip(parts, As, strict=True)]), torch.cat(Bs, 1)
+        own = layer.stack, -1  # of stacks: an expert's rows of A are together, and a rank's columns of B
+        A = torch.cat([(w * A).unflatten(0, own) for (_, w), A in zip(parts, As, strict=True)], 1).flatten(0, 1)
+        B = torch.cat([B.unflatten(1, own[::-1]) for B in Bs], 1).flatten(1)
     else:
         A = torch.stack([math.copysign(abs(w) ** 0.5, w) * A for (_, w), A in zip(parts, As, strict=True)]).sum(0)
         B = torch.stack([abs(w) ** 0.5 * B for (_, w), B in zip(parts, Bs, strict=True)]).sum(0)
     biases = [w * _wide(layer.lora_bias[name]) for name, w in parts if name in layer.lora_bias]
-    dtype, r = layer.lora_A[parts[0][0]].dtype, A.shape[0]
+    dtype, r = layer.lora_A[parts[0][0]].dtype, A.shape[0] // layer.stack
     layer.add_adapter(adapter_name, r, r, lora_dropout=lora_dropout, lora_bias=bool(biases), dtype=dtype)
     layer.lora_A[adapter_name].copy_(A)
     layer.lora_B[adapter_name].copy_(B)
