@@ -20,7 +20,7 @@ def rows_by_token(y: Tensor, segments: Segments) -> Tensor:
 
 
 class _Copies(torch.autograd.Function):
-    """y_j = x[order_j // copies]. dx_i is the sum of its copies' dy, gathered: deterministic, as index_put's atomics are not."""
+    """y_j = x[order_j // copies]; dx_i is the sum of its copies' dy, gathered: deterministic, as atomics are not."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
@@ -34,7 +34,7 @@ class _Copies(torch.autograd.Function):
 
 
 def gated_activation(h: Tensor, activation: str, has_gate: bool) -> Tensor:
-    """a = act(e)·u of h[M, 2·I] = [e | u], or act(h): as in `lora_glu_mlp`, in float32 or wider, rounded once; saves h alone."""
+    """a = act(e)·u of h[M, 2·I] = [e | u], or act(h), in float32 or wider and rounded once, as `lora_glu_mlp`; saves h alone."""
     return _GatedActivation.apply(h, activation, has_gate)
 
 

@@ -13,6 +13,7 @@ from ..mask import check_p
 from ..nf4 import NF4Weight
 from .initialization import check_init, initialize, initialize_triplets, rewrites_weight
 from .merging import LowRankTerm, MergeableWeight
+from .mixed import Mixed
 from .named_parameters import NamedParameters
 from .offload import execution_device, onloaded
 
@@ -97,6 +98,7 @@ class AdaptedWeight(MergeableWeight):
     lora_bias: NamedParameters
     lora_magnitude: NamedParameters
     stack = 1  # weights, of which A and B of rank r have E·r rows and columns
+    mixed: Mixed | None = None  # of the samples of a batch, while mixed_adapters says so
     _initial_A: Tensor | None
     _initial_B: Tensor | None
 

@@ -1,4 +1,4 @@
-"""The forward of transformers' experts modules, y = Σ_k w_k·down_e(act(up_e(x))) over a token's experts e, with LoRA or without.
+"""The forward of transformers' experts modules: y = Σ_k w_k·down_e(act(up_e(x))) over a token's experts e, maybe with LoRA.
 
 transformers 5 keeps the experts of a layer in stacks, gate_up_proj[E, 2·I, H] (up_proj[E, I, H] without gate) and
 down_proj[E, H, I], the last two dimensions exchanged where `is_transposed`. PEFT's adapter of such a stack has A[E·r, in], an

@@ -12,7 +12,6 @@ from ..values import LoRAAdapter
 from .adapters import Adapter, AdaptedWeight
 from .experts import experts_forward, sizes, stacked, weight_names
 from .merging import LowRankTerm
-from .mixed import Mixed
 from .offload import change_class
 
 
@@ -30,12 +29,10 @@ def check_stacks(target_parameters: object, init_lora_weights: bool | str, **opt
 
 
 class LoRAStack(AdaptedWeight):
-    """W[E, out, in] of E experts with named adapters: `lora_A[name]` [E·r, in] and `lora_B[name]` [out, r·E], laid out as PEFT's.
+    """W[E, out, in] of E experts with named adapters: `lora_A[name]` [E·r, in], `lora_B[name]` [out, r·E], laid out as PEFT's.
 
     A child of its experts module in the place of the parameter `weight`, whose name in a state dict stays what it was.
     """
-
-    mixed: Mixed | None = None  # of the samples of a batch, while mixed_adapters says so
 
     def __init__(self, weight: nn.Parameter, is_transposed: bool):
         super().__init__(weight, None, fan_in_fan_out=is_transposed)
@@ -48,12 +45,10 @@ class LoRAStack(AdaptedWeight):
         return None if term is None else LowRankTerm(*stacked(term.A, term.B, self.stack), term.scaling)
 
     def active(self) -> LoRAAdapter | None:
-        """What the experts' forward adds; None where it is merged, or no adapter is active."""
-        if self.mixed is not None:
-            raise RuntimeError("cannot mix adapters: LoRAExperts sorts its rows by expert; use set_adapter")
+        """What the experts' forward adds; None where it is merged, no adapter is active, or samples have those of others."""
         if self.merged and self.training and torch.is_grad_enabled():
             raise RuntimeError("LoRAExperts is merged, so its adapter gets no gradient: call unmerge() to train, or eval()")
-        if self.merged or (term := self.active_term) is None:
+        if self.merged or self.mixed is not None or (term := self.active_term) is None:
             return None
         p = self.adapters[self.active_adapter].lora_dropout if self.training else 0.0  # type: ignore[index]
         return LoRAAdapter(term.A, term.B, term.scaling, p)  # type: ignore[arg-type]
@@ -106,6 +101,11 @@ class Planned(NamedTuple):
         return getattr(self.experts, self.name)
 
     @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether it is [E, in, out]."""
+        return bool(self.experts.is_transposed)
+
+    @property
     def features(self) -> tuple[int, int]:
         """(in, out)."""
         return sizes(self.experts, self.weight)[:0:-1]  # type: ignore[return-value]
@@ -114,12 +114,12 @@ class Planned(NamedTuple):
         return [self.weight]
 
     def make(self) -> LoRAStack:
-        return LoRAStack(self.weight, self.experts.is_transposed)  # type: ignore[arg-type]
+        return LoRAStack(self.weight, self.fan_in_fan_out)
 
     def put(self, stack: LoRAStack) -> None:
         """Give the module the stack, and, with its first one, the forward."""
         if not isinstance(self.experts, LoRAExperts):
-            change_class(self.experts, _class_of(type(self.experts)))
+            change_class(self.experts, _class_of(type(self.experts)))  # type: ignore[arg-type]
         del self.experts._parameters[self.name]
         self.experts.add_module(self.name, stack.train(self.experts.training))
 

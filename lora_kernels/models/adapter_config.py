@@ -142,7 +142,7 @@ def _target_modules(model: nn.Module, config: LoRAConfig, adapted: set[str]) -> 
         for path, _ in named_modules(model)
         if path and not any(p in adapted for p in parents(path)[1:]) and not any(regex.match(path) for regex in saved)
     ]
-    own = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    own = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
     for names in (own, sorted({path.rpartition(".")[2] for path in adapted}), sorted(adapted)):
         matched = {p for p in candidates if names_match(p, names) and not names_match(p, config.exclude_modules)}
         if names != "all-linear" and matched == adapted:

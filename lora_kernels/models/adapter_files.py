@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .adapter_saving import CONFIG_FILE, WEIGHTS_FILE, subfolder
 from .config import LoRAConfig
 from .distributed import sharded_like
 from .embeddings import add_embeddings, brought_embeddings
+from .expert_files import refuse_exchanged
 from .peft_layers import refuse_peft_layers
 from .state import lora_layers, lora_state, refuse_if_merged, refuse_offloaded_adapters
 from .surgery import add_adapter
@@ -81,13 +83,15 @@ def load_adapter(
     if present:
         check_settings(model, config, adapter_name, folder)
         expected = forms(adapter_tensors(model, adapter_name))
+        layers: Mapping[str, object] = {path: own for path, own in lora_layers(model).items() if adapter_name in own.adapters}
     else:
         try:
             plan = plan_layers(model, config, adapter_name)
-            expected = planned_forms(model, config, plan.modules, autocast_adapter_dtype)
+            expected, layers = planned_forms(model, config, plan.modules, autocast_adapter_dtype), plan.modules
         except ValueError as error:
             why = "; ".join([str(error), *not_linear(model, saved).values()])
             raise ValueError(f"{folder / CONFIG_FILE}: {why}") from error
+    refuse_exchanged(values, layers, saved, expected, str(folder / WEIGHTS_FILE))
     brought = brought_embeddings(model, saved, expected)
     expected |= forms(exchanged_tensors(brought))
     weights = check_tensors(model, saved, expected, folder / WEIGHTS_FILE)

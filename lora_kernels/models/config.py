@@ -130,7 +130,7 @@ class LoRAConfig:
         if not names_match(path, self.target_modules):
             return False
         layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
-        return not layers or path in self.target_modules or layer_index(path, self.layers_pattern) in layers
+        return not layers or path in (self.target_modules or ()) or layer_index(path, self.layers_pattern) in layers
 
     def ranks(self, paths: Iterable[str]) -> dict[str, Rank]:
         """For the module at each path what the first pattern that matches says, or else the general values.

@@ -1,5 +1,6 @@
 """The state of a model that add_lora changed: its LoRA layers, and LoRAState, what else was changed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedWeight]:
     return layers
 
 
-def refuse_if_merged(layers: dict[str, AdaptedWeight], action: str) -> None:
+def refuse_if_merged(layers: Mapping[str, AdaptedWeight], action: str) -> None:
     """Raise RuntimeError if one of the layers is merged."""
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError(f"cannot {action}: the model is merged; call unmerge_lora(model) first")

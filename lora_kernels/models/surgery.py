@@ -60,8 +60,7 @@ def add_lora(
     autocast_adapter_dtype: bool = True,
     quantize: str | None = None,
 ) -> LoRAReport:
-    """Add adapter `adapter_name` to the linear layers, and stacks of experts, of `model` that `config` names, in place, and freeze
-    the rest.
+    """Add adapter `adapter_name` to the linear layers and stacks of experts that `config` names, in place; freeze the rest.
 
     Layers: exactly nn.Linear, transformers' Conv1D and bitsandbytes' Linear4bit, whose bytes are shared; whatever else matches
     is skipped with a reason. A layer that an earlier adapter wrapped gets another one; the first adapter is active, later ones
@@ -111,7 +110,7 @@ def add_adapter(
     trainable_before = {name for name, parameter in named_parameters(model) if parameter.requires_grad}
     choices = [choice for exchange in state.exchanges for choice in exchange.choices.values()]
     trained = [choice for choice in choices if isinstance(choice, nn.Parameter) and choice.requires_grad]
-    left_dense = {} if quantize is None else kept_dense(model, plan.modules)
+    left_dense = {} if quantize is None else _left_dense(model, plan)
     quantized = {} if quantize is None else {path: quantize for path in plan.modules if path not in left_dense}
     layers = _build_layers(plan.modules, config, adapter_name, autocast_adapter_dtype, quantized)
     for bias in trained:  # of another adapter, in a plain layer until now: LoRA layers are made with a frozen one
@@ -207,6 +206,12 @@ def _build_layers(
             parameter.requires_grad_(flag)
         raise
     return layers
+
+
+def _left_dense(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """What `quantize` leaves as it is, and why."""
+    linear = {path: module for path, module in plan.modules.items() if not isinstance(module, (Planned, LoRAStack))}
+    return kept_dense(model, linear) | dict.fromkeys(plan.modules.keys() - linear.keys(), "a stack of experts")  # type: ignore
 
 
 def _put_in_place(model: nn.Module, layers: Mapping[int, nn.Module]) -> None:

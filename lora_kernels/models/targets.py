@@ -94,7 +94,7 @@ def features(module: nn.Module | Planned) -> tuple[int, int]:
 
 def adapter_dtype(module: nn.Module | Planned, autocast_adapter_dtype: bool) -> torch.dtype:
     """What an adapter over a planned layer is held as: over 16 bits float32, or else the weight's own dtype."""
-    quantized: Any = getattr(module.weight, "quant_state", None) if is_linear4bit(module) else None
+    quantized: Any = getattr(module.weight, "quant_state", None) if is_linear4bit(module) else None  # type: ignore[arg-type]
     dtype: Any = module.base_dtype if isinstance(module, (LoRALinear, LoRAStack)) else (quantized or module.weight).dtype
     wide = autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if wide else dtype
@@ -148,7 +148,7 @@ def _nothing_matches(model: nn.Module, config: LoRAConfig, skipped: dict[str, st
     if meant and not skipped:  # then layers_to_transform leaves them out
         return _no_such_layers(model, config, meant)
     leaves = sorted({path.split(".")[-1] for path in linear})
-    names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
     near = [match for name in names for match in difflib.get_close_matches(name.split(".")[-1], leaves, cutoff=0.5)]
     message = f"target_modules: {config.target_modules!r} matches no linear layer of {type(model).__name__}"
     if skipped:

@@ -14,23 +14,24 @@ from ...values import LoRAAdapter
 from .linear import ShownAsPeft, count
 from .parts import NONE_ACTIVE
 
-OTHER_LAYOUT = "lora_A and lora_B have other shapes than the parameter's (as before PEFT 0.19, with in and out exchanged)"
+OTHER_LAYOUT = "lora_A and lora_B have other shapes than the parameter's"
+EXCHANGED = "in and out are exchanged, as in PEFT before 0.20"
 
 
 class AcceleratedParamWrapper(lora.ParamWrapper, metaclass=ShownAsPeft):
-    """peft.tuners.lora.ParamWrapper over experts, or over the wrapper of another of their parameters: the outermost computes."""
+    """peft.tuners.lora.ParamWrapper over experts, or over another of their parameters' wrapper: the outermost computes."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         *wrappers, experts = chain(self)
-        adapters = "extra arguments" if len(args) != 2 or kwargs else adapters_of(wrappers, experts)
-        if not isinstance(adapters, str) and (reason := why_not_input(x, experts)) is not None:
-            adapters = reason
+        reason = "extra arguments" if len(args) != 2 or kwargs else why_not_input(x, experts)
+        adapters = reason or adapters_of(wrappers, experts)
         if isinstance(adapters, str):
             count(self, adapters)
             return super().forward(x, *args, **kwargs)
         for wrapper in wrappers:
             count(wrapper, x)
-        return experts_forward(experts, x, *args, adapters)
+        top_k_index, top_k_weights = args
+        return experts_forward(experts, x, top_k_index, top_k_weights, adapters)
 
     def _get_name(self) -> str:
         return type(self).__name__.removeprefix("Accelerated")
@@ -99,6 +100,8 @@ def _adapter(wrapper: Any, experts: Any) -> LoRAAdapter | str | None:
             return f"a {type(t).__name__} of {t.dtype} among the tensors"
         if t.device != W.device:
             return "tensors on different devices"
+    if getattr(wrapper, "_did_swap_in_out_features", False) == experts.is_transposed:
+        return EXCHANGED
     E, N, K = sizes(experts, W)
     if A.dtype != B.dtype:
         return "lora_A and lora_B differ in dtype"
