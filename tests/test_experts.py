@@ -1,4 +1,4 @@
-"""Experts by lora_grouped_linear: transformers' experts implementation "lora_kernels", absent experts, mistakes it must catch."""
+"""Experts by lora_grouped_linear: transformers' experts implementation "lora_kernels", absent experts, mistakes."""
 
 import pytest
 import torch

@@ -34,7 +34,7 @@ class _Copies(torch.autograd.Function):
 
 
 def gated_activation(h: Tensor, activation: str, has_gate: bool) -> Tensor:
-    """a = act(e)·u of h[M, 2·I] = [e | u], or act(h), in float32 or wider and rounded once, as `lora_glu_mlp`; saves h alone."""
+    """a = act(e)·u of h[M, 2·I] = [e | u], or act(h), in float32 or wider, rounded once, as `lora_glu_mlp`; saves h alone."""
     return _GatedActivation.apply(h, activation, has_gate)
 
 

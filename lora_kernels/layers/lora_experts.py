@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..values import LoRAAdapter
-from .adapters import Adapter, AdaptedWeight
+from .adapters import AdaptedWeight, Adapter
 from .experts import experts_forward, sizes, stacked, weight_names
 from .merging import LowRankTerm
 from .offload import change_class

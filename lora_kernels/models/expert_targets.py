@@ -56,5 +56,5 @@ def _nothing(modules: Mapping[str, nn.Module], names: list[str], skipped: Mappin
     message = f"target_parameters: {names} match no stack of experts"
     if skipped:
         message += "; skipped: " + "; ".join(f"{path}: {reason}" for path, reason in list(skipped.items())[:3])
-    near = sorted({match for name in names for match in difflib.get_close_matches(name, known, cutoff=0.5)})
+    near = list(dict.fromkeys(match for name in names for match in difflib.get_close_matches(name, known, cutoff=0.5)))
     return message + f"; near names: {near}; stacks here: {known}"
