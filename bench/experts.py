@@ -48,7 +48,13 @@ class Layer(nn.Module):
 
 def small_model() -> nn.Module:
     size = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    experts = {"moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4, "head_dim": 32, "norm_topk_prob": True}
+    experts = {
+        "moe_intermediate_size": 64,
+        "num_experts": 64,
+        "num_experts_per_tok": TOP_K,
+        "head_dim": 32,
+        "norm_topk_prob": True,
+    }
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**size, **experts, intermediate_size=256))
 
 
@@ -64,7 +70,7 @@ def step(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> Callable[[], 
     return run
 
 
-def measured(name: str, model: nn.Module, call: Callable[[nn.Module], Tensor], repeats: int) -> dict[str, Any]:
+def measured(experts: str, tokens: int, model: nn.Module, call: Callable[[nn.Module], Tensor], repeats: int) -> dict[str, Any]:
     """Milliseconds of PEFT's and ours, after they have agreed."""
     config = LoraConfig(r=RANK, target_modules=[], target_parameters=PARAMETERS, init_lora_weights=False)
     theirs = get_peft_model(model, config)
@@ -77,21 +83,21 @@ def measured(name: str, model: nn.Module, call: Callable[[nn.Module], Tensor], r
         torch.testing.assert_close(own[key], value, rtol=1e-3, atol=1e-3 * value.abs().max().item())
     found = interleaved(ways, repeats=repeats)
     ms = {way: {part: 1e3 * value for part, value in vars(t).items() if part != "repeats"} for way, t in found.items()}
-    return {"case": name, "ms": ms, "ratio": found["peft"].median / found["accelerated"].median}
+    return {"experts": experts, "tokens": tokens, "ms": ms, "ratio": found["peft"].median / found["accelerated"].median}
 
 
 def rows(repeats: int) -> Any:
-    ids = torch.randint(1000, (1, 256))
-    yield measured(
-        "Qwen3-MoE, 4 layers of 4 in 16 experts, 256 tokens", small_model(), lambda m: m(input_ids=ids).logits, repeats
-    )
+    for tokens in TOKENS[:2]:
+        ids = torch.randint(1000, (1, tokens))
+        name = "Qwen3-MoE of 4 layers, 8 of 64 experts, hidden 128, intermediate 64"
+        yield measured(name, tokens, small_model(), lambda m, ids=ids: m(input_ids=ids).logits, repeats)
     for E, hidden, intermediate in WIDTHS:
         for tokens in TOKENS:
             x, weights = torch.randn(tokens, hidden), torch.rand(tokens, TOP_K).softmax(-1)
             chosen = torch.rand(tokens, E).topk(TOP_K).indices
-            name = f"{TOP_K} of {E} experts, hidden {hidden}, intermediate {intermediate}, {tokens} tokens"
+            name = f"a layer, {TOP_K} of {E} experts, hidden {hidden}, intermediate {intermediate}"
             layer = Layer(E, hidden, intermediate)
-            yield measured(name, layer, lambda m, x=x, c=chosen, w=weights: m(x, c, w), repeats)
+            yield measured(name, tokens, layer, lambda m, x=x, c=chosen, w=weights: m(x, c, w), repeats)
 
 
 def main(arguments: list[str]) -> None:
@@ -104,7 +110,7 @@ def main(arguments: list[str]) -> None:
     for row in rows(options.repeats):
         found.append(row)
         times = ", ".join(f"{way} {ms['median']:.1f} ms" for way, ms in row["ms"].items())
-        print(f"{row['case']}: {times}: {row['ratio']:.2f}x", flush=True)
+        print(f"{row['experts']}, {row['tokens']} tokens: {times}: {row['ratio']:.2f}x", flush=True)
         if options.json:
             write_whole(options.json, json.dumps({"environment": environment(), "rows": found}, indent=1), "--json")
 
