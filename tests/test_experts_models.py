@@ -193,6 +193,23 @@ def test_copies_and_pickles():
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
 
 
+def test_compiles_as_one_graph():
+    experts = adapted("Qwen3Moe").eval().model.layers[0].mlp.experts
+    call = torch.randn(6, 32), torch.rand(6, 8).topk(3).indices, torch.rand(6, 3)
+    compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*call), experts(*call))
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_a_transformers_model_is_saved_and_read_again(name, tmp_path):
+    """transformers takes the experts apart and puts them together, and finds the stacks under their names."""
+    model = adapted(name).eval()
+    model.save_pretrained(tmp_path)
+    read = type(model).from_pretrained(tmp_path)
+    load_adapter(read, tmp_path / "adapters")
+    assert torch.allclose(logits(read), logits(model), atol=1e-6)
+
+
 def exchanged(tensors):
     """A[E·r, in] and B[out, r·E] as PEFT before 0.20 had them: of the transposed stack."""
     return {

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from experts_case import IDS, MODELS, in_double, moe, run, stacks, with_peft
+from peft import LoraConfig, get_peft_model
 from peft_model import FAST
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import accelerate, restore
+from lora_kernels import accelerate, accelerated, restore
 from lora_kernels.integrations.peft import experts as integration
 
 
@@ -135,11 +136,25 @@ def inner(model):
     return outer(model).base_layer.base_layer
 
 
-def test_adapters_are_switched():
+def test_a_config_that_makes_accelerated_layers():
+    """PEFT wraps the second parameter around the accelerated wrapper of the first."""
+    model = moe("Mixtral")
+    config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=stacks(model), init_lora_weights=False)
+    model = get_peft_model(model, accelerated(config))
+    ours, exact = run(model), run(in_double(restored(model)))
+    assert not apart(ours, exact)
+    assert accelerate(model).calls()[FAST] == 6
+
+
+@pytest.mark.parametrize("first", ["add", "accelerate"])
+def test_adapters_are_switched(first):
+    """An adapter may come later, into the accelerated wrappers."""
     model = with_peft(moe("Mixtral"))
+    if first == "accelerate":
+        accelerate(model)
     model.add_adapter("other", copy.copy(model.peft_config["default"]))
     model.set_adapter("other")
-    accelerate(model)
+    assert len(accelerate(model).accelerated) == 4
     exact = run(in_double(restored(model)))
     assert not apart(run(model), exact)
     with model.disable_adapter():

@@ -25,7 +25,8 @@ ACTIVATIONS = {  # modules of torch.nn and transformers.activations -> the opera
     "PytorchGELUTanh": "gelu_tanh",
     "ReLUSquaredActivation": "relu2",
 }
-NO_ADAPTERS: dict[str, LoRAAdapter] = {}
+Adapters = Mapping[str, LoRAAdapter | None]
+NO_ADAPTERS: Adapters = {}
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -46,7 +47,7 @@ def sizes(experts: Any, weight: Tensor) -> tuple[int, int, int]:
 
 def stacked(A: Tensor, B: Tensor, E: int) -> tuple[Tensor, Tensor]:
     """PEFT's A[E·r, in] and B[out, r·E] -> A[E, r, in], a view, and B[E, out, r], a copy: it is a rank after the other."""
-    return A.unflatten(0, (E, -1)), B.unflatten(1, (-1, E)).permute(2, 0, 1).contiguous()
+    return A.reshape(E, -1, A.shape[1]), B.reshape(B.shape[0], -1, E).permute(2, 0, 1).contiguous()
 
 
 def experts_forward(
@@ -54,11 +55,11 @@ def experts_forward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    adapters: Mapping[str, LoRAAdapter] = NO_ADAPTERS,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> Tensor:
     """y[tokens, H] of hidden_states[tokens, H], the numbers of each token's experts [tokens, k] and their weights [tokens, k].
 
-    adapters: of a stack's name, A[E, r, in] and B[E, out, r]. The rows are sorted by expert once; no stack is summed with B·A,
+    adapters: by a stack's name, A[E, r, in] and B[E, out, r]. The rows are sorted by expert once; no stack is summed with B·A,
     and experts without rows cost nothing. A number outside 0 … E - 1, as of an expert on another device, adds zeros.
     """
     first, second = weight_names(experts)
@@ -73,7 +74,7 @@ def experts_forward(
     return weighted.squeeze(1).to(hidden_states.dtype)
 
 
-def _product(experts: Any, name: str, x: Tensor, segments: Segments, adapters: Mapping[str, LoRAAdapter]) -> Tensor:
+def _product(experts: Any, name: str, x: Tensor, segments: Segments, adapters: Adapters) -> Tensor:
     """One product of rows by expert; without an adapter, with one of zeros."""
     weight, bias = _weight(experts, name), getattr(experts, f"{name}_bias") if experts.has_bias else None
     W = weight.mT if experts.is_transposed else weight

@@ -41,8 +41,10 @@ class LoRAStack(AdaptedWeight):
     @property
     def active_term(self) -> LowRankTerm | None:
         """A[E, r, in] and B[E, out, r] of the active adapter; None where no adapter is active."""
-        term = super().active_term
-        return None if term is None else LowRankTerm(*stacked(term.A, term.B, self.stack), term.scaling)
+        if (name := self.active_adapter) is None:
+            return None
+        A, B = stacked(self.lora_A[name], self.lora_B[name], self.stack)
+        return LowRankTerm(A, B, self.adapters[name].scaling)
 
     def active(self) -> LoRAAdapter | None:
         """What the experts' forward adds; None where it is merged, no adapter is active, or samples have those of others."""
@@ -73,7 +75,7 @@ class LoRAExperts:
     """The forward of every adapted experts module; it stands before the module's class in the order of methods."""
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        adapters = {name: adapter for name, stack in stacks(self).items() if (adapter := stack.active()) is not None}
+        adapters = {name: stack.active() for name, stack in stacks(self).items()}
         return experts_forward(self, hidden_states, top_k_index, top_k_weights, adapters)
 
     def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -18,8 +18,11 @@ OTHER_LAYOUT = "lora_A and lora_B have other shapes than the parameter's"
 EXCHANGED = "in and out are exchanged, as in PEFT before 0.20"
 
 
-class AcceleratedParamWrapper(lora.ParamWrapper, metaclass=ShownAsPeft):
-    """peft.tuners.lora.ParamWrapper over experts, or over another of their parameters' wrapper: the outermost computes."""
+class ParamWrapper(lora.ParamWrapper, metaclass=ShownAsPeft):
+    """peft.tuners.lora.ParamWrapper over experts, or over another of their parameters' wrapper: the outermost computes.
+
+    Its name is PEFT's, which looks for a class of that name where it adds an adapter.
+    """
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         *wrappers, experts = chain(self)
@@ -32,9 +35,6 @@ class AcceleratedParamWrapper(lora.ParamWrapper, metaclass=ShownAsPeft):
             count(wrapper, x)
         top_k_index, top_k_weights = args
         return experts_forward(experts, x, top_k_index, top_k_weights, adapters)
-
-    def _get_name(self) -> str:
-        return type(self).__name__.removeprefix("Accelerated")
 
 
 def chain(layer: Any) -> list[Any]:
@@ -65,7 +65,7 @@ def why_not_at_present(layer: Any) -> str | None:
 
 def adapters_of(wrappers: list[Any], experts: Any) -> dict[str, LoRAAdapter] | str:
     """The active adapters of each stack, or the reason in the present state why PEFT's own forward has to compute."""
-    if any(type(wrapper) not in (AcceleratedParamWrapper, lora.ParamWrapper) for wrapper in wrappers):
+    if any(type(wrapper) not in (ParamWrapper, lora.ParamWrapper) for wrapper in wrappers):
         return "a wrapper inside is a class of its own"
     for module in (*wrappers[1:], experts):
         if (reason := why_not_called(module)) is not None:

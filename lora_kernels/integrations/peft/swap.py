@@ -9,7 +9,6 @@ from peft.tuners import adalora, lora
 from ...layers import offload
 from ...layers.offload import forward_is_replaced, hooks_call_the_class_s
 from . import experts, refusals
-from .experts import AcceleratedParamWrapper
 from .linear import CALLS, AcceleratedLinear
 from .parts import LOW_RANK_DROPOUT
 from .svd_linear import AcceleratedSVDLinear
@@ -19,7 +18,7 @@ def classes() -> dict[type, type]:
     """PEFT's classes and ours."""
     found: dict[type, type] = {
         lora.Linear: AcceleratedLinear,
-        lora.ParamWrapper: AcceleratedParamWrapper,
+        lora.ParamWrapper: experts.ParamWrapper,
         adalora.SVDLinear: AcceleratedSVDLinear,
     }
     bnb = sys.modules.get("peft.tuners.lora.bnb")  # PEFT imports it before it makes such a layer
