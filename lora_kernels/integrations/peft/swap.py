@@ -18,8 +18,8 @@ def classes() -> dict[type, type]:
     """PEFT's classes and ours."""
     found: dict[type, type] = {
         lora.Linear: AcceleratedLinear,
-        lora.ParamWrapper: experts.ParamWrapper,
         adalora.SVDLinear: AcceleratedSVDLinear,
+        lora.ParamWrapper: experts.ParamWrapper,
     }
     bnb = sys.modules.get("peft.tuners.lora.bnb")  # PEFT imports it before it makes such a layer
     if hasattr(bnb, "Linear4bit"):
