@@ -149,6 +149,15 @@ def populations_table(run: dict[str, Any]) -> str:
     return "A forward pass of P members with M rows each.\n\n" + table(columns, rows)
 
 
+def experts_table(run: dict[str, Any]) -> str:
+    rows = []
+    for row in run["rows"]:
+        times = [f"{row['ms'][name]['median']:,.1f}" for name in ("peft", "accelerated")]
+        rows.append([f"{row['experts']}, {row['tokens']} tokens", *times, f"{row['ratio']:.1f}"])
+    about = "Forward and backward with LoRA on experts' parameters.\n\n"
+    return about + table(["experts", "PEFT's target_parameters, ms", "accelerated, ms", "× PEFT"], rows)
+
+
 def fitness_table(run: dict[str, Any]) -> str:
     rows = []
     for row in run["rows"]:
@@ -177,5 +186,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "curves": curves_table,
     "ranks": ranks_table,
     "populations": populations_table,
+    "experts": experts_table,
     "fitness": fitness_table,
 }

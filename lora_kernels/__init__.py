@@ -6,6 +6,7 @@ from .functional.glu_mlp import lora_glu_mlp
 from .functional.grouped_linear import lora_grouped_linear, multi_lora_linear
 from .functional.linear import backend_report, lora_linear, lora_linear_group
 from .functional.nf4 import dequantize_nf4, quantize_nf4
+from .integrations.experts import register_experts
 from .integrations.peft import AccelerationReport, accelerate, accelerated, restore
 from .integrations.trainer import adapter_checkpoints
 from .layers.linear import LoRALinear
@@ -77,6 +78,7 @@ __all__ = [
     "multi_lora_linear",
     "orthogonality_loss",
     "quantize_nf4",
+    "register_experts",
     "remove_lora",
     "restore",
     "save_adapter",

@@ -121,7 +121,6 @@ def test_peft_s_default_targets_are_those_of_the_type_of_model():
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"target_parameters": ["w"]}, r"target_parameters is \['w'\]"),
         ({"layer_replication": [(0, 1)]}, "layer_replication is .*"),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices is \[1\]"),
     ],

@@ -13,6 +13,7 @@ from ..mask import check_p
 from ..nf4 import NF4Weight
 from .initialization import check_init, initialize, initialize_triplets, rewrites_weight
 from .merging import LowRankTerm, MergeableWeight
+from .mixed import Mixed
 from .named_parameters import NamedParameters
 from .offload import execution_device, onloaded
 
@@ -96,6 +97,8 @@ class AdaptedWeight(MergeableWeight):
     lora_E: NamedParameters
     lora_bias: NamedParameters
     lora_magnitude: NamedParameters
+    stack = 1  # weights, of which A and B of rank r have E·r rows and columns
+    mixed: Mixed | None = None  # of the samples of a batch, while mixed_adapters says so
     _initial_A: Tensor | None
     _initial_B: Tensor | None
 
@@ -155,7 +158,8 @@ class AdaptedWeight(MergeableWeight):
         like: Any = {"dtype": dtype or self.base_dtype}
         if (device := execution_device(self)) is not None:  # an offloaded weight waits elsewhere
             like["device"] = device
-        A, B = self.weight.new_empty(r, self.in_features, **like), self.weight.new_empty(self.out_features, r, **like)
+        R = r * self.stack
+        A, B = self.weight.new_empty(R, self.in_features, **like), self.weight.new_empty(self.out_features, R, **like)
         own = {"lora_A": A, "lora_B": B}
         if use_adalora:
             own["lora_E"] = A.new_empty(r, 1)

@@ -38,7 +38,7 @@ class NF4Format:
 class FrozenWeight(nn.Module):
     """Owns `weight` and `bias`; `matrix` is W[out_features, in_features], a Tensor or an NF4Weight.
 
-    fan_in_fan_out: a dense weight is stored as [in, out], as in transformers' Conv1D.
+    fan_in_fan_out: a dense weight is stored as [in, out], as in transformers' Conv1D. A dense one may be a stack [E, out, in].
     """
 
     weight: nn.Parameter
@@ -63,8 +63,8 @@ class FrozenWeight(nn.Module):
             shape = weight.shape
         else:
             self.weight = weight
-            shape = weight.T.shape if fan_in_fan_out else weight.shape
-        self.out_features, self.in_features = shape
+            shape = weight.mT.shape if fan_in_fan_out else weight.shape
+        self.out_features, self.in_features = shape[-2:]
         self.bias = bias
         for parameter in self.parameters():
             parameter.requires_grad_(False)
@@ -78,7 +78,7 @@ class FrozenWeight(nn.Module):
     def matrix(self) -> Tensor | NF4Weight:
         """W[out_features, in_features], whatever the layout of `weight`."""
         if self._format is None:
-            return self.weight.T if self.fan_in_fan_out else self.weight
+            return self.weight.mT if self.fan_in_fan_out else self.weight
         form, own = self._format, self._buffers  # nn.Module's own look-up takes a µs for each
         tensors = [own[name] for name in BUFFER_NAMES]
         return NF4Weight(self.weight.view(-1), *tensors, form.shape, form.dtype, form.blocksize, form.quant_type)  # type: ignore
@@ -126,7 +126,7 @@ class FrozenWeight(nn.Module):
 
     def as_weight(self, matrix: Tensor) -> nn.Parameter:
         """W[out, in] as a dense `weight` of this layer."""
-        stored = (matrix.T if self.fan_in_fan_out else matrix).to(self.base_dtype)
+        stored = (matrix.mT if self.fan_in_fan_out else matrix).to(self.base_dtype)
         return nn.Parameter(stored.contiguous(), requires_grad=self.weight.requires_grad)
 
     # ---- moving ----

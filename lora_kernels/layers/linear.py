@@ -15,7 +15,7 @@ from ..values import LoRAWeights
 from .adapters import DEFAULT_ADAPTER, AdaptedWeight
 from .frozen_weight import is_conv1d, is_linear4bit, without_weight
 from .merging import bias_sum
-from .mixed import Mixed, forward_mixed
+from .mixed import forward_mixed
 from .offload import (
     call_onloaded,
     device_hook,
@@ -47,8 +47,6 @@ class LoRALinear(AdaptedWeight):
 
     The base may be in 4 bits (QLoRA): `from_linear(…, quantize="nf4")`, bitsandbytes' Linear4bit, or a 4-bit state dict.
     """
-
-    mixed: Mixed | None = None  # of the samples of a batch, while mixed_adapters says so
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.initialization import rewrites_weight
+from ..layers.lora_experts import LoRAStack
 from .adalora.config import AdaLoRAConfig
 from .config import LoRAConfig
 from .names import names_match, parents, trained_whole
@@ -18,6 +19,7 @@ from .wrappers import named_modules, unwrapped
 SHARED = (  # fields of the same name and meaning
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"),
     *("layers_to_transform", "layers_pattern", "use_rslora", "lora_bias", "use_dora", "bias", "modules_to_save", "task_type"),
+    "target_parameters",
 )
 # Fields that do not change what a saved adapter computes. fan_in_fan_out follows from the type of each layer; the *_config
 # fields only shape the initial values.
@@ -52,7 +54,7 @@ def from_peft(values: dict[str, Any], model: nn.Module, source: str) -> LoRAConf
             raise ValueError(f"{source}: {name} is {value!r}, which has no counterpart here; use PEFT for this adapter")
     names = [name for name in (*SHARED, *ADALORA) if name not in UNREAD_BY_ADALORA] if adalora else SHARED
     shared = {name: values[name] for name in names if values.get(name) is not None}
-    if "target_modules" not in shared:
+    if "target_modules" not in shared and not shared.get("target_parameters"):
         raise ValueError(f"{source}: target_modules is missing, expected a list of names or a regex")
     try:
         config = AdaLoRAConfig(**shared) if adalora else LoRAConfig(**shared)
@@ -99,6 +101,7 @@ def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str
             "B do not fit the original model; call merge_lora(model), remove_lora(model), and save the model"
         )
     layers = {path: layer for path, layer in lora_layers(model).items() if adapter_name in layer.adapters}
+    linear = {path for path, layer in layers.items() if not isinstance(layer, LoRAStack)}
     ranks = config.ranks(layers)
     for path, layer in layers.items():
         adapter, (r, _, scaling) = layer.adapters[adapter_name], ranks[path]
@@ -118,9 +121,9 @@ def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "init_lora_weights": config.init_lora_weights,
-        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "fan_in_fan_out": any(layers[path].fan_in_fan_out for path in linear),
         **{name: getattr(config, name) for name in SHARED},
-        "target_modules": _target_modules(model, config, set(layers)),
+        "target_modules": _target_modules(model, config, linear),
         "layers_to_transform": None,  # target_modules says it
         "layers_pattern": None,
         **saved_task(model, config),
@@ -139,7 +142,7 @@ def _target_modules(model: nn.Module, config: LoRAConfig, adapted: set[str]) -> 
         for path, _ in named_modules(model)
         if path and not any(p in adapted for p in parents(path)[1:]) and not any(regex.match(path) for regex in saved)
     ]
-    own = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    own = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
     for names in (own, sorted({path.rpartition(".")[2] for path in adapted}), sorted(adapted)):
         matched = {p for p in candidates if names_match(p, names) and not names_match(p, config.exclude_modules)}
         if names != "all-linear" and matched == adapted:

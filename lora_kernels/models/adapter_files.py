@@ -115,7 +115,7 @@ def _prepare_peft(model: nn.Module, folder: Path, adapter_name: str, autocast_ad
     allocation: dict[str, Tensor] | None = None
     if isinstance(config, AdaLoRAConfig):
         saved, allocation = expanded(saved, values.get("rank_pattern"), str(folder / CONFIG_FILE))
-    source = Source(folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE, PEFT, {}, allocation)
+    source = Source(folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE, PEFT, {}, values, allocation)
     return prepare_loading(model, config, saved, adapter_name, source, autocast_adapter_dtype=autocast_adapter_dtype)
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..layers.lora_experts import LoRAStack, Planned, peft_places
 from .adalora.config import AdaLoRAConfig
 from .config import LoRAConfig
 from .exchanges import plan_exchanges
@@ -25,13 +26,14 @@ ADALORA_KEYS = {kind: kind for kind in ("lora_A", "lora_B", "lora_E")}
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of an adapter under PEFT's keys; a trained bias of an adapted layer is its base layer's."""
     layers = adapted_layers(model)
+    places = peft_places({path: layer for path, layer in layers.items() if adapter_name in layer.adapters})
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         if adapter_name in layer.adapters:
             keys = ADALORA_KEYS if layer.adapters[adapter_name].use_adalora else KEYS
-            named = {kind: getattr(layer, kind) for kind in keys}
+            named, place = {kind: getattr(layer, kind) for kind in keys}, places[path]
             tensors.update(
-                {f"{PREFIX}{path}.{keys[kind]}": own[adapter_name] for kind, own in named.items() if adapter_name in own}
+                {f"{PREFIX}{place}.{keys[kind]}": own[adapter_name] for kind, own in named.items() if adapter_name in own}
             )
     exchanges = [exchange for exchange in lora_exchanges(model) if adapter_name in exchange.choices]
     own = [path for path, layer in layers.items() if adapter_name in layer.adapters]  # to a reader others' layers are plain
@@ -69,17 +71,23 @@ def forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
 
 
 def planned_forms(
-    model: nn.Module, config: LoRAConfig, plan: Mapping[str, nn.Module], autocast_adapter_dtype: bool
+    model: nn.Module, config: LoRAConfig, plan: Mapping[str, nn.Module | Planned], autocast_adapter_dtype: bool
 ) -> dict[str, Form]:
     """The tensors of the adapter that add_lora would make in the layers of `plan`; changes nothing."""
     planned: dict[str, Form] = {}
     ranks, keys = config.ranks(plan), ADALORA_KEYS if isinstance(config, AdaLoRAConfig) else KEYS
+    places = peft_places(plan)
     for path, module in plan.items():
-        r, (in_features, out_features), dtype = ranks[path].r, features(module), adapter_dtype(module, autocast_adapter_dtype)
+        E = module.weight.shape[0] if isinstance(module, (Planned, LoRAStack)) else 1
+        r, (in_features, out_features), dtype = (
+            E * ranks[path].r,
+            features(module),
+            adapter_dtype(module, autocast_adapter_dtype),
+        )
         shapes: dict[str, tuple[int, ...]] = {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_E": (r, 1)}
         shapes |= {"lora_bias": (out_features,)} if config.lora_bias else {}
         shapes |= {"lora_magnitude": (out_features,)} if config.use_dora else {}
-        planned |= {f"{PREFIX}{path}.{key}": Form(shapes[kind], dtype) for kind, key in keys.items() if kind in shapes}
+        planned |= {f"{PREFIX}{places[path]}.{key}": Form(shapes[kind], dtype) for kind, key in keys.items() if kind in shapes}
     saved = plan_modules_to_save(model, config)
     own = exchanged_tensors(plan_exchanges(model, config, saved, set(plan)), plan)
     return planned | forms(own)

@@ -1,7 +1,9 @@
 """An adapter that was read from a file, put into a model: everything that can be wrong is found before anything changes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from .adapter_keys import PREFIX, adapter_tensors, exchanged_tensors, forms, pla
 from .config import LoRAConfig
 from .distributed import sharded_like
 from .embeddings import Brought, add_embeddings, brought_embeddings
+from .expert_files import refuse_exchanged
 from .lora_files.adapters import fitted
 from .peft_layers import refuse_peft_layers
 from .state import lora_layers, lora_state, refuse_if_merged, refuse_offloaded_adapters
@@ -28,6 +31,7 @@ class Source:
     weights: Path  # which errors about tensors name
     format: str
     metadata: dict[str, str] = field(default_factory=dict)
+    settings_as_written: dict[str, Any] = field(default_factory=dict)  # PEFT's
     allocation: dict[str, Tensor] | None = None  # AdaLoRA's: which triplets stay
 
 
@@ -102,13 +106,15 @@ def prepare_loading(
     if adapter_name in lora_state(model).configs:
         check_settings(model, config, adapter_name, source.path)
         expected = forms(adapter_tensors(model, adapter_name))
+        layers: Mapping[str, object] = {path: own for path, own in lora_layers(model).items() if adapter_name in own.adapters}
     else:
         try:
             plan = plan_layers(model, config, adapter_name)
-            expected = planned_forms(model, config, plan.modules, autocast_adapter_dtype)
+            expected, layers = planned_forms(model, config, plan.modules, autocast_adapter_dtype), plan.modules
         except ValueError as error:
             why = "; ".join([str(error), *not_linear(model, saved).values()])
             raise ValueError(f"{source.settings}: {why}") from error
+    refuse_exchanged(source.settings_as_written, layers, saved, expected, str(source.weights))
     brought = brought_embeddings(model, saved, expected)
     expected |= forms(exchanged_tensors(brought))
     weights = check_tensors(model, fitted(saved, expected), expected, source.weights)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapters import check_adapter_name
-from ..layers.linear import LoRALinear
+from ..layers.adapters import AdaptedWeight, check_adapter_name
+from ..layers.lora_experts import LoRAStack, stacked
 from ..layers.merging import LowRankTerm
 from .adalora.config import AdaLoRAConfig
 from .config import LoRAConfig
@@ -81,13 +81,15 @@ def add_weighted_adapter(
                 exchange.choices[adapter_name] = deepcopy(exchange.choices[adapter])
 
 
-def weighted_term(layer: LoRALinear, adapters: Sequence[str], weights: Sequence[float]) -> LowRankTerm | None:
+def weighted_term(layer: AdaptedWeight, adapters: Sequence[str], weights: Sequence[float]) -> LowRankTerm | None:
     """Σ wᵢsᵢ·Bᵢ·Aᵢ and Σ wᵢsᵢ·bᵢ of those of `adapters` that a layer has, exactly, by stacking; None where it has none."""
     parts = _parts(layer, adapters, weights)
     if not parts:
         return None
     with torch.no_grad():
         A, B, bias = _stacked(layer, parts)
+        if isinstance(layer, LoRAStack):
+            A, B = stacked(A, B, layer.stack)
     return LowRankTerm(A, B, 1.0, bias)
 
 
@@ -108,7 +110,7 @@ def check_combined(state: LoRAState, adapters: Sequence[str], weights: Iterable[
 
 
 def _check(
-    layers: dict[str, LoRALinear], state: LoRAState, adapters: Sequence[str], adapter_name: str, combination_type: str
+    layers: dict[str, AdaptedWeight], state: LoRAState, adapters: Sequence[str], adapter_name: str, combination_type: str
 ) -> None:
     check_adapter_name(adapter_name, "adapter_name")
     here = list(dict.fromkeys([*state.configs, *(name for layer in layers.values() for name in layer.adapters)]))
@@ -140,7 +142,7 @@ def _as_float(number: Any) -> float:
     return float(number)
 
 
-def _rank(path: str, layer: LoRALinear, parts: list[Part], combination_type: str) -> int:
+def _rank(path: str, layer: AdaptedWeight, parts: list[Part], combination_type: str) -> int:
     """The combination's rank in a layer. Raises ValueError where "linear" finds several."""
     ranks = {name: layer.adapters[name].r for name, _ in parts}
     if combination_type == "cat":
@@ -150,20 +152,20 @@ def _rank(path: str, layer: LoRALinear, parts: list[Part], combination_type: str
     return next(iter(ranks.values()))
 
 
-def _parts(layer: LoRALinear, adapters: Sequence[str], weights: Sequence[float]) -> list[Part]:
+def _parts(layer: AdaptedWeight, adapters: Sequence[str], weights: Sequence[float]) -> list[Part]:
     pairs = zip(adapters, weights, strict=True)
     return [(name, w * float(layer.adapters[name].scaling)) for name, w in pairs if name in layer.adapters]
 
 
 @torch.no_grad()
-def _combine(layer: LoRALinear, parts: list[Part], adapter_name: str, combination_type: str, lora_dropout: float) -> None:
+def _combine(layer: AdaptedWeight, parts: list[Part], adapter_name: str, combination_type: str, lora_dropout: float) -> None:
     """Add the combination of `parts` to one layer; it is computed in float32 or wider, and rounded once."""
     A, B, bias = _stacked(layer, parts)
     if combination_type == "linear":
         As, Bs = [_wide(layer.right(name)) for name, _ in parts], [_wide(layer.lora_B[name]) for name, _ in parts]
         A = torch.stack([math.copysign(abs(w) ** 0.5, w) * A for (_, w), A in zip(parts, As, strict=True)]).sum(0)
         B = torch.stack([abs(w) ** 0.5 * B for (_, w), B in zip(parts, Bs, strict=True)]).sum(0)
-    dtype, r = layer.lora_A[parts[0][0]].dtype, A.shape[0]
+    dtype, r = layer.lora_A[parts[0][0]].dtype, A.shape[0] // layer.stack
     layer.add_adapter(adapter_name, r, r, lora_dropout=lora_dropout, lora_bias=bias is not None, dtype=dtype)
     layer.lora_A[adapter_name].copy_(A)
     layer.lora_B[adapter_name].copy_(B)
@@ -171,10 +173,12 @@ def _combine(layer: LoRALinear, parts: list[Part], adapter_name: str, combinatio
         layer.lora_bias[adapter_name].copy_(bias)
 
 
-def _stacked(layer: LoRALinear, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor | None]:
+def _stacked(layer: AdaptedWeight, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor | None]:
     """(A, B, b): all wᵢsᵢ·Aᵢ below each other, all Bᵢ side by side, Σ wᵢsᵢ·bᵢ where there is a bias; in float32 or wider."""
-    A = torch.cat([w * _wide(layer.right(name)) for name, w in parts])
-    B = torch.cat([_wide(layer.lora_B[name]) for name, _ in parts], 1)
+    As, Bs = [w * _wide(layer.right(name)) for name, w in parts], [_wide(layer.lora_B[name]) for name, _ in parts]
+    own = layer.stack, -1  # of stacks: an expert's rows of A are together, and a rank's columns of B
+    A = torch.cat([A.unflatten(0, own) for A in As], 1).flatten(0, 1)
+    B = torch.cat([B.unflatten(1, own[::-1]) for B in Bs], 1).flatten(1)
     biases = [w * _wide(layer.lora_bias[name]) for name, w in parts if name in layer.lora_bias]
     return A, B, torch.stack(biases).sum(0) if biases else None
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..layers.adapters import check_dora, check_integer, check_lora_alpha, scaling
+from ..layers.lora_experts import check_stacks
 from ..mask import check_p
 from .names import Patterns, layer_index, layer_regex, names_match, pattern_regex
 
 ALL_LINEAR = "all-linear"
 NAMES = {  # fields with names -> what they take
     **dict.fromkeys(("target_modules", "exclude_modules"), "a list of names or a regex"),
-    **dict.fromkeys(("layers_pattern", "modules_to_save"), "a list of names"),
+    **dict.fromkeys(("layers_pattern", "modules_to_save", "target_parameters"), "a list of names"),
 }
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # peft.TaskType
 
@@ -34,7 +35,10 @@ class LoRAConfig:
         against the end of a module's path) say otherwise. The low-rank term is scaled by α/r, or α/√r with `use_rslora`.
     lora_dropout: probability with which the adapter's input is dropped in training mode.
     target_modules: a list of names (a path equal to one, or ending in ".name"), a regex that must match the whole path, or
-        "all-linear" (the default): every linear layer but the output head.
+        "all-linear": every linear layer but the output head. The default is "all-linear", or with target_parameters none.
+    target_parameters: names of experts' stacks of weights (a path equal to one, or ending in ".name"), such as
+        "experts.gate_up_proj" and "experts.down_proj", each of whose experts gets an A and a B of its own; with lora_dropout
+        too, but without lora_bias and use_dora.
     layers_to_transform: the numbers, or number, of the layers to which a list of target_modules is limited; the number is the
         first one behind two names ("model.layers.3."), or behind `layers_pattern` ("layers", or several names).
     exclude_modules: names or a regex, as for target_modules, that are left alone.
@@ -56,7 +60,7 @@ class LoRAConfig:
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
-    target_modules: list[str] | str = ALL_LINEAR
+    target_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -69,6 +73,7 @@ class LoRAConfig:
     bias: str = "none"
     modules_to_save: list[str] | None = None
     task_type: str | None = None
+    target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
         for name, expected in NAMES.items():
@@ -96,7 +101,11 @@ class LoRAConfig:
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), str):
                 _check_regex(name, value, value, "a list of names or a valid regex")
-        if not self.target_modules:
+        if self.target_modules is None:
+            self.target_modules = [] if self.target_parameters else ALL_LINEAR
+        if self.target_parameters:
+            check_stacks(self.target_parameters, self.init_lora_weights, lora_bias=self.lora_bias, use_dora=self.use_dora)
+        elif not self.target_modules:
             raise ValueError(f"target_modules: got {self.target_modules!r}, expected names, a regex or {ALL_LINEAR!r}")
         if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
             self.target_modules = ALL_LINEAR
@@ -121,7 +130,7 @@ class LoRAConfig:
         if not names_match(path, self.target_modules):
             return False
         layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
-        return not layers or path in self.target_modules or layer_index(path, self.layers_pattern) in layers
+        return not layers or path in (self.target_modules or ()) or layer_index(path, self.layers_pattern) in layers
 
     def ranks(self, paths: Iterable[str]) -> dict[str, Rank]:
         """For the module at each path what the first pattern that matches says, or else the general values.

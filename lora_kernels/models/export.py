@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.adapters import AdaptedWeight
 from ..layers.frozen_weight import FrozenWeight, is_linear4bit
 from ..layers.linear import LoRALinear
+from ..layers.lora_experts import LoRAStack
 from ..layers.merging import LowRankTerm, bias_sum
 from ..layers.offload import offloaded_tensors, onloaded
 from ..nf4 import NF4Weight
@@ -28,7 +30,7 @@ def merged_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> Iterat
     sum is rounded once to it, and the model is not changed. A tensor under several names is given once.
     """
     for name, value, layer in _plain_state(model, _layers(model)):
-        merged = _merged_weight if name.endswith("weight") else _merged_bias
+        merged = _merged_bias if name.endswith("bias") else _merged_weight
         tensor = value if layer is None else merged(layer, dtype)
         yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
@@ -69,7 +71,7 @@ def _layers(model: nn.Module) -> dict[str, FrozenWeight]:
     """LoRA layers and, as layers without an adapter, bitsandbytes' quantised ones."""
     layers: dict[str, FrozenWeight] = {}
     for path, module in named_modules(model, remove_duplicate=False):
-        if isinstance(module, LoRALinear):
+        if isinstance(module, (LoRALinear, LoRAStack)):
             layers[path] = module
         elif is_linear4bit(module) and getattr(module.weight, "quant_state", None) is not None:
             layers[path] = FrozenWeight(NF4Weight.from_bnb(module.weight), None)  # type: ignore[arg-type]
@@ -84,11 +86,11 @@ def _plain_state(model: nn.Module, layers: dict[str, FrozenWeight]) -> Iterator[
     plain = plain_names(model := unwrapped(model))
     offloaded = {plain(name): kept for name, kept in offloaded_tensors(model).items()}
     for name, value in plain_state_dict(model).items():
-        owner = next((path for path in parents(name)[1:] if path in layers), None)
-        if owner is not None and name.removeprefix(f"{owner}.") not in ("weight", "bias"):
+        owner = next((path for path in parents(name) if path in layers), None)
+        if owner not in (None, name) and name.removeprefix(f"{owner}.") not in ("weight", "bias"):
             continue
         elsewhere = offloaded.get(name)  # accelerate gives tied ones one parameter
-        layer, attribute = layers.get(owner or ""), name.rpartition(".")[2]
+        layer, attribute = layers.get(owner or ""), "weight" if owner == name else name.rpartition(".")[2]
         place: object = (value.data_ptr() if elsewhere is None else id(elsewhere.tensor), value.shape, value.dtype)
         if changed := _is_changed(layer, attribute):  # no longer what it is tied to; one layer may be in several places
             place = id(layer), attribute
@@ -104,14 +106,14 @@ def _plain_state(model: nn.Module, layers: dict[str, FrozenWeight]) -> Iterator[
 
 def _is_changed(layer: FrozenWeight | None, attribute: str) -> bool:
     """Whether the plain model's tensor is another than the layer's own, for the adapter in it."""
-    if not isinstance(layer, LoRALinear) or layer.merged:
+    if not isinstance(layer, AdaptedWeight) or layer.merged:
         return False
     return _bias_term(layer) is not None if attribute == "bias" else (layer.active_term or layer.initial_term) is not None
 
 
 def _bias_term(layer: FrozenWeight) -> LowRankTerm | None:
     """The active adapter's low-rank term where it has a bias that is not merged."""
-    term = layer.active_term if isinstance(layer, LoRALinear) and not layer.merged else None
+    term = layer.active_term if isinstance(layer, AdaptedWeight) and not layer.merged else None
     return None if term is None or term.bias is None else term
 
 
@@ -128,12 +130,12 @@ def _merged_weight(layer: FrozenWeight, dtype: torch.dtype | None) -> Tensor:
     """W + s·B·A of the active adapter, DoRA's (m / n) ⊙ (W + s·B·A), as the plain layer stores it."""
     with onloaded(layer):
         W = layer.matrix
-        if isinstance(layer, LoRALinear) and not layer.merged and (term := layer.active_term or layer.initial_term):
+        if isinstance(layer, AdaptedWeight) and not layer.merged and (term := layer.active_term or layer.initial_term):
             W = layer.plus(term.A, term.B, term.scaling, term.magnitude)
         elif isinstance(W, NF4Weight):
             W = W.dequantize(dtype)
     W = W.to(dtype or layer.base_dtype)
-    return W.T.contiguous() if layer.fan_in_fan_out else W
+    return W.mT.contiguous() if layer.fan_in_fan_out else W
 
 
 def unties(model: Any, written: Iterable[str]) -> bool:

@@ -44,5 +44,5 @@ def why_fused(module: nn.Module) -> str | None:
         return f"nn.MultiheadAttention multiplies by {names} itself, without a linear layer: it stays as it is"
     return (
         f"{names} of {type(module).__name__} are three-dimensional parameters, as fused experts are, no linear layers, and "
-        "stay as they are; PEFT's target_parameters can adapt them"
+        "stay as they are; target_parameters can adapt those of transformers' experts"
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.linear import LoRALinear
+from ..layers.adapters import AdaptedWeight
 from ..layers.merging import LowRankTerm
 from .combining import check_combined, weighted_term
 from .distributed import refuse_fsdp2
@@ -45,7 +45,7 @@ def merge_lora(model: nn.Module, adapters: Mapping[str, Any] | None = None) -> d
 
 
 def _weighted(
-    model: nn.Module, layers: Mapping[str, LoRALinear], adapters: Mapping[str, Any]
+    model: nn.Module, layers: Mapping[str, AdaptedWeight], adapters: Mapping[str, Any]
 ) -> dict[str, tuple[LowRankTerm, ...]]:
     """Σ wᵢsᵢ·Bᵢ·Aᵢ by path, for the layers that have one of the adapters."""
     weights = check_combined(lora_state(model), list(adapters), list(adapters.values()))

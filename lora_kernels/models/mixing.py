@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from ..layers.linear import LoRALinear
+from ..layers.adapters import AdaptedWeight
 from ..layers.mixed import Mixed, why_not_mixed
 from .peft_layers import mixed_peft_layers, peft_layers
 from .state import adapted_layers, lora_exchanges, refuse_if_merged
@@ -46,7 +46,7 @@ def mixed_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[No
             layer.mixed = before[path]
 
 
-def _check(model: nn.Module, layers: dict[str, LoRALinear], wanted: tuple[str, ...]) -> None:
+def _check(model: nn.Module, layers: dict[str, AdaptedWeight], wanted: tuple[str, ...]) -> None:
     known = {name for layer in layers.values() for name in layer.adapters}
     if unknown := [name for name in wanted if name not in known]:
         raise KeyError(f"adapter {unknown[0]!r}: not found; adapters here: {sorted(known)}")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..layers.adapters import check_adapter_name
+from ..layers.adapters import AdaptedWeight, check_adapter_name
 from ..layers.linear import DEFAULT_ADAPTER, LoRALinear, check_quantize
+from ..layers.lora_experts import LoRAExperts, LoRAStack, Planned, to_experts
 from .adalora.config import AdaLoRAConfig
 from .adapter_config import from_config
 from .blocks import unfuse_blocks
@@ -59,7 +60,7 @@ def add_lora(
     autocast_adapter_dtype: bool = True,
     quantize: str | None = None,
 ) -> LoRAReport:
-    """Add adapter `adapter_name` to the linear layers of `model` that `config` names, in place, and freeze the rest.
+    """Add adapter `adapter_name` to the linear layers and stacks of experts that `config` names, in place; freeze the rest.
 
     Layers: exactly nn.Linear, transformers' Conv1D and bitsandbytes' Linear4bit, whose bytes are shared; whatever else matches
     is skipped with a reason. A layer that an earlier adapter wrapped gets another one; the first adapter is active, later ones
@@ -109,7 +110,7 @@ def add_adapter(
     trainable_before = {name for name, parameter in named_parameters(model) if parameter.requires_grad}
     choices = [choice for exchange in state.exchanges for choice in exchange.choices.values()]
     trained = [choice for choice in choices if isinstance(choice, nn.Parameter) and choice.requires_grad]
-    left_dense = {} if quantize is None else kept_dense(model, plan.modules)
+    left_dense = {} if quantize is None else _left_dense(model, plan)
     quantized = {} if quantize is None else {path: quantize for path in plan.modules if path not in left_dense}
     layers = _build_layers(plan.modules, config, adapter_name, autocast_adapter_dtype, quantized)
     for bias in trained:  # of another adapter, in a plain layer until now: LoRA layers are made with a frozen one
@@ -117,6 +118,9 @@ def add_adapter(
     first = state.state_check is None
     active = active_adapter(model) if state.configs else adapter_name
     _put_in_place(model, layers)
+    for planned in plan.modules.values():
+        if isinstance(planned, Planned):
+            planned.put(layers[id(planned)])  # type: ignore[arg-type]
     if first:
         model._lora_state = state  # type: ignore[assignment]
         state.frozen = trainable_before
@@ -145,7 +149,10 @@ def remove_lora(model: nn.Module) -> None:
     if not merged:
         for exchange in lora_exchanges(model):
             exchange.activate(model, None)
-    _put_in_place(model, {id(layer): layer.to_linear() for layer in layers.values()})
+    _put_in_place(model, {id(layer): layer.to_linear() for layer in layers.values() if isinstance(layer, LoRALinear)})
+    for module in model.modules():
+        if isinstance(module, LoRAExperts):
+            to_experts(module)
     for path, value in state.fast_paths.items():
         submodule(model, path).activation_relu_or_gelu = value  # type: ignore[assignment]
     for name, parameter in named_parameters(model):
@@ -158,19 +165,25 @@ def remove_lora(model: nn.Module) -> None:
 
 
 def _build_layers(
-    plan: dict[str, nn.Module], config: LoRAConfig, adapter_name: str, autocast_adapter_dtype: bool, quantize: dict[str, str]
-) -> dict[int, LoRALinear]:
-    """LoRALinear for each planned module, by the id of what it replaces; on an error nothing is left behind.
+    plan: dict[str, nn.Module | Planned],
+    config: LoRAConfig,
+    adapter_name: str,
+    autocast_adapter_dtype: bool,
+    quantize: dict[str, str],
+) -> dict[int, AdaptedWeight]:
+    """The layer for each planned module or stack, by the id of what it replaces; on an error nothing is left behind.
 
     quantize: for the paths that it has.
     """
-    layers: dict[int, LoRALinear] = {}
+    layers: dict[int, AdaptedWeight] = {}
     flags = [(p, p.requires_grad) for module in plan.values() for p in module.parameters()]
     try:
         ranks = config.ranks(plan)
         for path, module in plan.items():
-            if isinstance(module, LoRALinear):
-                layer = module
+            if isinstance(module, (LoRALinear, LoRAStack)):
+                layer: AdaptedWeight = module
+            elif isinstance(module, Planned):
+                layer = module.make()
             else:
                 layer = LoRALinear.from_linear(module, r=None, quantize=quantize.get(path))
             layer.add_adapter(
@@ -193,6 +206,12 @@ def _build_layers(
             parameter.requires_grad_(flag)
         raise
     return layers
+
+
+def _left_dense(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """What `quantize` leaves as it is, and why."""
+    linear = {path: module for path, module in plan.modules.items() if not isinstance(module, (Planned, LoRAStack))}
+    return kept_dense(model, linear) | dict.fromkeys(plan.modules.keys() - linear.keys(), "a stack of experts")  # type: ignore
 
 
 def _put_in_place(model: nn.Module, layers: Mapping[int, nn.Module]) -> None:

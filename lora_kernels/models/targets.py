@@ -12,8 +12,10 @@ from ..dtypes import FLOATS
 from ..layers.frozen_weight import is_conv1d, is_linear4bit
 from ..layers.initialization import check_init
 from ..layers.linear import LoRALinear, why_not_hooked
+from ..layers.lora_experts import LoRAStack, Planned
 from ..layers.offload import loaded_with_another
 from .config import ALL_LINEAR, LoRAConfig
+from .expert_targets import plan_stacks
 from .fused import UNCALLED, fused_weights, in_attention, why_fused
 from .names import end_of, layer_index, names_match, numbered, parents, trained_whole
 from .peft_layers import refuse_peft_layers
@@ -24,9 +26,9 @@ HEAD_NAMES = ("lm_head", "score", "classifier")  # output heads of models that d
 
 
 class Plan(NamedTuple):
-    """The modules to adapt by path, and why other candidates are not."""
+    """The modules, and stacks of experts, to adapt by path, and why other candidates are not."""
 
-    modules: dict[str, nn.Module]
+    modules: dict[str, nn.Module | Planned]
     skipped: dict[str, str]
 
 
@@ -37,7 +39,7 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Plan
     model = unwrapped(model)
     if isinstance(model, (nn.Linear, LoRALinear)):
         raise ValueError(f"model: got a single {type(model).__name__}, which cannot be exchanged in place; use from_linear")
-    plan: dict[str, nn.Module] = {}
+    plan: dict[str, nn.Module | Planned] = {}
     skipped: dict[str, str] = {}
     heads = _output_heads(model) if config.target_modules == ALL_LINEAR else set()
     unreachable = loaded_with_another(model)
@@ -62,6 +64,8 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Plan
             plan[path] = module
         else:
             skipped[path] = reason
+    stacks, others = plan_stacks(modules, config)
+    plan, skipped = plan | stacks, skipped | others
     for layer in adapted.values():
         if adapter_name in layer.adapters:
             raise ValueError(f"adapter_name: got {adapter_name!r}, which is in use; choose another or remove_lora(model) first")
@@ -79,17 +83,19 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Plan
     return Plan(plan, skipped)
 
 
-def features(module: nn.Module) -> tuple[int, int]:
+def features(module: nn.Module | Planned) -> tuple[int, int]:
     """(in, out) of a planned layer."""
-    if isinstance(module, (nn.Linear, LoRALinear)):
+    if isinstance(module, Planned):
+        return module.features
+    if isinstance(module, (nn.Linear, LoRALinear, LoRAStack)):
         return module.in_features, module.out_features
     return tuple(module.weight.shape)  # type: ignore[union-attr, return-value, arg-type]  # Conv1D
 
 
-def adapter_dtype(module: nn.Module, autocast_adapter_dtype: bool) -> torch.dtype:
+def adapter_dtype(module: nn.Module | Planned, autocast_adapter_dtype: bool) -> torch.dtype:
     """What an adapter over a planned layer is held as: over 16 bits float32, or else the weight's own dtype."""
-    quantized: Any = getattr(module.weight, "quant_state", None) if is_linear4bit(module) else None
-    dtype: Any = module.base_dtype if isinstance(module, LoRALinear) else (quantized or module.weight).dtype
+    quantized: Any = getattr(module.weight, "quant_state", None) if is_linear4bit(module) else None  # type: ignore[arg-type]
+    dtype: Any = module.base_dtype if isinstance(module, (LoRALinear, LoRAStack)) else (quantized or module.weight).dtype
     wide = autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if wide else dtype
 
@@ -101,7 +107,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def _wanted(path: str, module: nn.Module, config: LoRAConfig) -> bool:
     """Whether target_modules means a module, or weights that it has in place of linear layers."""
-    fused = fused_weights(module)
+    fused = {} if isinstance(module, LoRAStack) else fused_weights(module)
     if config.target_modules == ALL_LINEAR:
         return is_linear(module) or bool(fused)
     return path != "" and (config.targets(path) or any(config.targets(f"{path}.{name}") for name in fused))
@@ -142,7 +148,7 @@ def _nothing_matches(model: nn.Module, config: LoRAConfig, skipped: dict[str, st
     if meant and not skipped:  # then layers_to_transform leaves them out
         return _no_such_layers(model, config, meant)
     leaves = sorted({path.split(".")[-1] for path in linear})
-    names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
     near = [match for name in names for match in difflib.get_close_matches(name.split(".")[-1], leaves, cutoff=0.5)]
     message = f"target_modules: {config.target_modules!r} matches no linear layer of {type(model).__name__}"
     if skipped:

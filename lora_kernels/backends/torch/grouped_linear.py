@@ -13,11 +13,12 @@ from ...mask import keep_scale, row_chunks
 from ...plan import Call, Plan
 from ...values import Dropout, Grads, Needs, Rows
 from ..products import columns_together, transposed_product, weight_gradient
-from . import linear
+from . import grouped_whole, linear
 from .engine import ChunkMask, add_backward_product, add_forward_product, sum_dtype, to, total, work_dtype
 from .segments import Block, Members, Piece, Segment, blocks, ends, numbers, segments
 
 FIELDS = linear.FIELDS - {"magnitude"}
+WHOLE = {"x", "lora_A", "lora_B"}  # the gradients that grouped_whole.py has
 notes = linear.notes
 
 
@@ -30,6 +31,9 @@ def forward(
     x: Tensor, members: Members, dropout: Dropout | None, rows: Rows, ps: tuple[float, ...]
 ) -> tuple[tuple[Tensor], tuple[Tensor]]:
     """((y[M, N] in x's dtype,), (h[M, the largest R] in the adapters',))."""
+    if len(members) == 1 and grouped_whole.fits(x, members[0], rows):
+        y, h = grouped_whole.forward(x, members[0], dropout, rows)
+        return (y,), (h,)
     (M, K), W, c = x.shape, members[0].weight, members[0].bias
     bounds, shared = ends(rows, M), len(W.shape) == 2
     y = x.new_empty(M, W.shape[-2], dtype=sum_dtype(x, W))
@@ -87,6 +91,10 @@ def backward(
 ) -> Grads:
     """Equation 15. dx has dy's dtype, dA and dB the adapters', dc is in float32 or wider; see functional/grouped_linear.py."""
     (dy,), (h,), W, M = dys, saved, members[0].weight, len(dys[0])
+    wanted = {*needs.members[0], *(("x",) if needs.x else ())}
+    if len(members) == 1 and wanted <= WHOLE and grouped_whole.fits(dy, members[0], rows):
+        dx, own = grouped_whole.backward(dy, x, members[0], h, dropout, wanted, rows)
+        return Grads(dx, (own,))
     bounds, own_weight = ends(rows, M), W is not None and len(W.shape) == 3
     dx = dy.new_empty(M, W.shape[-1], dtype=sum_dtype(dy, W)) if needs.x else None
     grads = begun(dy, x, members, needs, rows)

@@ -8,6 +8,7 @@ from peft.tuners import adalora, lora
 
 from ...layers import offload
 from ...layers.offload import forward_is_replaced, hooks_call_the_class_s
+from . import experts, refusals
 from .linear import CALLS, AcceleratedLinear
 from .parts import LOW_RANK_DROPOUT
 from .svd_linear import AcceleratedSVDLinear
@@ -15,7 +16,11 @@ from .svd_linear import AcceleratedSVDLinear
 
 def classes() -> dict[type, type]:
     """PEFT's classes and ours."""
-    found: dict[type, type] = {lora.Linear: AcceleratedLinear, adalora.SVDLinear: AcceleratedSVDLinear}
+    found: dict[type, type] = {
+        lora.Linear: AcceleratedLinear,
+        adalora.SVDLinear: AcceleratedSVDLinear,
+        lora.ParamWrapper: experts.ParamWrapper,
+    }
     bnb = sys.modules.get("peft.tuners.lora.bnb")  # PEFT imports it before it makes such a layer
     if hasattr(bnb, "Linear4bit"):
         from .linear_4bit import AcceleratedLinear4bit
@@ -38,9 +43,9 @@ def swap(layer: Any, dora_dropout: str) -> str | None:
     """Change a layer of PEFT's into ours, if it is not one yet; the reason why it cannot be."""
     known = classes()
     if type(layer) not in known and type(layer) not in known.values():
-        if isinstance(layer, lora.ParamWrapper):
-            return f"a lora.ParamWrapper, which adds B·A to the parameter {layer.parameter_name} itself (target_parameters)"
         return f"a {shown(type(layer))}; {' and '.join(map(shown, known))} can be"
+    if isinstance(layer, lora.ParamWrapper) and (reason := experts.why_not_experts(layer)) is not None:
+        return reason
     ours = known.get(type(layer), type(layer))
     if forward_is_replaced(layer) and not hooks_call_the_class_s(layer):
         reason = "its forward was replaced on the instance, and the replacement does not call the class's forward"
@@ -51,6 +56,11 @@ def swap(layer: Any, dora_dropout: str) -> str | None:
     if dora_dropout == "low_rank":
         vars(layer)[LOW_RANK_DROPOUT] = True
     return None
+
+
+def why_not_at_present(layer: Any) -> str | None:
+    """Why every call of an accelerated layer goes to PEFT's own forward as long as the layer is as it is now."""
+    return (experts if isinstance(layer, lora.ParamWrapper) else refusals).why_not_at_present(layer)
 
 
 def change_class(layer: Any, new: Any) -> None:

@@ -46,6 +46,8 @@ class AdaLoRAConfig(LoRAConfig):
         check_adalora(**{name: getattr(self, name) for name in lacking})
         if self.r != LoRAConfig.r:
             raise ValueError(f"r: got {self.r}, expected none: AdaLoRA begins with init_r and ends with target_r on average")
+        if self.target_parameters:
+            raise ValueError(f"target_parameters: got {self.target_parameters!r}, expected None: AdaLoRA, as PEFT's, has none")
         for name in ("rank_pattern", "alpha_pattern"):
             if value := getattr(self, name):
                 raise ValueError(f"{name}: got {value!r}, expected {{}}: AdaLoRA's ranks are RankAllocator's, its α is one")
@@ -85,4 +87,4 @@ def active_adalora(model: nn.Module) -> tuple[str, AdaLoRAConfig, dict[str, LoRA
         found = [adapter for adapter, own in configs.items() if isinstance(own, AdaLoRAConfig)]
         cure = f"call set_adapter(model, {found[0]!r})" if found else "call add_lora(model, AdaLoRAConfig(…))"
         raise ValueError(f"model: its active adapter is {name!r}, expected one of AdaLoRA; {cure} first")
-    return name, config, {path: layer for path, layer in layers.items() if name in layer.adapters}
+    return name, config, {path: layer for path, layer in layers.items() if name in layer.adapters}  # type: ignore[misc]
