@@ -122,6 +122,12 @@ def test_several_adapters():
     assert all("second" in name for name, p in model.named_parameters() if p.requires_grad)
     add_weighted_adapter(model, ["first", "second"], [0.5, -2.0], "both", "cat")
     set_adapter(model, "both")
+    both = logits(model)
+    merge_lora(model, {"first": 0.5, "second": -2.0})
+    with torch.no_grad():
+        assert torch.allclose(logits(model), both, atol=1e-4)
+    unmerge_lora(model)
+    assert torch.equal(logits(model), both)
     expected = {}
     for path, layer in model.named_modules():
         if type(layer).__name__ == "LoRAStack":
