@@ -1,5 +1,6 @@
 """LoRA linear layers that cost almost nothing beyond their frozen base layer: y = x·Wᵀ + (α/r)·drop(x)·Aᵀ·Bᵀ + c."""
 
+from .functional.conv2d import lora_conv2d
 from .functional.dora import dora_norm
 from .functional.eggroll import eggroll_gradient, eggroll_linear
 from .functional.glu_mlp import lora_glu_mlp
@@ -64,6 +65,7 @@ __all__ = [
     "fuse_blocks",
     "load_adapter",
     "load_lora_state_dict",
+    "lora_conv2d",
     "lora_glu_mlp",
     "lora_grouped_linear",
     "lora_linear",

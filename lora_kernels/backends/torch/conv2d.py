@@ -1,0 +1,174 @@
+"""Equations 18 to 22 (reference/conv2d.py): the vendor's convolutions for W and A, B in place in their results."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...mask import KeepRows, chunk_elements, keep_scale
+from ...scratch import slices
+from ...values import Dropout, LoRAWeights, Window
+from .engine import work_dtype
+
+Needs = tuple[bool, bool, bool, bool, bool]  # of x, W, A, B and c
+
+
+def forward(x: Tensor, member: LoRAWeights, dropout: Dropout | None, position: str, window: Window) -> tuple[Tensor, Tensor]:
+    """Equations 18 and 19: y[n,N,·,·] and h[n,R,·,·], which is dropped where position is "h"."""
+    W, A, B, c, s, _ = member
+    y = _convolve(x, W, c, window)  # type: ignore[arg-type]
+    of_x, of_h = (dropout, None) if position == "x" else (None, dropout)
+    h = _down(x, A, of_x, window)  # type: ignore[arg-type]
+    if of_h is not None:
+        h = _drop(h, of_h)
+    return _add_up(y, h, B.flatten(1), s), h  # type: ignore[union-attr]
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    shape: torch.Size,
+    member: LoRAWeights,
+    h: Tensor | None,
+    dropout: Dropout | None,
+    position: str,
+    window: Window,
+    needs: Needs,
+) -> list[Tensor | None]:
+    """Equations 20 to 22: the gradients of x (of this shape), W, A, B and c, None for those that are not wanted."""
+    W, A, B, _, s, _ = member
+    need_x, need_W, need_A, need_B, need_c = needs
+    of_x, of_h = (dropout, None) if position == "x" else (None, dropout)
+    dy = dy.contiguous(memory_format=torch.channels_last if _is_channels_last(dy) else torch.contiguous_format)
+    dx = dW = dA = dB = dc = None
+    if need_x or need_W:
+        dx, dW = _gradients(dy, x, shape, W, window, (need_x, need_W))  # type: ignore[arg-type]
+    if need_x or need_A:
+        g = _project(dy, B.flatten(1), s)  # 20  # type: ignore[union-attr]
+        g = g if of_h is None else _drop(g, of_h)
+        dropped = x if x is None or of_x is None else _drop(x, of_x)
+        low_rank, dA = _gradients(g, dropped, shape, A, window, (need_x, need_A))  # 22  # type: ignore[arg-type]
+        if need_x:
+            dx.add_(low_rank if of_x is None else _drop(low_rank, of_x))  # 21  # type: ignore[union-attr, arg-type]
+    if need_B:
+        dB = _outer(dy, h, s)[:, :, None, None]  # 22  # type: ignore[arg-type]
+    if need_c:
+        dc = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32))
+    return [dx, dW, dA, dB, dc]
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    lines, columns = window.beyond
+    x = F.pad(x, (0, columns, 0, lines)) if lines or columns else x
+    return F.conv2d(x, weight, bias, window.stride, window.padding, window.dilation)
+
+
+def _down(x: Tensor, A: Tensor, dropout: Dropout | None, window: Window) -> Tensor:
+    """h = drop(x) ∗ A in A's dtype, computed in the wider of both."""
+    wide = torch.promote_types(x.dtype, A.dtype)
+    x = x.to(wide)
+    return _convolve(x if dropout is None else _drop(x, dropout), A.to(wide), None, window).to(A.dtype)
+
+
+def _gradients(
+    dy: Tensor, x: Tensor | None, shape: torch.Size, weight: Tensor, window: Window, mask: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, d weight), those that `mask` says, of y = x ∗ weight; x may be None where only its shape is read."""
+    lines, columns = window.beyond
+    wide = torch.promote_types(dy.dtype, weight.dtype)
+    if x is None:
+        x = dy.new_empty(1, dtype=wide).expand(*shape[:2], shape[2] + lines, shape[3] + columns)
+    elif lines or columns:
+        x = F.pad(x, (0, columns, 0, lines))
+    own = (dy.to(wide), x.to(wide), weight.to(wide))
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        *own, None, window.stride, window.padding, window.dilation, False, (0, 0), 1, (*mask, False)
+    )
+    if dx is not None and (lines or columns):
+        dx = dx[:, :, : shape[2], : shape[3]].contiguous()
+    return dx, dw
+
+
+# ---- 1x1 convolutions, over y as it lies in memory: pixels as rows, or planes of channels ----
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _pixels(t: Tensor) -> Tensor:
+    """t[n, N, H, W] as [pixels, N], without a copy where it is in channels-last memory."""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def _add_up(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
+    """y += s·h ∗ B in place, each element rounded once."""
+    work = work_dtype(y, B)
+    h, B = h.to(work), B.to(work)
+    h, s = (h, s) if isinstance(s, (int, float)) else (h * s, 1.0)
+    n, N, height, width = y.shape
+    if _is_channels_last(y):
+        rows, of_rows = y.permute(0, 2, 3, 1).view(-1, N), _pixels(h)
+        if work == y.dtype:
+            rows.addmm_(of_rows, B.T, alpha=s)
+        else:
+            for part in slices(len(rows), max(1, chunk_elements(y.device) // N)):
+                rows[part].add_(of_rows[part] @ B.T, alpha=s)
+        return y
+    planes, of_planes = y.flatten(2), h.flatten(2)
+    if work == y.dtype:
+        planes.baddbmm_(B.expand(n, *B.shape), of_planes, alpha=s)
+    else:
+        for part in slices(n, max(1, chunk_elements(y.device) // max(1, N * height * width))):
+            planes[part].add_(B @ of_planes[part], alpha=s)
+    return y
+
+
+def _project(dy: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
+    """g = s·dy ∗ Bᵀ in B's dtype, as dy lies in memory."""
+    work, (n, _, height, width), R = work_dtype(dy, B), dy.shape, B.shape[1]
+    wide, B_wide = dy.to(work), B.to(work)
+    if _is_channels_last(dy):
+        g = (_pixels(wide) @ B_wide).mul_(s).view(n, height, width, R).permute(0, 3, 1, 2)
+    else:
+        g = torch.bmm(B_wide.T.expand(n, *B.T.shape), wide.flatten(2)).mul_(s).view(n, R, height, width)
+    return g.to(B.dtype)
+
+
+def _outer(dy: Tensor, h: Tensor, s: float | Tensor) -> Tensor:
+    """dB[N, R] = s·Σ dy·h over pixels, in h's dtype."""
+    work = work_dtype(dy, h)
+    wide, h_wide = dy.to(work), h.to(work)
+    if _is_channels_last(dy):
+        dB = (_pixels(h_wide).T @ _pixels(wide)).T
+    else:
+        dB = torch.bmm(wide.flatten(2), h_wide.flatten(2).mT).sum(0)
+    return (dB * s).to(h.dtype)
+
+
+# ---- dropout by (sample, line, column; channel) ----
+
+
+def _drop(v: Tensor, dropout: Dropout) -> Tensor:
+    """drop(v[n, C, H, W]), in channels-last memory, in which the mask is made."""
+    n, C, height, width = v.shape
+    out = torch.empty_like(v, memory_format=torch.channels_last)
+    keep, scale = KeepRows(C, dropout.p, dropout.seed, offset=dropout.offset, dtype=v.dtype), keep_scale(dropout.p)
+    source, target = v.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1)
+    for samples, lines in _chunks(n, height, width * C, v.device):
+        start = samples.start * height + lines.start
+        count = (samples.stop - samples.start) * (lines.stop - lines.start)
+        rows = keep(slice(start * width, (start + count) * width)).mul_(scale)
+        part = source[samples, lines]
+        torch.mul(part, rows.view(part.shape), out=target[samples, lines])
+    return out
+
+
+def _chunks(n: int, height: int, line: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """(samples, lines) with all lines of some samples, or some lines of one."""
+    lines = max(1, chunk_elements(device) // max(1, line))
+    if lines >= height:
+        yield from ((samples, slice(0, height)) for samples in slices(n, lines // max(1, height)))
+    else:
+        yield from ((slice(i, i + 1), some) for i in range(n) for some in slices(height, lines))
