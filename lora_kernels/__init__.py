@@ -9,6 +9,8 @@ from .functional.linear import backend_report, lora_linear, lora_linear_group
 from .functional.nf4 import dequantize_nf4, quantize_nf4
 from .integrations.peft import AccelerationReport, accelerate, accelerated, restore
 from .integrations.trainer import adapter_checkpoints
+from .layers.conv2d import LoRAConv2d
+from .layers.embedding import LoRAEmbedding
 from .layers.linear import LoRALinear
 from .mask import dropout_mask
 from .models.adalora.allocator import RankAllocator
@@ -42,6 +44,8 @@ __all__ = [
     "Eggroll",
     "LoRAAdapter",
     "LoRAConfig",
+    "LoRAConv2d",
+    "LoRAEmbedding",
     "LoRALinear",
     "LoRAReport",
     "LoRAWeights",

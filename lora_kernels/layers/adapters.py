@@ -116,7 +116,15 @@ class AdaptedWeight(MergeableWeight):
         if name is None:
             return None
         b, m = self.lora_bias.get(name), self.lora_magnitude.get(name)
-        return LowRankTerm(self.right(name), self.lora_B[name], self.adapters[name].scaling, b, m)
+        return LowRankTerm(self.right(name), self.left(name), self.adapters[name].scaling, b, m)
+
+    def adapter_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(A's, B's) of an adapter of this rank."""
+        return (r, self.in_features), (self.out_features, r)
+
+    def left(self, name: str) -> Tensor:
+        """B[out, r] of adapter `name`."""
+        return self.lora_B[name]
 
     def right(self, name: str) -> Tensor:
         """A[r, in] of adapter `name`, or E ⊙ A of AdaLoRA: what the equation calls A."""
@@ -155,7 +163,7 @@ class AdaptedWeight(MergeableWeight):
         like: Any = {"dtype": dtype or self.base_dtype}
         if (device := execution_device(self)) is not None:  # an offloaded weight waits elsewhere
             like["device"] = device
-        A, B = self.weight.new_empty(r, self.in_features, **like), self.weight.new_empty(self.out_features, r, **like)
+        A, B = (self.weight.new_empty(shape, **like) for shape in self.adapter_shapes(r))
         own = {"lora_A": A, "lora_B": B}
         if use_adalora:
             own["lora_E"] = A.new_empty(r, 1)

@@ -63,7 +63,7 @@ class FrozenWeight(nn.Module):
             shape = weight.shape
         else:
             self.weight = weight
-            shape = weight.T.shape if fan_in_fan_out else weight.shape
+            shape = weight.T.shape if fan_in_fan_out else weight.flatten(1).shape
         self.out_features, self.in_features = shape
         self.bias = bias
         for parameter in self.parameters():
@@ -126,8 +126,11 @@ class FrozenWeight(nn.Module):
 
     def as_weight(self, matrix: Tensor) -> nn.Parameter:
         """W[out, in] as a dense `weight` of this layer."""
-        stored = (matrix.T if self.fan_in_fan_out else matrix).to(self.base_dtype)
-        return nn.Parameter(stored.contiguous(), requires_grad=self.weight.requires_grad)
+        return nn.Parameter(self.stored(matrix.to(self.base_dtype)), requires_grad=self.weight.requires_grad)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """W[out, in] in the layout of a dense `weight`."""
+        return matrix.T.contiguous() if self.fan_in_fan_out else matrix.contiguous()
 
     # ---- moving ----
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.initialization import rewrites_weight
+from ..layers.kinds import is_embedding
 from .adalora.config import AdaLoRAConfig
 from .config import LoRAConfig
 from .names import names_match, parents, trained_whole
@@ -118,7 +119,7 @@ def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "init_lora_weights": config.init_lora_weights,
-        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values() if not is_embedding(layer)),
         **{name: getattr(config, name) for name in SHARED},
         "target_modules": _target_modules(model, config, set(layers)),
         "layers_to_transform": None,  # target_modules says it

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapters import check_adapter_name
-from ..layers.linear import LoRALinear
+from ..layers.adapters import AdaptedWeight, check_adapter_name
 from .adalora.config import AdaLoRAConfig
 from .config import LoRAConfig
 from .exchanges import add_exchanges, plan_exchanges
@@ -81,7 +80,7 @@ def add_weighted_adapter(
 
 
 def _check(
-    layers: dict[str, LoRALinear], state: LoRAState, adapters: Sequence[str], adapter_name: str, combination_type: str
+    layers: dict[str, AdaptedWeight], state: LoRAState, adapters: Sequence[str], adapter_name: str, combination_type: str
 ) -> None:
     names = isinstance(adapters, Collection) and not isinstance(adapters, str) and all(isinstance(a, str) for a in adapters)
     if not names or not adapters or len(set(adapters)) != len(adapters):
@@ -124,7 +123,7 @@ def _as_float(number: Any) -> float:
     return float(number)
 
 
-def _rank(path: str, layer: LoRALinear, parts: list[Part], combination_type: str) -> int:
+def _rank(path: str, layer: AdaptedWeight, parts: list[Part], combination_type: str) -> int:
     """The combination's rank in a layer. Raises ValueError where "linear" finds several."""
     ranks = {name: layer.adapters[name].r for name, _ in parts}
     if combination_type == "cat":
@@ -134,15 +133,15 @@ def _rank(path: str, layer: LoRALinear, parts: list[Part], combination_type: str
     return next(iter(ranks.values()))
 
 
-def _parts(layer: LoRALinear, adapters: Sequence[str], weights: Sequence[float]) -> list[Part]:
+def _parts(layer: AdaptedWeight, adapters: Sequence[str], weights: Sequence[float]) -> list[Part]:
     pairs = zip(adapters, weights, strict=True)
     return [(name, w * float(layer.adapters[name].scaling)) for name, w in pairs if name in layer.adapters]
 
 
 @torch.no_grad()
-def _combine(layer: LoRALinear, parts: list[Part], adapter_name: str, combination_type: str, lora_dropout: float) -> None:
+def _combine(layer: AdaptedWeight, parts: list[Part], adapter_name: str, combination_type: str, lora_dropout: float) -> None:
     """Add the combination of `parts` to one layer; it is computed in float32 or wider, and rounded once."""
-    As, Bs = [_wide(layer.right(name)) for name, _ in parts], [_wide(layer.lora_B[name]) for name, _ in parts]
+    As, Bs = [_wide(layer.right(name)) for name, _ in parts], [_wide(layer.left(name)) for name, _ in parts]
     if combination_type == "cat":
         A, B = torch.cat([w * A for (_, w), A in zip(parts, As, strict=True)]), torch.cat(Bs, 1)
     else:
@@ -151,8 +150,8 @@ def _combine(layer: LoRALinear, parts: list[Part], adapter_name: str, combinatio
     biases = [w * _wide(layer.lora_bias[name]) for name, w in parts if name in layer.lora_bias]
     dtype, r = layer.lora_A[parts[0][0]].dtype, A.shape[0]
     layer.add_adapter(adapter_name, r, r, lora_dropout=lora_dropout, lora_bias=bool(biases), dtype=dtype)
-    layer.lora_A[adapter_name].copy_(A)
-    layer.lora_B[adapter_name].copy_(B)
+    layer.lora_A[adapter_name].copy_(A.view(layer.lora_A[adapter_name].shape))
+    layer.lora_B[adapter_name].copy_(B.view(layer.lora_B[adapter_name].shape))
     if biases:
         layer.lora_bias[adapter_name].copy_(torch.stack(biases).sum(0))
 

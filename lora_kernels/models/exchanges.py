@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..layers.linear import LoRALinear
+from ..layers.adapters import AdaptedWeight
 from ..layers.offload import offloaded_tensors
 from .config import LoRAConfig
 from .names import parents
@@ -82,7 +82,7 @@ def plan_exchanges(
         owner, _, attribute = path.rpartition(".")
         originals[owner, attribute] = module
     if config.bias != "none":
-        layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+        layers = [module for module in model.modules() if isinstance(module, AdaptedWeight)]
         adapters = {id(parameter) for layer in layers for parameter in layer.adapter_parameters()}
         for path, parameter in named_parameters(model):
             owner, _, attribute = path.rpartition(".")

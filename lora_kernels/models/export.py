@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.adapters import AdaptedWeight
 from ..layers.frozen_weight import FrozenWeight, is_linear4bit
-from ..layers.linear import LoRALinear
 from ..layers.merging import LowRankTerm, bias_sum
 from ..layers.offload import offloaded_tensors, onloaded
 from ..nf4 import NF4Weight
@@ -69,7 +69,7 @@ def _layers(model: nn.Module) -> dict[str, FrozenWeight]:
     """LoRA layers and, as layers without an adapter, bitsandbytes' quantised ones."""
     layers: dict[str, FrozenWeight] = {}
     for path, module in named_modules(model, remove_duplicate=False):
-        if isinstance(module, LoRALinear):
+        if isinstance(module, AdaptedWeight):
             layers[path] = module
         elif is_linear4bit(module) and getattr(module.weight, "quant_state", None) is not None:
             layers[path] = FrozenWeight(NF4Weight.from_bnb(module.weight), None)  # type: ignore[arg-type]
@@ -104,14 +104,14 @@ def _plain_state(model: nn.Module, layers: dict[str, FrozenWeight]) -> Iterator[
 
 def _is_changed(layer: FrozenWeight | None, attribute: str) -> bool:
     """Whether the plain model's tensor is another than the layer's own, for the adapter in it."""
-    if not isinstance(layer, LoRALinear) or layer.merged:
+    if not isinstance(layer, AdaptedWeight) or layer.merged:
         return False
     return _bias_term(layer) is not None if attribute == "bias" else (layer.active_term or layer.initial_term) is not None
 
 
 def _bias_term(layer: FrozenWeight) -> LowRankTerm | None:
     """The active adapter's low-rank term where it has a bias that is not merged."""
-    term = layer.active_term if isinstance(layer, LoRALinear) and not layer.merged else None
+    term = layer.active_term if isinstance(layer, AdaptedWeight) and not layer.merged else None
     return None if term is None or term.bias is None else term
 
 
@@ -128,12 +128,11 @@ def _merged_weight(layer: FrozenWeight, dtype: torch.dtype | None) -> Tensor:
     """W + s·B·A of the active adapter, DoRA's (m / n) ⊙ (W + s·B·A), as the plain layer stores it."""
     with onloaded(layer):
         W = layer.matrix
-        if isinstance(layer, LoRALinear) and not layer.merged and (term := layer.active_term or layer.initial_term):
+        if isinstance(layer, AdaptedWeight) and not layer.merged and (term := layer.active_term or layer.initial_term):
             W = layer.plus(term.A, term.B, term.scaling, term.magnitude)
         elif isinstance(W, NF4Weight):
             W = W.dequantize(dtype)
-    W = W.to(dtype or layer.base_dtype)
-    return W.T.contiguous() if layer.fan_in_fan_out else W
+    return layer.stored(W.to(dtype or layer.base_dtype))
 
 
 def unties(model: Any, written: Iterable[str]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..layers.linear import LoRALinear
+from ..layers.adapters import AdaptedWeight
 from .adapter_saving import CONFIG_FILE, prepare_adapter, remove_adapter
 from .distributed import is_sharded
 from .export import merged_tensors, untie, unties
@@ -189,7 +189,7 @@ def give_back_saving(model: nn.Module) -> None:
 
 def _adapter_keys(model: nn.Module) -> tuple[str, ...]:
     """What the keys of the adapters in the plain model's state dict begin with."""
-    layers = (path for path, module in named_modules(model, remove_duplicate=False) if isinstance(module, LoRALinear))
+    layers = (path for path, module in named_modules(model, remove_duplicate=False) if isinstance(module, AdaptedWeight))
     return tuple([f"{path}.lora_" for path in layers])
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..layers.linear import LoRALinear
+from ..layers.adapters import AdaptedWeight
 from ..layers.offload import loaded_with_another, offloading_hooks
 from .config import LoRAConfig
 from .exchanges import Exchange
@@ -15,7 +15,7 @@ from .wrappers import is_fsdp1, named_modules, unwrapped
 
 @dataclass
 class LoRAState:
-    """What add_lora changed in a model beyond its linear layers, kept on the model as `_lora_state`."""
+    """What add_lora changed in a model beyond its layers, kept on the model as `_lora_state`."""
 
     configs: dict[str, LoRAConfig] = field(default_factory=dict)
     exchanges: list[Exchange] = field(default_factory=list)
@@ -39,12 +39,12 @@ def lora_exchanges(model: nn.Module) -> list[Exchange]:
     return exchanges
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every LoRALinear of the model by its path, once each."""
-    return {path: module for path, module in named_modules(model) if isinstance(module, LoRALinear)}
+def lora_layers(model: nn.Module) -> dict[str, AdaptedWeight]:
+    """Every layer with adapters of the model by its path, once each."""
+    return {path: module for path, module in named_modules(model) if isinstance(module, AdaptedWeight)}
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedWeight]:
     """lora_layers(model). Raises ValueError if there are none, or if FSDP1 holds them in flat shards."""
     layers = lora_layers(model)
     if not layers:
@@ -54,7 +54,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
         raise ValueError(f"model: {name} has no LoRA layers; call add_lora first")
     for path, layer in layers.items():
         for name, adapter in layer.adapters.items():
-            shape, whole = tuple(layer.lora_A[name].shape), (adapter.r, layer.in_features)
+            shape, whole = tuple(layer.lora_A[name].shape), layer.adapter_shapes(adapter.r)[0]
             if shape != whole:
                 raise ValueError(
                     f"{path}.lora_A.{name}: got shape {shape}, expected {whole}: FullyShardedDataParallel holds a flat part of "
@@ -63,7 +63,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def refuse_if_merged(layers: dict[str, LoRALinear], action: str) -> None:
+def refuse_if_merged(layers: dict[str, AdaptedWeight], action: str) -> None:
     """Raise RuntimeError if one of the layers is merged."""
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError(f"cannot {action}: the model is merged; call unmerge_lora(model) first")

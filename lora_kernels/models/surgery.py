@@ -1,4 +1,4 @@
-"""Put LoRA into any model and take it out again, by module type and name pattern: linear layers are exchanged in place."""
+"""Put LoRA into any model and take it out again, by module type and name pattern: layers are exchanged in place."""
 
 import copy
 from collections.abc import Mapping
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..layers.adapters import check_adapter_name
-from ..layers.linear import DEFAULT_ADAPTER, LoRALinear, check_quantize
+from ..layers.adapters import DEFAULT_ADAPTER, AdaptedWeight, check_adapter_name
+from ..layers.kinds import adapted, is_other, plain
+from ..layers.linear import check_quantize
 from .adalora.config import AdaLoRAConfig
 from .adapter_config import from_config
 from .blocks import unfuse_blocks
@@ -59,12 +60,12 @@ def add_lora(
     autocast_adapter_dtype: bool = True,
     quantize: str | None = None,
 ) -> LoRAReport:
-    """Add adapter `adapter_name` to the linear layers of `model` that `config` names, in place, and freeze the rest.
+    """Add adapter `adapter_name` to the layers of `model` that `config` names, in place, and freeze the rest.
 
-    Layers: exactly nn.Linear, transformers' Conv1D and bitsandbytes' Linear4bit, whose bytes are shared; whatever else matches
-    is skipped with a reason. A layer that an earlier adapter wrapped gets another one; the first adapter is active, later ones
-    wait for `set_adapter`. A module registered in several places is adapted once, for all of them; a weight tied to another
-    module stays tied. Layers on the meta device get adapters there (fill them with `reset_lora_parameters` after loading).
+    Layers: exactly nn.Linear, transformers' Conv1D and bitsandbytes' Linear4bit, and, where target_modules names them,
+    nn.Conv2d with groups = 1 and nn.Embedding; their bytes are shared. Whatever else matches is skipped with a reason. A layer
+    that an earlier adapter wrapped gets another one; the first adapter is active, later ones wait for `set_adapter`. A module
+    registered in several places is adapted once, for all of them; a weight tied to another module stays tied. Layers on the meta device get adapters there (fill them with `reset_lora_parameters` after loading).
     autocast_adapter_dtype: adapters over 16-bit weights are float32, as in PEFT; False gives them the weight's dtype.
     quantize: "nf4" puts the layers' dense weights into 4 bits (QLoRA); `remove_lora` then gives dequantised ones.
     What a transformers model lists in _keep_in_fp32_modules, as T5 its "wo", stays dense, and the report says so.
@@ -109,7 +110,7 @@ def add_adapter(
     trainable_before = {name for name, parameter in named_parameters(model) if parameter.requires_grad}
     choices = [choice for exchange in state.exchanges for choice in exchange.choices.values()]
     trained = [choice for choice in choices if isinstance(choice, nn.Parameter) and choice.requires_grad]
-    left_dense = {} if quantize is None else kept_dense(model, plan.modules)
+    left_dense = {} if quantize is None else kept_dense(model, plan.modules) | _not_linear(plan.modules)
     quantized = {} if quantize is None else {path: quantize for path in plan.modules if path not in left_dense}
     layers = _build_layers(plan.modules, config, adapter_name, autocast_adapter_dtype, quantized)
     for bias in trained:  # of another adapter, in a plain layer until now: LoRA layers are made with a frozen one
@@ -145,7 +146,7 @@ def remove_lora(model: nn.Module) -> None:
     if not merged:
         for exchange in lora_exchanges(model):
             exchange.activate(model, None)
-    _put_in_place(model, {id(layer): layer.to_linear() for layer in layers.values()})
+    _put_in_place(model, {id(layer): plain(layer) for layer in layers.values()})
     for path, value in state.fast_paths.items():
         submodule(model, path).activation_relu_or_gelu = value  # type: ignore[assignment]
     for name, parameter in named_parameters(model):
@@ -159,20 +160,17 @@ def remove_lora(model: nn.Module) -> None:
 
 def _build_layers(
     plan: dict[str, nn.Module], config: LoRAConfig, adapter_name: str, autocast_adapter_dtype: bool, quantize: dict[str, str]
-) -> dict[int, LoRALinear]:
-    """LoRALinear for each planned module, by the id of what it replaces; on an error nothing is left behind.
+) -> dict[int, AdaptedWeight]:
+    """A layer with the adapter for each planned module, by the id of what it replaces; on an error nothing is left behind.
 
     quantize: for the paths that it has.
     """
-    layers: dict[int, LoRALinear] = {}
+    layers: dict[int, AdaptedWeight] = {}
     flags = [(p, p.requires_grad) for module in plan.values() for p in module.parameters()]
     try:
         ranks = config.ranks(plan)
         for path, module in plan.items():
-            if isinstance(module, LoRALinear):
-                layer = module
-            else:
-                layer = LoRALinear.from_linear(module, r=None, quantize=quantize.get(path))
+            layer = module if isinstance(module, AdaptedWeight) else adapted(module, quantize.get(path))
             layer.add_adapter(
                 adapter_name,
                 ranks[path].r,
@@ -195,6 +193,11 @@ def _build_layers(
     return layers
 
 
+def _not_linear(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Which layers of `modules`, by path, have no 4-bit form."""
+    return {path: f"a {type(module).__name__}, no linear layer" for path, module in modules.items() if is_other(module)}
+
+
 def _put_in_place(model: nn.Module, layers: Mapping[int, nn.Module]) -> None:
     """Put layers[id(module)] in the place of every module that has one, in all places of the module."""
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -215,7 +218,7 @@ def _disable_fast_paths(model: nn.Module, state: LoRAState) -> None:
     PyTorch's own switch for that operator is a zero here.
     """
     for path, module in named_modules(model):
-        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, LoRALinear) for m in module.modules()):
+        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, AdaptedWeight) for m in module.modules()):
             state.fast_paths.setdefault(path, module.activation_relu_or_gelu)
             module.activation_relu_or_gelu = 0
 

@@ -4,7 +4,7 @@ import warnings
 
 from torch import nn
 
-from ..layers.linear import LoRALinear
+from ..layers.adapters import AdaptedWeight
 from .state import adapted_layers, lora_exchanges, lora_layers, lora_state, refuse_if_merged, refuse_in_fsdp1
 
 
@@ -66,8 +66,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     state.allocations.pop(name, None)
 
 
-def _layers_with(model: nn.Module, name: str) -> dict[str, LoRALinear]:
-    """Every LoRALinear of the model. Raises KeyError if none has adapter `name`."""
+def _layers_with(model: nn.Module, name: str) -> dict[str, AdaptedWeight]:
+    """Every layer with adapters of the model. Raises KeyError if none has adapter `name`."""
     layers = adapted_layers(model)
     known = {adapter for layer in layers.values() for adapter in layer.adapters}
     if name not in known:

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...mask import KeepRows, chunk_elements, keep_scale
+from ...mask import KeepRows, chunk_elements, keep_scale, row_chunks
 from ...scratch import slices
 from ...values import Dropout, LoRAWeights, Window
-from .engine import work_dtype
+from .engine import add_low_rank, work_dtype
 
 Needs = tuple[bool, bool, bool, bool, bool]  # of x, W, A, B and c
 
@@ -104,24 +104,18 @@ def _pixels(t: Tensor) -> Tensor:
 
 def _add_up(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
     """y += s·h ∗ B in place, each element rounded once."""
-    work = work_dtype(y, B)
-    h, B = h.to(work), B.to(work)
-    h, s = (h, s) if isinstance(s, (int, float)) else (h * s, 1.0)
     n, N, height, width = y.shape
     if _is_channels_last(y):
-        rows, of_rows = y.permute(0, 2, 3, 1).view(-1, N), _pixels(h)
-        if work == y.dtype:
-            rows.addmm_(of_rows, B.T, alpha=s)
-        else:
-            for part in slices(len(rows), max(1, chunk_elements(y.device) // N)):
-                rows[part].add_(of_rows[part] @ B.T, alpha=s)
+        add_low_rank(y.permute(0, 2, 3, 1).view(-1, N), _pixels(h), B, s)
         return y
-    planes, of_planes = y.flatten(2), h.flatten(2)
+    work, planes = work_dtype(y, B), y.flatten(2)
+    of_planes, B = h.to(work).flatten(2), B.to(work)
+    of_planes, s = (of_planes, s) if isinstance(s, (int, float)) else (of_planes * s, 1.0)
     if work == y.dtype:
         planes.baddbmm_(B.expand(n, *B.shape), of_planes, alpha=s)
-    else:
-        for part in slices(n, max(1, chunk_elements(y.device) // max(1, N * height * width))):
-            planes[part].add_(B @ of_planes[part], alpha=s)
+        return y
+    for part in row_chunks(n, N * height * width, y.device):
+        planes[part].add_(B @ of_planes[part], alpha=s)
     return y
 
 
