@@ -86,7 +86,7 @@ def not_linear(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
         known = module is None or isinstance(module, (nn.Linear, LoRALinear)) or is_conv1d(module) or is_other(module)
         if adapts and not known:
             reasons[place] = (
-                f"{key!r} adapts {place} ({type(module).__name__}), and only linear layers, Conv2d and Embedding get LoRA here: "
+                f"{key!r} adapts {place} ({type(module).__name__}), and only linear layers, Conv2d and Embedding get LoRA: "
                 "load it with PEFT, where accelerate(model) takes the linear layers, or train one without it"
             )
     return reasons

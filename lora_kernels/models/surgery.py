@@ -65,7 +65,8 @@ def add_lora(
     Layers: exactly nn.Linear, transformers' Conv1D and bitsandbytes' Linear4bit, and, where target_modules names them,
     nn.Conv2d with groups = 1 and nn.Embedding; their bytes are shared. Whatever else matches is skipped with a reason. A layer
     that an earlier adapter wrapped gets another one; the first adapter is active, later ones wait for `set_adapter`. A module
-    registered in several places is adapted once, for all of them; a weight tied to another module stays tied. Layers on the meta device get adapters there (fill them with `reset_lora_parameters` after loading).
+    registered in several places is adapted once, for all of them; a weight tied to another module stays tied.
+    Layers on the meta device get adapters there (fill them with `reset_lora_parameters` after loading).
     autocast_adapter_dtype: adapters over 16-bit weights are float32, as in PEFT; False gives them the weight's dtype.
     quantize: "nf4" puts the layers' dense weights into 4 bits (QLoRA); `remove_lora` then gives dequantised ones.
     What a transformers model lists in _keep_in_fp32_modules, as T5 its "wo", stays dense, and the report says so.

@@ -65,10 +65,10 @@ class AccelerationReport:
 def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "peft") -> AccelerationReport:
     """Let every LoRA layer of `model`, a PeftModel or any tree of modules, compute with these kernels.
 
-    Exactly peft.tuners.lora.Linear and lora.bnb.Linear4bit, and AdaLoRA's adalora.SVDLinear and adalora.bnb.SVDLinear4bit,
-    change their class, to one that differs in `forward` alone: parameters, state dict keys, optimizers and PEFT's methods stay.
-    A call that needs more than one plain LoRA adapter goes to PEFT's forward (`report.calls()` says how many, and why). Calling
-    it again is allowed, and needed after layers were added.
+    Exactly peft.tuners.lora.Linear, lora.bnb.Linear4bit, lora.Conv2d and lora.Embedding, and AdaLoRA's adalora.SVDLinear and
+    adalora.bnb.SVDLinear4bit, change their class, to one that differs in `forward` alone: parameters, state dict keys,
+    optimizers and PEFT's methods stay. A call that needs more than one plain LoRA adapter goes to PEFT's forward
+    (`report.calls()` says how many, and why). Calling it again is allowed, and needed after layers were added.
     blocks: q, k and v, and whole MLPs, become one operation each (`fuse_blocks`); False lets every layer compute alone.
     dora_dropout: what lora_dropout means to DoRA in training. "peft": PEFT drops x in the base product too, y = x·Wᵀ +
     (m/n - 1)·drop(x)·Wᵀ + (m/n)·s·drop(x)·Aᵀ·Bᵀ + c, and its own forward computes that. "low_rank": y = (m/n) ⊙ (x·Wᵀ +
@@ -82,6 +82,7 @@ def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "pe
     _check_dora_dropout(dora_dropout)
     from peft.tuners.lora import LoraLayer
 
+    from .not_linear import NotLinear
     from .refusals import why_not_at_present
     from .swap import swap
 
@@ -101,7 +102,8 @@ def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "pe
             skipped[path] = reason
             continue
         accelerated.append(path)
-        if (state := why_not_at_present(module)) is not None:
+        state = module.why_not() if isinstance(module, NotLinear) else why_not_at_present(module)
+        if state is not None:
             falling_back[path] = state
     if not accelerated and not skipped:
         raise ValueError(

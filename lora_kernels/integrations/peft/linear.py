@@ -35,7 +35,17 @@ class ShownAsPeft(type(lora.Linear)):  # type: ignore[misc]
         return repr(cls.__bases__[-1])
 
 
-class Accelerated:
+class Shown:
+    """What a layer of PEFT's prints although its class is another."""
+
+    def _get_name(self) -> str:
+        return type(self).__name__.removeprefix("Accelerated")  # shown as "lora.Linear(", which tools look for
+
+    def extra_repr(self) -> str:
+        return "accelerated by lora_kernels"
+
+
+class Accelerated(Shown):
     """The forward of both classes; it stands before PEFT's class in the order of methods."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -44,7 +54,7 @@ class Accelerated:
         else:
             parts = "extra arguments" if args or kwargs else fast_parts(self)
             y = parts if isinstance(parts, str) else _computed(self, parts, x)
-        _count(self, y)
+        count(self, y)
         return super().forward(x, *args, **kwargs) if isinstance(y, str) else y  # type: ignore[misc]
 
     def projection(self: Any, x: Tensor) -> Projection | str:
@@ -67,13 +77,7 @@ class Accelerated:
 
     def count_fused(self: Any) -> None:
         """Another's call has computed this layer's."""
-        _count(self, FAST)
-
-    def _get_name(self) -> str:
-        return type(self).__name__.removeprefix("Accelerated")  # shown as "lora.Linear(", which tools look for
-
-    def extra_repr(self) -> str:
-        return "accelerated by lora_kernels"
+        count(self, FAST)
 
 
 class AcceleratedLinear(Accelerated, lora.Linear, metaclass=ShownAsPeft):
@@ -123,7 +127,7 @@ def weights_of(parts: Parts, tensors: tuple[Any, ...]) -> LoRAWeights:
     return LoRAWeights(weight, A, B, c if b is None else bias_sum(c, b, scaling, weight.dtype), scaling, m)
 
 
-def _count(layer: LoraLayer, y: Tensor | str) -> None:
+def count(layer: LoraLayer, y: Tensor | str) -> None:
     """Not while a compiler traces: it would make the number a part of the graph."""
     if torch.compiler.is_compiling():
         return

@@ -8,6 +8,8 @@ from peft.tuners import adalora, lora
 
 from ...layers import offload
 from ...layers.offload import forward_is_replaced, hooks_call_the_class_s
+from .conv2d import AcceleratedConv2d
+from .embedding import AcceleratedEmbedding
 from .linear import CALLS, AcceleratedLinear
 from .parts import LOW_RANK_DROPOUT
 from .svd_linear import AcceleratedSVDLinear
@@ -16,6 +18,7 @@ from .svd_linear import AcceleratedSVDLinear
 def classes() -> dict[type, type]:
     """PEFT's classes and ours."""
     found: dict[type, type] = {lora.Linear: AcceleratedLinear, adalora.SVDLinear: AcceleratedSVDLinear}
+    found |= {lora.Conv2d: AcceleratedConv2d, lora.Embedding: AcceleratedEmbedding}
     bnb = sys.modules.get("peft.tuners.lora.bnb")  # PEFT imports it before it makes such a layer
     if hasattr(bnb, "Linear4bit"):
         from .linear_4bit import AcceleratedLinear4bit
