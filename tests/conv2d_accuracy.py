@@ -16,5 +16,7 @@ def broken(case: Case) -> list[str]:
         problem = case.draw()
         tensors = {name: t for name, t in problem.tensors.items() if t is not None}
         judged.append(run(problem, tensors, ours, plain, truth))
-    results = [{name: torch.cat([draw[name].flatten() for draw in draws]) for name in draws[0]} for draws in zip(*judged)]  # noqa: B905
+    results = [
+        {name: torch.cat([draw[name].flatten() for draw in draws]) for name in draws[0]} for draws in zip(*judged, strict=True)
+    ]
     return violations(*results, case.autocast or case.dtype)

@@ -196,7 +196,8 @@ def _build_layers(
 
 def _not_linear(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Which layers of `modules`, by path, have no 4-bit form."""
-    return {path: f"a {type(module).__name__}, no linear layer" for path, module in modules.items() if is_other(module)}
+    reason = "no linear layer: only those have 4-bit weights here"
+    return {path: reason for path, module in modules.items() if is_other(module)}
 
 
 def _put_in_place(model: nn.Module, layers: Mapping[int, nn.Module]) -> None:
