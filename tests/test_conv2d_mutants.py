@@ -33,8 +33,8 @@ def other_seed(original):
 
 
 def without_the_last_line(original):
-    def chunks(n, height, *rest):
-        return ((samples, slice(0, height - 1)) for samples, _ in original(n, height, *rest))
+    def chunks(n, height, *rest, **options):
+        return ((samples, slice(0, height - 1)) for samples, _ in original(n, height, *rest, **options))
 
     return chunks
 
@@ -59,3 +59,12 @@ def test_mutant_is_caught(name, dtype, monkeypatch):
     assert not any(broken(case) for case in cases)
     MUTANTS[name](monkeypatch)
     assert any(broken(case) for case in cases)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_merged_weight_without_the_adapter_is_caught(dtype, monkeypatch):
+    """Of a narrower weight none is made."""
+    assert not broken(Case(dtype=dtype))
+    monkeypatch.setattr(conv2d, "_merged", lambda W, A, B, s: W)
+    assert [line.partition(":")[0] for line in broken(Case(dtype=dtype))] == ["dx", "dx"]
+    assert not broken(Case(dtype=dtype, size=(3, 3)))
