@@ -51,6 +51,7 @@ def kind(run: dict[str, Any]) -> str:
         "distance_of_seeds": "curves",
         "layers": "ranks",
         "members": "populations",
+        "channels_last": "unet",
         "fitness": "fitness",
         "variants": "parts",
         "variant": "layer",

@@ -79,9 +79,9 @@ def step(model: nn.Module, batch: tuple[Tensor, ...]) -> None:
     loss(model, *batch).backward()
 
 
-def rows(samples: int, r: int, repeats: int, channels_last: bool) -> list[dict[str, Any]]:
+def rows(channels: tuple[int, int], size: int, samples: int, r: int, repeats: int, channels_last: bool) -> list[dict[str, Any]]:
     """A row for each p; AssertionError where the losses at p = 0 differ."""
-    base, size = unet(), 32
+    base = unet(channels, size)
     batch = (torch.randn(samples, 3, size, size), torch.randint(1000, (samples,)), torch.randn(samples, 8, 32))
     batch = (*batch, torch.randn(samples, 3, size, size))
     if channels_last:
@@ -100,6 +100,8 @@ def rows(samples: int, r: int, repeats: int, channels_last: bool) -> list[dict[s
             {
                 "p": p,
                 "R": r,
+                "channels": channels,
+                "size": size,
                 "samples": samples,
                 "channels_last": channels_last,
                 "ms": {name: {part: 1e3 * v for part, v in vars(t).items() if part != "repeats"} for name, t in times.items()},
@@ -111,13 +113,16 @@ def rows(samples: int, r: int, repeats: int, channels_last: bool) -> list[dict[s
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--channels", type=int, nargs=2, default=(64, 128))
+    parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    found = rows(options.samples, options.rank, options.repeats, options.channels_last)
+    channels = (options.channels[0], options.channels[1])
+    found = rows(channels, options.size, options.samples, options.rank, options.repeats, options.channels_last)
     for row in found:
         for name, times in row["ms"].items():
             mib, share = row["saved_bytes"][name] / 2**20, row["saved_bytes"][name] / row["saved_bytes"][PEFT]
