@@ -20,7 +20,7 @@ from unet import TARGETS, unet
 
 from lora_kernels import LoRAConfig, add_lora, lora_parameters, save_adapter
 
-SIZE, BATCH, SHOWN = 16, 16, 8
+SIZE, BATCH, SHOWN = 16, 8, 8
 
 
 def pictures(count: int, kind: str) -> Tensor:
@@ -85,15 +85,15 @@ def main(arguments: list[str]) -> int:
     """Train both, show, save and load; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("build/unet"))
-    parser.add_argument("--base-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--base-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--sampling", type=int, default=40, help="steps of a sample")
     parser.add_argument("--rank", type=int, default=8)
     options = parser.parse_args(arguments)
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(1000, beta_schedule="squaredcos_cap_v2", clip_sample=True)
-    model, reader = unet((32, 64), SIZE), unet((32, 64), SIZE)
+    model, reader = unet((24, 48), SIZE), unet((24, 48), SIZE)
     timed("base", options.base_steps, lambda: train(model, [*model.parameters()], scheduler, "disc", options.base_steps, 2e-3))
     reader.load_state_dict(model.state_dict())
     before = samples(model, scheduler, options.sampling)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends.torch import conv2d
+from ..backends.torch.engine import to
 from ..dtypes import without_autocast
 from ..mask import check_p
 from ..nf4 import NF4Weight
@@ -60,7 +61,7 @@ def lora_conv2d(
         return y.permute(0, 3, 1, 2)
     dtype = compute_dtype(x, (member,))
     dropout = seeded(Dropout(dropout_p, seed), x.device) if dropout_p else None  # type: ignore[arg-type]
-    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x, weight, bias = to(x, dtype), to(weight, dtype), None if bias is None else to(bias, dtype)
     return Conv2dFunction.apply(x, weight, lora_A, lora_B, bias, scaling, dropout, dropout_position, window)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...mask import KeepRows, chunk_elements, keep_scale, row_chunks
 from ...scratch import slices
 from ...values import Dropout, LoRAWeights, Window
-from .engine import add_low_rank, work_dtype
+from .engine import add_low_rank, to, work_dtype
 
 Needs = tuple[bool, bool, bool, bool, bool]  # of x, W, A, B and c
 
@@ -86,8 +86,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) ->
 def _down(x: Tensor, A: Tensor, dropout: Dropout | None, window: Window) -> Tensor:
     """h = drop(x) ∗ A in A's dtype, computed in the wider of both."""
     wide = torch.promote_types(x.dtype, A.dtype)
-    x = x.to(wide)
-    return _convolve(x if dropout is None else _drop(x, dropout), A.to(wide), None, window).to(A.dtype)
+    x = to(x, wide)
+    return _convolve(x if dropout is None else _drop(x, dropout), to(A, wide), None, window).to(A.dtype)
 
 
 def _gradients(
@@ -100,7 +100,7 @@ def _gradients(
         x = dy.new_empty(1, dtype=wide).expand(*shape[:2], shape[2] + lines, shape[3] + columns)
     elif lines or columns:
         x = F.pad(x, (0, columns, 0, lines))
-    own = (dy.to(wide), x.to(wide), weight.to(wide))
+    own = (to(dy, wide), to(x, wide), to(weight, wide))
     dx, dw, _ = torch.ops.aten.convolution_backward(
         *own, None, window.stride, window.padding, window.dilation, False, (0, 0), 1, (*mask, False)
     )
@@ -128,7 +128,7 @@ def _add_up(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
         add_low_rank(y.permute(0, 2, 3, 1).view(-1, N), _pixels(h), B, s)
         return y
     work, planes = work_dtype(y, B), y.flatten(2)
-    of_planes, B = h.to(work).flatten(2), B.to(work)
+    of_planes, B = to(h, work).flatten(2), to(B, work)
     of_planes, s = (of_planes, s) if isinstance(s, (int, float)) else (of_planes * s, 1.0)
     if work == y.dtype:
         planes.baddbmm_(B.expand(n, *B.shape), of_planes, alpha=s)
@@ -141,18 +141,18 @@ def _add_up(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
 def _project(dy: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
     """g = s·dy ∗ Bᵀ in B's dtype, as dy lies in memory."""
     work, (n, _, height, width), R = work_dtype(dy, B), dy.shape, B.shape[1]
-    wide, B_wide = dy.to(work), B.to(work)
+    wide, B_wide = to(dy, work), to(B, work)
     if _is_channels_last(dy):
         g = (_pixels(wide) @ B_wide).mul_(s).view(n, height, width, R).permute(0, 3, 1, 2)
     else:
         g = torch.bmm(B_wide.T.expand(n, *B.T.shape), wide.flatten(2)).mul_(s).view(n, R, height, width)
-    return g.to(B.dtype)
+    return to(g, B.dtype)
 
 
 def _outer(dy: Tensor, h: Tensor, s: float | Tensor) -> Tensor:
     """dB[N, R] = s·Σ dy·h over pixels, in h's dtype."""
     work = work_dtype(dy, h)
-    wide, h_wide = dy.to(work), h.to(work)
+    wide, h_wide = to(dy, work), to(h, work)
     if _is_channels_last(dy):
         dB = (_pixels(h_wide).T @ _pixels(wide)).T
     else:
