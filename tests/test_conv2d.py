@@ -65,6 +65,12 @@ def test_sizes_and_chunks(n, device, monkeypatch):
             assert not (lines := broken(case)), (elements, lines)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_planes_so_large_that_their_masks_are_turned(dtype, device):
+    case = Case(n=2, C=3, N=4, R=2, size=(32, 33), p=0.3, dtype=dtype, device=device)
+    assert not (lines := broken(case)), lines
+
+
 def test_the_mask_is_the_package_s_by_sample_line_column_and_channel(device):
     """An A of ones for one channel tells which of its pixels are kept."""
     n, C, height, width, p, seed = 2, 5, 3, 4, 0.4, 11

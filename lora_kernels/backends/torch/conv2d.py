@@ -11,6 +11,7 @@ from ...scratch import slices
 from ...values import Dropout, LoRAWeights, Window
 from .engine import add_low_rank, to, work_dtype
 
+TURNED = 1024  # pixels of a sample from which on its mask is turned on its own: in fewer the operations cost more
 Needs = tuple[bool, bool, bool, bool, bool]  # of x, W, A, B and c
 
 
@@ -167,7 +168,8 @@ def _drop(v: Tensor, dropout: Dropout) -> Tensor:
     """drop(v[n, C, H, W]), as v lies in memory."""
     n, C, height, width = v.shape
     out, keep = torch.empty_like(v), KeepRows(C, dropout.p, dropout.seed, offset=dropout.offset, dtype=v.dtype)
-    scale, turns = keep_scale(dropout.p), v.device.type == "cpu" and not _is_channels_last(v)
+    scale = keep_scale(dropout.p)
+    turns = v.device.type == "cpu" and height * width >= TURNED and not _is_channels_last(v)
     for samples, lines in _chunks(n, height, width * C, v.device, alone=turns):
         start, count = samples.start * height + lines.start, (samples.stop - samples.start) * (lines.stop - lines.start)
         rows = keep(slice(start * width, (start + count) * width)).mul_(scale)
