@@ -158,6 +158,21 @@ def experts_table(run: dict[str, Any]) -> str:
     return about + table(["experts", "PEFT's target_parameters, ms", "accelerated, ms", "× PEFT"], rows)
 
 
+def unet_table(run: dict[str, Any]) -> str:
+    rows = []
+    for row in run["rows"]:
+        form = "channels-last" if row["channels_last"] else "contiguous"
+        for name, times in row["ms"].items():
+            saved, theirs = row["saved_bytes"][name], row["saved_bytes"]["peft"]
+            ratio = row["ms"]["peft"]["median"] / times["median"]
+            case = f"{row['samples']} samples, r={row['R']}, p={row['p']:g}, {form}"
+            rows.append(
+                [case, name, f"{times['median']:,.0f}", f"{ratio:.2f}", f"{saved / 2**20:,.0f}", f"{saved / theirs:.2f}"]
+            )
+    columns = ["UNet", "variant", "ms", "× PEFT", "saved MiB", "of PEFT's"]
+    return "A training step with LoRA in the convolutions and the attention of a UNet, in float32.\n\n" + table(columns, rows)
+
+
 def fitness_table(run: dict[str, Any]) -> str:
     rows = []
     for row in run["rows"]:
@@ -188,4 +203,5 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "populations": populations_table,
     "experts": experts_table,
     "fitness": fitness_table,
+    "unet": unet_table,
 }

@@ -1,5 +1,6 @@
 """LoRA linear layers that cost almost nothing beyond their frozen base layer: y = x·Wᵀ + (α/r)·drop(x)·Aᵀ·Bᵀ + c."""
 
+from .functional.conv2d import lora_conv2d
 from .functional.dora import dora_norm
 from .functional.eggroll import eggroll_gradient, eggroll_linear
 from .functional.glu_mlp import lora_glu_mlp
@@ -9,6 +10,8 @@ from .functional.nf4 import dequantize_nf4, quantize_nf4
 from .integrations.experts import register_experts
 from .integrations.peft import AccelerationReport, accelerate, accelerated, restore
 from .integrations.trainer import adapter_checkpoints
+from .layers.conv2d import LoRAConv2d
+from .layers.embedding import LoRAEmbedding
 from .layers.linear import LoRALinear
 from .mask import dropout_mask
 from .models.adalora.allocator import RankAllocator
@@ -43,6 +46,8 @@ __all__ = [
     "Eggroll",
     "LoRAAdapter",
     "LoRAConfig",
+    "LoRAConv2d",
+    "LoRAEmbedding",
     "LoRALinear",
     "LoRAReport",
     "LoRAWeights",
@@ -66,6 +71,7 @@ __all__ = [
     "fuse_blocks",
     "load_adapter",
     "load_lora_state_dict",
+    "lora_conv2d",
     "lora_glu_mlp",
     "lora_grouped_linear",
     "lora_linear",

@@ -50,6 +50,17 @@ class Dropout(NamedTuple):
     offset: int = 0
 
 
+class Window(NamedTuple):
+    """Where a 2-D convolution looks: pairs (lines, columns). beyond: zeros below and to the right, beside `padding` all round,
+    of which "same" padding has one where it cannot be the same on both sides.
+    """
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    beyond: tuple[int, int] = (0, 0)
+
+
 def following(dropout: Dropout | None, number: int) -> Dropout | None:
     """That of a call whose member 0 is this one's member `number`."""
     return dropout if dropout is None or number == 0 else dropout._replace(offset=dropout.offset + number)

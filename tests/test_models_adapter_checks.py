@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from adapter_case import CONFIG, WEIGHTS, model, own_adapter, peft_adapter
+from adapter_case import CONFIG, IDS, WEIGHTS, close, model, own_adapter, peft_adapter
 from safetensors.torch import load_file, save_file
 
 from lora_kernels import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter
@@ -59,7 +59,7 @@ DAMAGES = [
     (change_weights(lambda t: {**t, "extra": t[KEY]}), r"but 1 of 9 do not: \['extra'\]"),
     (change_weights(lambda t: {**t, "base_model.model.extra": t[KEY]}), "unknown 'base_model.model.extra'$"),
     (change_weights(lambda t: {**t, "base_model.model.lora_magnitude_vector": t[KEY]}), "unknown .*magnitude"),
-    (change_weights(lambda t: {**t, **EMBEDDING}), r"'[^']*lora_embedding_[AB]' adapts embed_tokens \(Embedding\).* with PEFT"),
+    (change_weights(lambda t: {**t, **EMBEDDING}), r"unknown '[^']*lora_embedding_A'"),
     (change_weights(lambda t: {**t, NORM.replace("norm", "fc"): t[KEY]}), "unknown .*fc"),
     (change_weights(lambda t: {**t, NORM: t[KEY]}), r"adapts layers\.0\.norm \(LayerNorm\)"),
     (change_weights(lambda t: {**t, KEY: t[KEY].where(t[KEY] > 0, float("nan"))}), f"'{KEY}' holds NaN or infinity"),
@@ -109,11 +109,12 @@ def test_a_clear_error_and_nothing_has_changed(tmp_path, damage, message, existi
 
 
 @pytest.mark.parametrize("target_modules", [["q_proj", "embed_tokens"], ["embed_tokens"]])
-def test_peft_s_adapter_of_an_embedding_is_refused(tmp_path, target_modules):
-    peft_adapter(tmp_path, target_modules=target_modules)
-    words = r"/adapter_\w*\.\w+.* adapts embed_tokens \(Embedding\), and only linear layers get LoRA here: load it with PEFT"
-    with pytest.raises(ValueError, match=words):
-        load_adapter(model(), tmp_path)
+def test_peft_s_adapter_of_an_embedding_is_read(tmp_path, target_modules):
+    """With the embedding's own weight, which PEFT writes beside it."""
+    theirs, ours = peft_adapter(tmp_path, target_modules=target_modules), model()
+    loaded = load_adapter(ours, tmp_path)
+    assert "embed_tokens" in loaded.adapted
+    close(ours(IDS), theirs(IDS))
 
 
 def test_a_trained_module_may_not_hold_nan_but_its_buffers_may(tmp_path):

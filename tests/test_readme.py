@@ -18,7 +18,7 @@ def test_example(number, tmp_path, monkeypatch):
 
 
 def test_there_are_examples_and_linked_files_exist():
-    assert len(EXAMPLES) == 16
+    assert len(EXAMPLES) == 17
     text = README.read_text(encoding="utf-8")
     anchors = {"#" + title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
     for target in re.findall(r"\]\(([^)]+)\)", text):

@@ -170,6 +170,10 @@ def test_tables_of_loss_curves_and_of_parts(bench):
     run = {"rows": [{"population": 8, "rank": 1, "dtype": "float32", "fitness": [0.5, 0.9], "final": 0.95, "majority": 0.5}]}
     assert files.kind(run) == "fitness"
     assert "| rank 1, P=8, float32 | 0.50, 0.50, 0.50, 0.50, 0.90 | 0.950 | 0.500 |" in tables.fitness_table(run)
+    of = {"ms": {"peft": {"median": 30.0}, "ours": {"median": 20.0}}, "saved_bytes": {"peft": 4 << 20, "ours": 2 << 20}}
+    run = {"rows": [{"p": 0.1, "R": 8, "samples": 4, "channels_last": False, **of}]}
+    assert files.kind(run) == "unet"
+    assert "| 4 samples, r=8, p=0.1, contiguous | ours | 20 | 1.50 | 2 | 0.50 |" in tables.unet_table(run)
 
 
 def test_the_page_of_a_gpu_s_run_has_its_stages_and_4_bit_rows(bench, tmp_path):

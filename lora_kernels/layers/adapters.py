@@ -13,7 +13,6 @@ from ..mask import check_p
 from ..nf4 import NF4Weight
 from .initialization import check_init, initialize, initialize_triplets, rewrites_weight
 from .merging import LowRankTerm, MergeableWeight
-from .mixed import Mixed
 from .named_parameters import NamedParameters
 from .offload import execution_device, onloaded
 
@@ -98,7 +97,6 @@ class AdaptedWeight(MergeableWeight):
     lora_bias: NamedParameters
     lora_magnitude: NamedParameters
     stack = 1  # weights, of which A and B of rank r have E·r rows and columns
-    mixed: Mixed | None = None  # of the samples of a batch, while mixed_adapters says so
     _initial_A: Tensor | None
     _initial_B: Tensor | None
 
@@ -119,7 +117,15 @@ class AdaptedWeight(MergeableWeight):
         if name is None:
             return None
         b, m = self.lora_bias.get(name), self.lora_magnitude.get(name)
-        return LowRankTerm(self.right(name), self.lora_B[name], self.adapters[name].scaling, b, m)
+        return LowRankTerm(self.right(name), self.left(name), self.adapters[name].scaling, b, m)
+
+    def adapter_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(A's, B's) of an adapter of this rank."""
+        return (r, self.in_features), (self.out_features, r)
+
+    def left(self, name: str) -> Tensor:
+        """B[out, r] of adapter `name`."""
+        return self.lora_B[name]
 
     def right(self, name: str) -> Tensor:
         """A[r, in] of adapter `name`, or E ⊙ A of AdaLoRA: what the equation calls A."""
@@ -158,8 +164,7 @@ class AdaptedWeight(MergeableWeight):
         like: Any = {"dtype": dtype or self.base_dtype}
         if (device := execution_device(self)) is not None:  # an offloaded weight waits elsewhere
             like["device"] = device
-        R = r * self.stack
-        A, B = self.weight.new_empty(R, self.in_features, **like), self.weight.new_empty(self.out_features, R, **like)
+        A, B = (self.weight.new_empty(shape, **like) for shape in self.adapter_shapes(r))
         own = {"lora_A": A, "lora_B": B}
         if use_adalora:
             own["lora_E"] = A.new_empty(r, 1)
@@ -283,8 +288,7 @@ class AdaptedWeight(MergeableWeight):
         return LowRankTerm(self._initial_A, self._initial_B, self._initial_scaling)
 
     def _original_weight(self) -> nn.Parameter:
-        term = self.initial_term
-        return self.weight if term is None else self.as_weight(self.plus(term.A, term.B, term.scaling))
+        return self.weight if (t := self.initial_term) is None else self.as_weight(self.plus(t.A, t.B, t.scaling))
 
     def _restore_weight(self) -> None:
         self.weight = self._original_weight()

@@ -63,7 +63,8 @@ class FrozenWeight(nn.Module):
             shape = weight.shape
         else:
             self.weight = weight
-            shape = weight.mT.shape if fan_in_fan_out else weight.shape
+            matrix = weight.flatten(1) if weight.ndim == 4 else weight  # a convolution's
+            shape = matrix.mT.shape if fan_in_fan_out else matrix.shape
         self.out_features, self.in_features = shape[-2:]
         self.bias = bias
         for parameter in self.parameters():
@@ -126,8 +127,11 @@ class FrozenWeight(nn.Module):
 
     def as_weight(self, matrix: Tensor) -> nn.Parameter:
         """W[out, in] as a dense `weight` of this layer."""
-        stored = (matrix.mT if self.fan_in_fan_out else matrix).to(self.base_dtype)
-        return nn.Parameter(stored.contiguous(), requires_grad=self.weight.requires_grad)
+        return nn.Parameter(self.stored(matrix.to(self.base_dtype)), requires_grad=self.weight.requires_grad)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """W[out, in] in the layout of a dense `weight`."""
+        return matrix.mT.contiguous() if self.fan_in_fan_out else matrix.contiguous()
 
     # ---- moving ----
 

@@ -15,7 +15,7 @@ from ..values import LoRAWeights
 from .adapters import DEFAULT_ADAPTER, AdaptedWeight
 from .frozen_weight import is_conv1d, is_linear4bit, without_weight
 from .merging import bias_sum
-from .mixed import forward_mixed
+from .mixed import Mixed, forward_mixed
 from .offload import (
     call_onloaded,
     device_hook,
@@ -26,6 +26,7 @@ from .offload import (
     onloaded,
 )
 from .projection import Projection
+from .stand_in import stand_in
 
 
 class LoRALinear(AdaptedWeight):
@@ -47,6 +48,8 @@ class LoRALinear(AdaptedWeight):
 
     The base may be in 4 bits (QLoRA): `from_linear(…, quantize="nf4")`, bitsandbytes' Linear4bit, or a 4-bit state dict.
     """
+
+    mixed: Mixed | None = None  # of the samples of a batch, while mixed_adapters says so
 
     def __init__(
         self,
@@ -118,16 +121,7 @@ class LoRALinear(AdaptedWeight):
         else:
             AdaptedWeight.__init__(layer, weight, bias, fan_in_fan_out=conv1d)
         layer._stand_for(without_weight(linear) if layer.quantized else linear)
-        layer.train(linear.training)
-        vars(layer).update({name: hooks for name, hooks in vars(linear).items() if "_hooks" in name})
-        give_hook(linear, layer)
-        if r is not None:
-            try:
-                layer.add_adapter(adapter_name, r, adapter.pop("lora_alpha", 8), **adapter)
-            except BaseException:
-                for parameter, flag in flags:
-                    parameter.requires_grad_(flag)
-                raise
+        stand_in(layer, linear, flags, r, adapter_name, adapter)
         return layer
 
     def _stand_for(self, source: nn.Module | None) -> None:

@@ -46,11 +46,14 @@ class LoRAStack(AdaptedWeight):
         A, B = stacked(self.lora_A[name], self.lora_B[name], self.stack)
         return LowRankTerm(A, B, self.adapters[name].scaling)
 
+    def adapter_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (self.stack * r, self.in_features), (self.out_features, r * self.stack)
+
     def active(self) -> LoRAAdapter | None:
-        """What the experts' forward adds; None where it is merged, no adapter is active, or samples have those of others."""
+        """What the experts' forward adds; None where it is merged, or no adapter is active."""
         if self.merged and self.training and torch.is_grad_enabled():
             raise RuntimeError("LoRAExperts is merged, so its adapter gets no gradient: call unmerge() to train, or eval()")
-        if self.merged or self.mixed is not None or (term := self.active_term) is None:
+        if self.merged or (term := self.active_term) is None:
             return None
         p = self.adapters[self.active_adapter].lora_dropout if self.training else 0.0  # type: ignore[index]
         return LoRAAdapter(term.A, term.B, term.scaling, p)  # type: ignore[arg-type]

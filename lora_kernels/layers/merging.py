@@ -89,7 +89,7 @@ class MergeableWeight(FrozenWeight):
         Raises RuntimeError if not merged, or if accelerate's hook keeps the merged weight together with the adapters.
         """
         if not self.merged:
-            raise RuntimeError("cannot unmerge: LoRALinear is not merged")
+            raise RuntimeError(f"cannot unmerge: {type(self).__name__} is not merged")
         if any(hook.place_submodules for hook in offloading_hooks(self)):
             raise RuntimeError(
                 "cannot unmerge: accelerate's hook offloads the weight together with the adapters (place_submodules); "
@@ -107,7 +107,7 @@ class MergeableWeight(FrozenWeight):
 
     def _refuse_if_merged(self, action: str) -> None:
         if self.merged:
-            raise RuntimeError(f"cannot {action}: LoRALinear is merged; call unmerge() first")
+            raise RuntimeError(f"cannot {action}: {type(self).__name__} is merged; call unmerge() first")
 
     def check_state(self, state_dict: Any, prefix: str) -> NF4Weight | None:
         """Raises RuntimeError while merged too: what was loaded would be lost at unmerge(), or not be what is merged."""

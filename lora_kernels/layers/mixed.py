@@ -31,8 +31,6 @@ def forward_mixed(layer: Any, x: Tensor, mixed: Mixed) -> Tensor:
 
 def why_not_mixed(layer: Any, name: str) -> str | None:
     """What a LoRALinear's adapter has beside A and B, which the samples of one batch cannot each have; None if nothing."""
-    if len(layer.matrix.shape) == 3:
-        return "a stack of experts, whose rows are sorted by expert"
     if name in layer.lora_magnitude:
         return "a magnitude (DoRA)"
     if name in layer.lora_bias:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..dtypes import FLOATS, dtype_name
 from ..layers.frozen_weight import is_conv1d
+from ..layers.kinds import is_other
 from ..layers.linear import LoRALinear
 from ..layers.offload import offloaded_tensors, with_values
 from .adapter_keys import MAGNITUDE, PREFIX, Form, base_tensors
@@ -76,16 +77,17 @@ def why_not_finite(key: str, tensor: Tensor, dtype: torch.dtype | None = None) -
 
 
 def not_linear(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
-    """Modules of `model` that keys of a file adapt although they are no linear layers, and why that is an error."""
+    """Modules of `model` that keys of a file adapt although no such kind gets LoRA here, and why that is an error."""
     modules = dict(named_modules(model))
     reasons: dict[str, str] = {}
     for key in sorted(keys):
         place, adapts, _ = key.removeprefix(PREFIX).partition(".lora_")
         module = modules.get(place)
-        if adapts and module is not None and not isinstance(module, (nn.Linear, LoRALinear)) and not is_conv1d(module):
+        known = module is None or isinstance(module, (nn.Linear, LoRALinear)) or is_conv1d(module) or is_other(module)
+        if adapts and not known:
             reasons[place] = (
-                f"{key!r} adapts {place} ({type(module).__name__}), and only linear layers get LoRA here: load it with "
-                "PEFT, where accelerate(model) takes the linear layers, or train one without it"
+                f"{key!r} adapts {place} ({type(module).__name__}), and only linear layers, Conv2d and Embedding get LoRA: "
+                "load it with PEFT, where accelerate(model) takes the linear layers, or train one without it"
             )
     return reasons
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.initialization import rewrites_weight
+from ..layers.kinds import is_embedding
 from ..layers.lora_experts import LoRAStack
 from .adalora.config import AdaLoRAConfig
 from .config import LoRAConfig
@@ -121,7 +122,7 @@ def to_peft(model: nn.Module, config: LoRAConfig, adapter_name: str) -> dict[str
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "init_lora_weights": config.init_lora_weights,
-        "fan_in_fan_out": any(layers[path].fan_in_fan_out for path in linear),
+        "fan_in_fan_out": any(layers[path].fan_in_fan_out for path in linear if not is_embedding(layers[path])),
         **{name: getattr(config, name) for name in SHARED},
         "target_modules": _target_modules(model, config, linear),
         "layers_to_transform": None,  # target_modules says it

@@ -6,12 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.lora_experts import LoRAStack, Planned, peft_places
+from ..layers.kinds import adapter_shapes, is_embedding
+from ..layers.lora_experts import Planned, peft_places
 from .adalora.config import AdaLoRAConfig
 from .config import LoRAConfig
 from .exchanges import plan_exchanges
 from .state import adapted_layers, lora_exchanges, lora_layers
-from .targets import adapter_dtype, features, plan_modules_to_save
+from .targets import adapter_dtype, plan_modules_to_save
 from .wrappers import named_buffers, named_parameters, plain_state_dict
 
 PREFIX = "base_model.model."
@@ -21,6 +22,12 @@ KEYS = {  # ours -> PEFT's
     **{"lora_bias": "lora_B.bias", "lora_magnitude": MAGNITUDE},
 }
 ADALORA_KEYS = {kind: kind for kind in ("lora_A", "lora_B", "lora_E")}
+EMBEDDING_KEYS = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+
+
+def keys_of(module: nn.Module | Planned, adalora: bool) -> dict[str, str]:
+    """The keys of an adapter's tensors behind the path of its layer, plain or adapted."""
+    return EMBEDDING_KEYS if is_embedding(module) else ADALORA_KEYS if adalora else KEYS
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -30,7 +37,7 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         if adapter_name in layer.adapters:
-            keys = ADALORA_KEYS if layer.adapters[adapter_name].use_adalora else KEYS
+            keys = keys_of(layer, layer.adapters[adapter_name].use_adalora)
             named, place = {kind: getattr(layer, kind) for kind in keys}, places[path]
             tensors.update(
                 {f"{PREFIX}{place}.{keys[kind]}": own[adapter_name] for kind, own in named.items() if adapter_name in own}
@@ -75,16 +82,12 @@ def planned_forms(
 ) -> dict[str, Form]:
     """The tensors of the adapter that add_lora would make in the layers of `plan`; changes nothing."""
     planned: dict[str, Form] = {}
-    ranks, keys = config.ranks(plan), ADALORA_KEYS if isinstance(config, AdaLoRAConfig) else KEYS
-    places = peft_places(plan)
+    ranks, places = config.ranks(plan), peft_places(plan)
     for path, module in plan.items():
-        E = module.weight.shape[0] if isinstance(module, (Planned, LoRAStack)) else 1
-        r, (in_features, out_features), dtype = (
-            E * ranks[path].r,
-            features(module),
-            adapter_dtype(module, autocast_adapter_dtype),
-        )
-        shapes: dict[str, tuple[int, ...]] = {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_E": (r, 1)}
+        keys, dtype = keys_of(module, isinstance(config, AdaLoRAConfig)), adapter_dtype(module, autocast_adapter_dtype)
+        A, B = adapter_shapes(module, r := ranks[path].r)
+        out_features = B[0]
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": A, "lora_B": B, "lora_E": (r, 1)}
         shapes |= {"lora_bias": (out_features,)} if config.lora_bias else {}
         shapes |= {"lora_magnitude": (out_features,)} if config.use_dora else {}
         planned |= {f"{PREFIX}{places[path]}.{key}": Form(shapes[kind], dtype) for kind, key in keys.items() if kind in shapes}

@@ -162,20 +162,20 @@ def _combine(layer: AdaptedWeight, parts: list[Part], adapter_name: str, combina
     """Add the combination of `parts` to one layer; it is computed in float32 or wider, and rounded once."""
     A, B, bias = _stacked(layer, parts)
     if combination_type == "linear":
-        As, Bs = [_wide(layer.right(name)) for name, _ in parts], [_wide(layer.lora_B[name]) for name, _ in parts]
+        As, Bs = [_wide(layer.right(name)) for name, _ in parts], [_wide(layer.left(name)) for name, _ in parts]
         A = torch.stack([math.copysign(abs(w) ** 0.5, w) * A for (_, w), A in zip(parts, As, strict=True)]).sum(0)
         B = torch.stack([abs(w) ** 0.5 * B for (_, w), B in zip(parts, Bs, strict=True)]).sum(0)
     dtype, r = layer.lora_A[parts[0][0]].dtype, A.shape[0] // layer.stack
     layer.add_adapter(adapter_name, r, r, lora_dropout=lora_dropout, lora_bias=bias is not None, dtype=dtype)
-    layer.lora_A[adapter_name].copy_(A)
-    layer.lora_B[adapter_name].copy_(B)
+    layer.lora_A[adapter_name].copy_(A.view(layer.lora_A[adapter_name].shape))
+    layer.lora_B[adapter_name].copy_(B.view(layer.lora_B[adapter_name].shape))
     if bias is not None:
         layer.lora_bias[adapter_name].copy_(bias)
 
 
 def _stacked(layer: AdaptedWeight, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor | None]:
     """(A, B, b): all wᵢsᵢ·Aᵢ below each other, all Bᵢ side by side, Σ wᵢsᵢ·bᵢ where there is a bias; in float32 or wider."""
-    As, Bs = [w * _wide(layer.right(name)) for name, w in parts], [_wide(layer.lora_B[name]) for name, _ in parts]
+    As, Bs = [w * _wide(layer.right(name)) for name, w in parts], [_wide(layer.left(name)) for name, _ in parts]
     own = layer.stack, -1  # of stacks: an expert's rows of A are together, and a rank's columns of B
     A = torch.cat([A.unflatten(0, own) for A in As], 1).flatten(0, 1)
     B = torch.cat([B.unflatten(1, own[::-1]) for B in Bs], 1).flatten(1)

@@ -73,7 +73,7 @@ def check_parts(model: nn.Module, config: LoRAConfig, plan: Plan) -> None:
 
 def _fields(model: nn.Module, config: LoRAConfig, plan: Plan) -> Iterator[Parts]:
     modules = dict(named_modules(model))
-    linear = {path for path, module in modules.items() if is_linear(module)} | {*plan.skipped}
+    linear = {path for path, module in modules.items() if is_linear(module)} | {*plan.skipped, *plan.modules}
     fused = {f"{path}.{name}" for path, module in modules.items() for name in fused_weights(module)}
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)

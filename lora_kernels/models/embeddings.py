@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.linear import LoRALinear
+from ..layers.adapters import AdaptedWeight
 from ..layers.offload import with_values
 from .adapter_checks import same_values
 from .adapter_keys import PREFIX, Form
@@ -27,7 +27,7 @@ def resized_embeddings(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     value = with_values(model)
     for path, module in _embeddings(model).items():
-        inner = f"{PREFIX}{path}.base_layer" if isinstance(module, LoRALinear) else f"{PREFIX}{path}"
+        inner = f"{PREFIX}{path}.base_layer" if isinstance(module, AdaptedWeight) else f"{PREFIX}{path}"
         own = {name: tensor for name, tensor in module.named_parameters() if name in ("weight", "bias")}
         tensors.update({f"{inner}.{name}": value(tensor) for name, tensor in own.items()})
     return tensors
@@ -42,7 +42,7 @@ def brought_embeddings(model: nn.Module, saved: dict[str, Tensor], expected: dic
     value = with_values(model)
     for path, module in _embeddings(model).items():
         key = f"{PREFIX}{path}.weight"
-        ours = key in expected or f"{PREFIX}{path}.lora_A.weight" in expected or isinstance(module, LoRALinear)
+        ours = key in expected or f"{PREFIX}{path}.lora_A.weight" in expected or isinstance(module, AdaptedWeight)
         if not ours and key in saved and module.weight.shape == saved[key].shape:  # type: ignore[union-attr]
             same = same_values(value(module.weight), saved[key]).all(dim=1)  # type: ignore[arg-type]
             if same.float().mean() >= 0.5 and not same.all():

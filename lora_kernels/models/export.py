@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from ..layers.adapters import AdaptedWeight
 from ..layers.frozen_weight import FrozenWeight, is_linear4bit
-from ..layers.linear import LoRALinear
-from ..layers.lora_experts import LoRAStack
 from ..layers.merging import LowRankTerm, bias_sum
 from ..layers.offload import offloaded_tensors, onloaded
 from ..nf4 import NF4Weight
@@ -71,7 +69,7 @@ def _layers(model: nn.Module) -> dict[str, FrozenWeight]:
     """LoRA layers and, as layers without an adapter, bitsandbytes' quantised ones."""
     layers: dict[str, FrozenWeight] = {}
     for path, module in named_modules(model, remove_duplicate=False):
-        if isinstance(module, (LoRALinear, LoRAStack)):
+        if isinstance(module, AdaptedWeight):
             layers[path] = module
         elif is_linear4bit(module) and getattr(module.weight, "quant_state", None) is not None:
             layers[path] = FrozenWeight(NF4Weight.from_bnb(module.weight), None)  # type: ignore[arg-type]
@@ -134,8 +132,7 @@ def _merged_weight(layer: FrozenWeight, dtype: torch.dtype | None) -> Tensor:
             W = layer.plus(term.A, term.B, term.scaling, term.magnitude)
         elif isinstance(W, NF4Weight):
             W = W.dequantize(dtype)
-    W = W.to(dtype or layer.base_dtype)
-    return W.mT.contiguous() if layer.fan_in_fan_out else W
+    return layer.stored(W.to(dtype or layer.base_dtype))
 
 
 def unties(model: Any, written: Iterable[str]) -> bool:

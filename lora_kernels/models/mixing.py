@@ -1,12 +1,13 @@
 """mixed_adapters: a batch whose samples have different adapters."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from ..layers.adapters import AdaptedWeight
+from ..layers.linear import LoRALinear
 from ..layers.mixed import Mixed, why_not_mixed
 from .peft_layers import mixed_peft_layers, peft_layers
 from .state import adapted_layers, lora_exchanges, refuse_if_merged
@@ -31,7 +32,7 @@ def mixed_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[No
         with mixed_peft_layers(model, tuple(names), wanted):
             yield
         return
-    layers = adapted_layers(model)
+    layers = _linear_layers(adapted_layers(model), wanted)
     _check(model, layers, wanted)
     before = {path: layer.mixed for path, layer in layers.items()}
     for layer in layers.values():
@@ -46,11 +47,23 @@ def mixed_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[No
             layer.mixed = before[path]
 
 
-def _check(model: nn.Module, layers: dict[str, AdaptedWeight], wanted: tuple[str, ...]) -> None:
+def _linear_layers(layers: Mapping[str, AdaptedWeight], wanted: tuple[str, ...]) -> dict[str, LoRALinear]:
+    """Those that can compute each sample with another adapter. Raises ValueError if others would compute with one."""
+    for path, layer in layers.items():
+        own = [name for name in (*wanted, layer.active_adapter) if name in layer.adapters]
+        if own and not isinstance(layer, LoRALinear):
+            raise ValueError(
+                f"adapter {own[0]!r}: got one with {path}, a {type(layer).__name__}, expected linear layers alone: no other "
+                "kind has an adapter for each sample; use set_adapter"
+            )
+    return {path: layer for path, layer in layers.items() if isinstance(layer, LoRALinear)}
+
+
+def _check(model: nn.Module, layers: dict[str, LoRALinear], wanted: tuple[str, ...]) -> None:
     known = {name for layer in layers.values() for name in layer.adapters}
     if unknown := [name for name in wanted if name not in known]:
         raise KeyError(f"adapter {unknown[0]!r}: not found; adapters here: {sorted(known)}")
-    refuse_if_merged(layers, "mix adapters")
+    refuse_if_merged(adapted_layers(model), "mix adapters")
     for exchange in lora_exchanges(model):
         if own := [name for name in wanted if name in exchange.choices]:
             raise ValueError(

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..layers.adapters import AdaptedWeight
-from ..layers.linear import LoRALinear
-from ..layers.lora_experts import LoRAStack
 from ..layers.offload import loaded_with_another, offloading_hooks
 from .config import LoRAConfig
 from .exchanges import Exchange
@@ -18,7 +16,7 @@ from .wrappers import is_fsdp1, named_modules, unwrapped
 
 @dataclass
 class LoRAState:
-    """What add_lora changed in a model beyond its linear layers, kept on the model as `_lora_state`."""
+    """What add_lora changed in a model beyond its layers, kept on the model as `_lora_state`."""
 
     configs: dict[str, LoRAConfig] = field(default_factory=dict)
     exchanges: list[Exchange] = field(default_factory=list)
@@ -45,8 +43,8 @@ def lora_exchanges(model: nn.Module) -> list[Exchange]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, AdaptedWeight]:
-    """Every LoRALinear and LoRAStack of the model by its path, once each."""
-    return {path: module for path, module in named_modules(model) if isinstance(module, (LoRALinear, LoRAStack))}
+    """Every layer with adapters of the model by its path, once each."""
+    return {path: module for path, module in named_modules(model) if isinstance(module, AdaptedWeight)}
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedWeight]:
@@ -59,7 +57,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedWeight]:
         raise ValueError(f"model: {name} has no LoRA layers; call add_lora first")
     for path, layer in layers.items():
         for name, adapter in layer.adapters.items():
-            shape, whole = tuple(layer.lora_A[name].shape), (adapter.r * layer.stack, layer.in_features)
+            shape, whole = tuple(layer.lora_A[name].shape), layer.adapter_shapes(adapter.r)[0]
             if shape != whole:
                 raise ValueError(
                     f"{path}.lora_A.{name}: got shape {shape}, expected {whole}: FullyShardedDataParallel holds a flat part of "

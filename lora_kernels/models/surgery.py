@@ -1,4 +1,4 @@
-"""Put LoRA into any model and take it out again, by module type and name pattern: linear layers are exchanged in place."""
+"""Put LoRA into any model and take it out again, by module type and name pattern: layers are exchanged in place."""
 
 import copy
 from collections.abc import Mapping
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..layers.adapters import AdaptedWeight, check_adapter_name
-from ..layers.linear import DEFAULT_ADAPTER, LoRALinear, check_quantize
+from ..layers.adapters import DEFAULT_ADAPTER, AdaptedWeight, check_adapter_name
+from ..layers.kinds import adapted, is_other, plain
+from ..layers.linear import check_quantize
 from ..layers.lora_experts import LoRAExperts, LoRAStack, Planned, to_experts
 from .adalora.config import AdaLoRAConfig
 from .adapter_config import from_config
@@ -60,12 +61,13 @@ def add_lora(
     autocast_adapter_dtype: bool = True,
     quantize: str | None = None,
 ) -> LoRAReport:
-    """Add adapter `adapter_name` to the linear layers and stacks of experts that `config` names, in place; freeze the rest.
+    """Add adapter `adapter_name` to the layers and stacks of experts that `config` names, in place, and freeze the rest.
 
-    Layers: exactly nn.Linear, transformers' Conv1D and bitsandbytes' Linear4bit, whose bytes are shared; whatever else matches
-    is skipped with a reason. A layer that an earlier adapter wrapped gets another one; the first adapter is active, later ones
-    wait for `set_adapter`. A module registered in several places is adapted once, for all of them; a weight tied to another
-    module stays tied. Layers on the meta device get adapters there (fill them with `reset_lora_parameters` after loading).
+    Layers: exactly nn.Linear, transformers' Conv1D and bitsandbytes' Linear4bit, and, where target_modules names them,
+    nn.Conv2d with groups = 1 and nn.Embedding; their bytes are shared. Whatever else matches is skipped with a reason. A layer
+    that an earlier adapter wrapped gets another one; the first adapter is active, later ones wait for `set_adapter`. A module
+    registered in several places is adapted once, for all of them; a weight tied to another module stays tied.
+    Layers on the meta device get adapters there (fill them with `reset_lora_parameters` after loading).
     autocast_adapter_dtype: adapters over 16-bit weights are float32, as in PEFT; False gives them the weight's dtype.
     quantize: "nf4" puts the layers' dense weights into 4 bits (QLoRA); `remove_lora` then gives dequantised ones.
     What a transformers model lists in _keep_in_fp32_modules, as T5 its "wo", stays dense, and the report says so.
@@ -149,7 +151,7 @@ def remove_lora(model: nn.Module) -> None:
     if not merged:
         for exchange in lora_exchanges(model):
             exchange.activate(model, None)
-    _put_in_place(model, {id(layer): layer.to_linear() for layer in layers.values() if isinstance(layer, LoRALinear)})
+    _put_in_place(model, {id(layer): plain(layer) for layer in layers.values() if not isinstance(layer, LoRAStack)})
     for module in model.modules():
         if isinstance(module, LoRAExperts):
             to_experts(module)
@@ -165,13 +167,14 @@ def remove_lora(model: nn.Module) -> None:
 
 
 def _build_layers(
-    plan: dict[str, nn.Module | Planned],
+    plan: Mapping[str, nn.Module | Planned],
     config: LoRAConfig,
     adapter_name: str,
     autocast_adapter_dtype: bool,
     quantize: dict[str, str],
 ) -> dict[int, AdaptedWeight]:
-    """The layer for each planned module or stack, by the id of what it replaces; on an error nothing is left behind.
+    """A layer with the adapter for each planned module or stack, by the id of what it replaces; on an error nothing is left
+    behind.
 
     quantize: for the paths that it has.
     """
@@ -180,12 +183,7 @@ def _build_layers(
     try:
         ranks = config.ranks(plan)
         for path, module in plan.items():
-            if isinstance(module, (LoRALinear, LoRAStack)):
-                layer: AdaptedWeight = module
-            elif isinstance(module, Planned):
-                layer = module.make()
-            else:
-                layer = LoRALinear.from_linear(module, r=None, quantize=quantize.get(path))
+            layer = module if isinstance(module, AdaptedWeight) else adapted(module, quantize.get(path))
             layer.add_adapter(
                 adapter_name,
                 ranks[path].r,
@@ -210,8 +208,11 @@ def _build_layers(
 
 def _left_dense(model: nn.Module, plan: Plan) -> dict[str, str]:
     """What `quantize` leaves as it is, and why."""
-    linear = {path: module for path, module in plan.modules.items() if not isinstance(module, (Planned, LoRAStack))}
-    return kept_dense(model, linear) | dict.fromkeys(plan.modules.keys() - linear.keys(), "a stack of experts")  # type: ignore
+    stacks = {path: "a stack of experts" for path, module in plan.modules.items() if isinstance(module, (Planned, LoRAStack))}
+    modules = {path: module for path, module in plan.modules.items() if path not in stacks}
+    other = "no linear layer: only those have 4-bit weights here"
+    left = {path: other for path, module in modules.items() if is_other(module)}  # type: ignore[arg-type]
+    return kept_dense(model, modules) | left | stacks  # type: ignore[arg-type]
 
 
 def _put_in_place(model: nn.Module, layers: Mapping[int, nn.Module]) -> None:
@@ -234,7 +235,7 @@ def _disable_fast_paths(model: nn.Module, state: LoRAState) -> None:
     PyTorch's own switch for that operator is a zero here.
     """
     for path, module in named_modules(model):
-        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, LoRALinear) for m in module.modules()):
+        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, AdaptedWeight) for m in module.modules()):
             state.fast_paths.setdefault(path, module.activation_relu_or_gelu)
             module.activation_relu_or_gelu = 0
 

@@ -9,11 +9,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..dtypes import FLOATS
+from ..layers.adapters import AdaptedWeight
 from ..layers.frozen_weight import is_conv1d, is_linear4bit
 from ..layers.initialization import check_init
+from ..layers.kinds import features, is_other, why_not_other
 from ..layers.linear import LoRALinear, why_not_hooked
 from ..layers.lora_experts import LoRAStack, Planned
 from ..layers.offload import loaded_with_another
+from .adalora.config import AdaLoRAConfig
 from .config import ALL_LINEAR, LoRAConfig
 from .expert_targets import plan_stacks
 from .fused import UNCALLED, fused_weights, in_attention, why_fused
@@ -37,7 +40,7 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Plan
     refuse_peft_layers(model)
     refuse_offloaded_adapters(model, "add an adapter")
     model = unwrapped(model)
-    if isinstance(model, (nn.Linear, LoRALinear)):
+    if isinstance(model, (nn.Linear, nn.Conv2d, nn.Embedding, AdaptedWeight)):
         raise ValueError(f"model: got a single {type(model).__name__}, which cannot be exchanged in place; use from_linear")
     plan: dict[str, nn.Module | Planned] = {}
     skipped: dict[str, str] = {}
@@ -59,7 +62,7 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Plan
         elif module in unreachable:
             reason = "accelerate's hook of a module around it loads its weight: leave that out of preload_module_classes"
         else:
-            reason = UNCALLED if in_attention(path, modules) else _why_unsuitable(module)
+            reason = UNCALLED if in_attention(path, modules) else _why_unsuitable(module, config)
         if reason is None:
             plan[path] = module
         else:
@@ -83,19 +86,10 @@ def plan_layers(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Plan
     return Plan(plan, skipped)
 
 
-def features(module: nn.Module | Planned) -> tuple[int, int]:
-    """(in, out) of a planned layer."""
-    if isinstance(module, Planned):
-        return module.features
-    if isinstance(module, (nn.Linear, LoRALinear, LoRAStack)):
-        return module.in_features, module.out_features
-    return tuple(module.weight.shape)  # type: ignore[union-attr, return-value, arg-type]  # Conv1D
-
-
 def adapter_dtype(module: nn.Module | Planned, autocast_adapter_dtype: bool) -> torch.dtype:
     """What an adapter over a planned layer is held as: over 16 bits float32, or else the weight's own dtype."""
     quantized: Any = getattr(module.weight, "quant_state", None) if is_linear4bit(module) else None  # type: ignore[arg-type]
-    dtype: Any = module.base_dtype if isinstance(module, (LoRALinear, LoRAStack)) else (quantized or module.weight).dtype
+    dtype: Any = module.base_dtype if isinstance(module, AdaptedWeight) else (quantized or module.weight).dtype
     wide = autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if wide else dtype
 
@@ -113,7 +107,10 @@ def _wanted(path: str, module: nn.Module, config: LoRAConfig) -> bool:
     return path != "" and (config.targets(path) or any(config.targets(f"{path}.{name}") for name in fused))
 
 
-def _why_unsuitable(module: nn.Module) -> str | None:
+def _why_unsuitable(module: nn.Module, config: LoRAConfig) -> str | None:
+    if is_other(module):
+        own = {"dora": config.use_dora, "adalora": isinstance(config, AdaLoRAConfig), "lora_bias": config.lora_bias}
+        return why_not_other(module, init=config.init_lora_weights, **own)
     if isinstance(module, LoRALinear):
         return None
     if (reason := why_fused(module)) is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...mask import KeepRows
+from ...mask import KeepRows, row_chunks
 from ...nf4 import NF4Weight
 from ...scratch import slices
 from ...values import Dropout, Grads, LoRAWeights, Needs
@@ -91,6 +91,18 @@ def work_dtype(*tensors: Tensor | None) -> torch.dtype:
     dtype = dtypes.pop() if len(dtypes) == 1 else functools.reduce(torch.promote_types, dtypes)
     narrow = dtype.itemsize < 4 and next(t for t in tensors if t is not None).device.type == "cpu"
     return torch.float32 if narrow else dtype
+
+
+def add_low_rank(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
+    """y[M, N] += s·h·Bᵀ in place, each element rounded once; computed in the wider dtype, in chunks of rows."""
+    work = work_dtype(y, B)
+    h, B = h.to(work), B.to(work)
+    h, s = (h, s) if isinstance(s, (int, float)) else (h * s, 1.0)
+    if work == y.dtype:
+        return y.addmm_(h, B.T, alpha=s)
+    for rows in row_chunks(len(y), y.shape[1], y.device):
+        y[rows].add_(h[rows] @ B.T, alpha=s)
+    return y
 
 
 # ---- the base product, dense or over a 4-bit weight a tile at a time, in memory that the next tile overwrites ----

@@ -65,9 +65,9 @@ class AccelerationReport:
 def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "peft") -> AccelerationReport:
     """Let every LoRA layer of `model`, a PeftModel or any tree of modules, compute with these kernels.
 
-    Exactly peft.tuners.lora.Linear and lora.bnb.Linear4bit, lora.ParamWrapper over transformers' experts (target_parameters, of
-    which the outermost computes), and AdaLoRA's adalora.SVDLinear and adalora.bnb.SVDLinear4bit, change their class, to one
-    that differs in `forward` alone: parameters, state dict keys, optimizers and PEFT's methods stay.
+    Exactly peft.tuners.lora.Linear, lora.bnb.Linear4bit, lora.Conv2d and lora.Embedding, lora.ParamWrapper over transformers'
+    experts (target_parameters, of which the outermost computes), and AdaLoRA's adalora.SVDLinear and adalora.bnb.SVDLinear4bit,
+    change their class, to one that differs in `forward` alone: parameters, state dict keys, optimizers and PEFT's methods stay.
     A call that needs more than one plain LoRA adapter goes to PEFT's forward (`report.calls()` says how many, and why). Calling
     it again is allowed, and needed after layers were added.
     blocks: q, k and v, and whole MLPs, become one operation each (`fuse_blocks`); False lets every layer compute alone.
@@ -101,7 +101,8 @@ def accelerate(model: nn.Module, *, blocks: bool = True, dora_dropout: str = "pe
             skipped[path] = reason
             continue
         accelerated.append(path)
-        if (state := why_not_at_present(module)) is not None:
+        state = why_not_at_present(module)
+        if state is not None:
             falling_back[path] = state
     if not accelerated and not skipped:
         raise ValueError(

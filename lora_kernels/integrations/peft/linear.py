@@ -35,7 +35,17 @@ class ShownAsPeft(type(lora.Linear)):  # type: ignore[misc]
         return repr(cls.__bases__[-1])
 
 
-class Accelerated:
+class Shown:
+    """What a layer of PEFT's prints although its class is another."""
+
+    def _get_name(self) -> str:
+        return type(self).__name__.removeprefix("Accelerated")  # shown as "lora.Linear(", which tools look for
+
+    def extra_repr(self) -> str:
+        return "accelerated by lora_kernels"
+
+
+class Accelerated(Shown):
     """The forward of both classes; it stands before PEFT's class in the order of methods."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -68,12 +78,6 @@ class Accelerated:
     def count_fused(self: Any) -> None:
         """Another's call has computed this layer's."""
         count(self, FAST)
-
-    def _get_name(self) -> str:
-        return type(self).__name__.removeprefix("Accelerated")  # shown as "lora.Linear(", which tools look for
-
-    def extra_repr(self) -> str:
-        return "accelerated by lora_kernels"
 
 
 class AcceleratedLinear(Accelerated, lora.Linear, metaclass=ShownAsPeft):

@@ -1,5 +1,6 @@
 """What a LoRA layer of PEFT's computes with, or the reason in its present state why PEFT's own forward has to compute."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -110,11 +111,16 @@ def _why_not_modules(parts: Parts) -> str | None:
         return f"lora_dropout is a {type(dropout).__name__}"
     if magnitude is not None and type(magnitude) is not DoraLinearLayer:
         return f"lora_magnitude_vector is a {type(magnitude).__name__}"
-    for i, module in enumerate(modules_of(parts)):
+    return why_not_called(modules_of(parts))
+
+
+def why_not_called(modules: Sequence[Any], *, hooked: bool = False) -> str | None:
+    """Why modules in the order of NAMES have to be called. hooked: accelerate's hooks, which move tensors, are a reason too."""
+    for i, module in enumerate(modules):
         if type(module) is Factor:
             continue
         own = module.__dict__
-        if "forward" in own and forward_is_replaced(module) and device_hook(module) is None:
+        if "forward" in own and forward_is_replaced(module) and (hooked or device_hook(module) is None):
             return f"{NAMES[i]}'s forward was replaced on the instance"
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return f"{NAMES[i]} has hooks"

@@ -9,7 +9,10 @@ from peft.tuners import adalora, lora
 from ...layers import offload
 from ...layers.offload import forward_is_replaced, hooks_call_the_class_s
 from . import experts, refusals
+from .conv2d import AcceleratedConv2d
+from .embedding import AcceleratedEmbedding
 from .linear import CALLS, AcceleratedLinear
+from .not_linear import NotLinear
 from .parts import LOW_RANK_DROPOUT
 from .svd_linear import AcceleratedSVDLinear
 
@@ -20,6 +23,8 @@ def classes() -> dict[type, type]:
         lora.Linear: AcceleratedLinear,
         adalora.SVDLinear: AcceleratedSVDLinear,
         lora.ParamWrapper: experts.ParamWrapper,
+        lora.Conv2d: AcceleratedConv2d,
+        lora.Embedding: AcceleratedEmbedding,
     }
     bnb = sys.modules.get("peft.tuners.lora.bnb")  # PEFT imports it before it makes such a layer
     if hasattr(bnb, "Linear4bit"):
@@ -60,6 +65,8 @@ def swap(layer: Any, dora_dropout: str) -> str | None:
 
 def why_not_at_present(layer: Any) -> str | None:
     """Why every call of an accelerated layer goes to PEFT's own forward as long as the layer is as it is now."""
+    if isinstance(layer, NotLinear):
+        return layer.why_not()
     return (experts if isinstance(layer, lora.ParamWrapper) else refusals).why_not_at_present(layer)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ...layers.linear import LoRALinear
+from ...layers.adapters import AdaptedWeight
 from ..config import LoRAConfig
 from ..distributed import is_sharded
 from ..state import lora_state, refuse_if_merged, refuse_in_fsdp1, refuse_offloaded_adapters
@@ -47,7 +47,7 @@ def compact_ranks(model: nn.Module) -> dict[str, int]:
 
 
 @torch.no_grad()
-def _compact(layer: LoRALinear, name: str, r: int) -> None:
+def _compact(layer: AdaptedWeight, name: str, r: int) -> None:
     """Make adapter `name` of one layer a plain one of rank r, or remove it where r is 0."""
     if not r:
         layer.delete_adapter(name)

@@ -6,8 +6,7 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
-from ...layers.adapters import check_adalora, check_integer, scaling
-from ...layers.linear import LoRALinear
+from ...layers.adapters import AdaptedWeight, check_adalora, check_integer, scaling
 from ..config import LoRAConfig, Rank
 from ..state import adapted_layers, lora_state
 from ..switching import active_adapter
@@ -78,7 +77,7 @@ class AdaLoRAConfig(LoRAConfig):
         return LoRAConfig(**{field.name: getattr(self, field.name) for field in fields(LoRAConfig)})
 
 
-def active_adalora(model: nn.Module) -> tuple[str, AdaLoRAConfig, dict[str, LoRALinear]]:
+def active_adalora(model: nn.Module) -> tuple[str, AdaLoRAConfig, dict[str, AdaptedWeight]]:
     """(name, configuration, layers by path) of the active adapter. Raises ValueError if it is not an AdaLoRA one."""
     layers, name = adapted_layers(model), active_adapter(model)
     configs = lora_state(model).configs
