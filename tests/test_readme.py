@@ -1,5 +1,6 @@
 """The Python examples of the README and of docs/ run as they stand, and what they link to exists."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -49,3 +50,12 @@ def test_links_lead_to_files_and_headings(page):
 def test_every_page_is_in_the_site_s_menu():
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert [page.name for page in (ROOT / "docs").glob("*.md") if f": {page.name}\n" not in menu] == []
+
+
+def test_troubleshooting_lists_every_message(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    errors = importlib.import_module("errors")
+    page = errors.on_page_markdown((ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"))
+    assert errors.MARK not in page
+    assert "- ValueError: `` dora_dropout: got <dora_dropout>, expected 'peft' or 'low_rank' ``" in page
+    assert page.count("\n- ") > 300
