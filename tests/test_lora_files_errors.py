@@ -43,9 +43,12 @@ BAD = {  # what is in the file, and what the error says of it
     "a vector": (good() | {DOWN: torch.randn(32)}, rf"'{DOWN}' has shape \(32,\), expected \[r, in\]"),
     "rank 0": (good() | {DOWN: torch.ones(0, 16), UP: torch.ones(16, 0)}, rf"'{DOWN}' has shape \(0, 16\)"),
     "NaN": (good() | {UP: torch.full((16, 2), torch.nan)}, rf"'{UP}' holds NaN or infinity in 32 of 32"),
-    "an infinite alpha": (good() | {ALPHA: torch.tensor(torch.inf)}, rf"'{ALPHA}' holds NaN or infinity"),
-    "an alpha of 0": (good() | {ALPHA: torch.tensor(0.0)}, rf"'{ALPHA}' holds \[0.0\], expected one number above 0"),
-    "two alphas": (good() | {ALPHA: torch.ones(2)}, rf"'{ALPHA}' holds \[1.0, 1.0\], expected one number"),
+    "an infinite alpha": (
+        good() | {ALPHA: torch.tensor(torch.inf)},
+        rf"'{ALPHA}' holds \[inf\], expected one finite number above 0",
+    ),
+    "an alpha of 0": (good() | {ALPHA: torch.tensor(0.0)}, rf"'{ALPHA}' holds \[0.0\], expected one finite number above 0"),
+    "two alphas": (good() | {ALPHA: torch.ones(2)}, rf"'{ALPHA}' holds \[1.0, 1.0\], expected one finite number"),
     "float8": (good() | {UP: torch.ones(16, 2).to(torch.float8_e4m3fn)}, rf"'{UP}' has dtype F8_E4M3, expected .*; convert it"),
     "integers": (good() | {DOWN: torch.ones(2, 16, dtype=torch.int32)}, rf"'{DOWN}' has dtype I32, expected one of F64"),
     "columns' magnitudes": (good() | {f"{ONE}.dora_scale": torch.ones(1, 16)}, rf"'{ONE}.dora_scale' has shape \(1, 16\)"),
@@ -204,9 +207,9 @@ def test_a_directory_with_one_file_is_that_file_s(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 100000, "lora_adapter_metadata is not JSON"),
-        ("{", "lora_adapter_metadata is not JSON"),
-        ("[]", "lora_adapter_metadata is a list, expected an object"),
+        ("[" * 100000, "lora_adapter_metadata: not JSON"),
+        ("{", "lora_adapter_metadata: not JSON"),
+        ("[]", "lora_adapter_metadata: got a list, expected an object"),
         (json.dumps({"unet.r": 3}), r"'unet\..*lora_A.weight' is of rank 2, and the configuration beside says 3 for mid_block"),
         (json.dumps({"unet.r": -1}), "its lora_adapter_metadata: r: got -1"),
         (json.dumps({"unet.r": 2, "unet.lora_alpha": "x"}), "lora_alpha: got 'x'"),

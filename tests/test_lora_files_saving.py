@@ -71,7 +71,7 @@ def test_what_is_written_is_read_as_it_was(tmp_path, name, format):
     loaded = load_adapter(again, tmp_path / "lora")
     assert loaded.format == format
     close(output(again), output(ours))
-    assert (output(again) - output(unet())).abs().max() > 0.01
+    assert (output(again) - output(unet())).abs().max() > 1e-3
     if format == "diffusers" or name == "plain":  # of kohya's files of a UNet it takes one alpha, and no magnitude
         by_diffusers("StableDiffusion", file, {"unet": theirs})
         close(output(theirs), output(ours))

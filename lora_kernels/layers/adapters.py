@@ -1,7 +1,5 @@
 """AdaptedWeight: named adapters over one frozen weight, one of them active: add, switch, delete, reset."""
 
-import contextlib
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,19 +31,16 @@ def check_adapter_name(name: object, argument: str) -> None:
 
 
 def check_integer(value: object, name: str, least: int) -> None:
-    """Raise ValueError unless it is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
+    """Raise ValueError unless it is an integer of at least `least` and below 2^31."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
+        raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least} and below 2^31")
 
 
 def check_lora_alpha(lora_alpha: object, name: str = "lora_alpha") -> None:
-    """Raise ValueError unless it is a positive finite number."""
-    fits = False
-    if isinstance(lora_alpha, (int, float)) and not isinstance(lora_alpha, bool):
-        with contextlib.suppress(OverflowError):  # an integer that no float can hold
-            fits = 0 < float(lora_alpha) < math.inf  # NaN fails too
-    if not fits:
-        raise ValueError(f"{name}: got {lora_alpha!r}, expected a finite number above 0")
+    """Raise ValueError unless it is a positive number that is finite in float32, in which a GPU's kernels take the scaling."""
+    number = isinstance(lora_alpha, (int, float)) and not isinstance(lora_alpha, bool)
+    if not number or not 0 < lora_alpha <= torch.finfo(torch.float32).max:  # type: ignore[operator]  # NaN fails too
+        raise ValueError(f"{name}: got {lora_alpha!r}, expected a finite number above 0, in float32 too")
 
 
 def check_adalora(**options: object) -> None:

@@ -1,8 +1,10 @@
 """LoRAConfig to and from PEFT's adapter_config.json."""
 
 import dataclasses
+import json
 import re
 import sys
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -13,6 +15,7 @@ from ..layers.lora_experts import LoRAStack
 from .adalora.config import AdaLoRAConfig
 from .config import LoRAConfig
 from .names import names_match, parents, trained_whole
+from .regexes import why_slow
 from .state import lora_layers
 from .tasks import saved_task
 from .wrappers import named_modules, unwrapped
@@ -30,8 +33,28 @@ WITHOUT_EFFECT = (
     *("megatron_core", "qalora_group_size", "runtime_config"),
 )
 ADALORA = tuple({field.name for field in dataclasses.fields(AdaLoRAConfig)} - {f.name for f in dataclasses.fields(LoRAConfig)})
+MAY_BE_NULL = {f.name for f in dataclasses.fields(AdaLoRAConfig) if f.default is None} | {"rank_pattern", "alpha_pattern"}
 UNREAD_BY_ADALORA = ("r", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias")  # its rank_pattern is adalora/files.py's
 KEEPING_THE_WEIGHT = (True, False, None, "gaussian", "orthogonal", "eva")  # initialisations that leave the base weight alone
+
+
+def parsed(text: str | bytes, source: str) -> dict[str, Any]:
+    """A JSON object. Raises ValueError, naming `source`, for anything else, one that is too deep, and a name twice in it."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{twice!r} is there twice")
+        return values
+
+    try:
+        values = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: not JSON, or cut off: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: got a {type(values).__name__}, expected an object")
+    return values
 
 
 def from_peft(values: dict[str, Any], model: nn.Module, source: str) -> LoRAConfig:
@@ -54,17 +77,29 @@ def from_peft(values: dict[str, Any], model: nn.Module, source: str) -> LoRAConf
         if name not in (*SHARED, *WITHOUT_EFFECT, *(ADALORA if adalora else ())) and value:
             raise ValueError(f"{source}: {name} is {value!r}, which has no counterpart here; use PEFT for this adapter")
     names = [name for name in (*SHARED, *ADALORA) if name not in UNREAD_BY_ADALORA] if adalora else SHARED
-    shared = {name: values[name] for name in names if values.get(name) is not None}
-    if "target_modules" not in shared and not shared.get("target_parameters"):
+    if values.get("target_modules") is None and not values.get("target_parameters"):
         raise ValueError(f"{source}: target_modules is missing, expected a list of names or a regex")
+    shared = {name: values[name] for name in names if name in values and not (values[name] is None and name in MAY_BE_NULL)}
     try:
         config = AdaLoRAConfig(**shared) if adalora else LoRAConfig(**shared)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
+    _refuse_slow(config, source)
     # PEFT lists names that a model may not have: "classifier" and "score" by task
     paths = [path for path, _ in named_modules(model) if path]
     there = [name for name in config.modules_to_save or () if any(trained_whole(path, [name]) for path in paths)]
     return dataclasses.replace(config, modules_to_save=there or None)
+
+
+def _refuse_slow(config: LoRAConfig, source: str) -> None:
+    """Raise ValueError, naming `source`, for a regex that may take years: Python's re has no limit of time."""
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        value = getattr(config, name) or ()
+        if name.endswith("_modules") and not isinstance(value, str):
+            continue  # names
+        for regex in [value] if isinstance(value, str) else value:
+            if (why := why_slow(regex)) is not None:
+                raise ValueError(f"{source}: {name}: got {regex!r}, which may take years: {why}; list names")
 
 
 def from_config(config: Any, model: nn.Module) -> LoRAConfig:

@@ -1,6 +1,5 @@
 """Read an adapter's files, which PEFT, diffusers, kohya's sd-scripts, ai-toolkit or save_adapter wrote, into a model."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any, overload
@@ -18,6 +17,9 @@ from .adapter_saving import CONFIG_FILE, WEIGHTS_FILE, subfolder
 from .lora_files.keys import PEFT
 from .lora_files.loading import read_adapter
 from .lora_files.parts import ALONE, parts_of
+from .lora_files.reading import opened
+
+LARGEST_CONFIG = 1 << 26  # bytes; AdaLoRA's, with a word for each of a layer's ranks, come to a megabyte
 
 
 @overload
@@ -114,7 +116,7 @@ def _prepare_peft(model: nn.Module, folder: Path, adapter_name: str, autocast_ad
     config = adapter_config.from_peft(values, model, str(folder / CONFIG_FILE))
     allocation: dict[str, Tensor] | None = None
     if isinstance(config, AdaLoRAConfig):
-        saved, allocation = expanded(saved, values.get("rank_pattern"), str(folder / CONFIG_FILE))
+        saved, allocation = expanded(saved, values.get("rank_pattern"), config.init_r, str(folder / CONFIG_FILE))
     source = Source(folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE, PEFT, {}, values, allocation)
     return prepare_loading(model, config, saved, adapter_name, source, autocast_adapter_dtype=autocast_adapter_dtype)
 
@@ -124,9 +126,6 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged one.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else "no such directory"
@@ -134,13 +133,9 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "adapter_model.bin" in found
             )
             raise FileNotFoundError(f"{directory}: {name} is missing; found {found}{pickled}")
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG_FILE}: not JSON, or cut off: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{directory / CONFIG_FILE}: got a {type(config).__name__}, expected an object")
-    try:
-        return config, load_file(directory / WEIGHTS_FILE)
-    except SafetensorError as error:
-        raise ValueError(f"{directory / WEIGHTS_FILE}: no safetensors file, or cut off: {error}") from error
+    config, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
+    if (size := config.stat().st_size) > LARGEST_CONFIG:
+        raise ValueError(f"{config}: got {size} bytes, expected at most {LARGEST_CONFIG}")
+    values = adapter_config.parsed(config.read_bytes(), str(config))
+    with opened(weights) as file:
+        return values, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

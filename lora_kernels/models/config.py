@@ -165,5 +165,5 @@ def _check_regex(name: str, got: Any, regex: str, expected: str = "a name or a v
     """Raise ValueError if `regex`, which is made of what field `name` got, is none."""
     try:
         re.compile(regex)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:  # too deep; a{9999999999}
         raise ValueError(f"{name}: got {got!r}, expected {expected}: {error}") from None

@@ -10,7 +10,7 @@ from . import adapter_config
 from .adapter_files import find_adapter, read_peft
 from .adapter_saving import PreparedAdapter, PreparedFile
 from .lora_files.adapters import config_of, rescaled, tensors_of
-from .lora_files.factors import modules_of
+from .lora_files.factors import check_values, modules_of
 from .lora_files.keys import DIFFUSERS, PEFT
 from .lora_files.loading import LoRAFile, configured, factors_by_part, read_lora_file
 from .lora_files.parts import own_name
@@ -28,6 +28,7 @@ def read_parts(path: Path, models: Mapping[str, nn.Module] | None = None) -> tup
     if models is not None:
         placed = factors_by_part(found, file, models, None)
         return {own_name(part, models[part], factors): factors for part, factors in placed.items()}, file.metadata
+    check_values(found, file.tensors)
     by_part: dict[str, dict] = {}
     for module, factors in file.modules.items():
         if module.format not in (PEFT, DIFFUSERS):
@@ -65,4 +66,4 @@ def _peft(folder: Path) -> LoRAFile:
         raise ValueError(f"{folder}: {error}") from error
     by_name = {module.name: factors for module, factors in modules.items()}
     scaled = rescaled(by_name, config)
-    return LoRAFile(PEFT, {module: scaled[module.name] for module in modules}, {})
+    return LoRAFile(PEFT, {module: scaled[module.name] for module in modules}, {}, tensors)

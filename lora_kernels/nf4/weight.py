@@ -136,8 +136,6 @@ class NF4Weight:
                     f"{name}: got {tensor.dtype}{list(tensor.shape)}, expected {dtype}{list(shape)} for a weight of shape "
                     f"{tuple(self.shape)} in blocks of {self.blocksize}; is the state truncated?"
                 )
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name}: got strides {tensor.stride()}, expected contiguous memory; use {name}.contiguous()")
             if tensor.device != self.device:
                 raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {self.device} as codes")
 

@@ -121,8 +121,10 @@ def parse(data: dict[str, Any], device: str, capability: tuple[int, int], source
         _known("arithmetic", row["arithmetic"], ARITHMETICS)
         _known("rank", row["rank"], RANKS)
         tile = Tile(**row["tile"])
-        if any(type(value) not in (int, bool) for value in row["tile"].values()):
-            raise TypeError(f"tile: got {row['tile']}, expected integers")
+        if any(type(value) is not (bool if name == "tma" else int) for name, value in row["tile"].items()):
+            raise TypeError(f"tile: got {row['tile']}, expected integers, and true or false for tma")
+        if not isinstance(row["kernel"], str):
+            raise TypeError(f"kernel: got {row['kernel']!r}, expected a name")
         if reason := illegal(row["kernel"], row["arithmetic"], tile):
             raise ValueError(f"tile of {row['kernel']}: {reason}")
         tiles[row["kernel"], row["arithmetic"], row["rank"]] = {**row, "tile": tile}

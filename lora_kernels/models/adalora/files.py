@@ -14,10 +14,13 @@ from .config import AdaLoRAConfig
 PATTERN_END = ".lora_E"  # of a key of rank_pattern, behind the layer's path; PEFT had the adapter's name behind it
 
 
-def expanded(tensors: Mapping[str, Tensor], rank_pattern: Any, source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def expanded(
+    tensors: Mapping[str, Tensor], rank_pattern: Any, init_r: int, source: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(a file's tensors with the triplets that it lacks, as zeros; by path which triplets it has).
 
-    Raises ValueError for a rank_pattern that is not {path.lora_E: [True or False, …]}. Shapes are the reader's to check.
+    Raises ValueError for a rank_pattern that is not {path.lora_E: [True or False, …]}, init_r of them each. Shapes are the
+    reader's to check.
     """
     whole, kept = dict(tensors), {}
     if not isinstance(rank_pattern or {}, Mapping):
@@ -26,6 +29,8 @@ def expanded(tensors: Mapping[str, Tensor], rank_pattern: Any, source: str) -> t
         path, found, _ = name.partition(PATTERN_END)
         if not found or not isinstance(pattern, list) or not all(isinstance(keep, bool) for keep in pattern):
             raise ValueError(f"{source}: rank_pattern has {name!r}: {pattern!r}, expected 'path.lora_E': [true or false, …]")
+        if len(pattern) != init_r:
+            raise ValueError(f"{source}: rank_pattern has {len(pattern)} values for {name!r}, expected init_r = {init_r}")
         kept[path] = mask = torch.tensor(pattern, dtype=torch.bool)
         for kind in ADALORA_KEYS:
             key, dim = f"{PREFIX}{path}.{kind}", 1 if kind == "lora_B" else 0

@@ -1,7 +1,9 @@
 """The tensors of one module in a file, as LoRA has them: ΔW = (α / r)·B·A, A[R, K] or [R, C, k, k], B[N, R] or [N, R, 1, 1]."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -54,10 +56,14 @@ def modules_of(tensors: Mapping[str, Tensor]) -> dict[Module, Factors]:
         kinds[parsed.kind] = key
     if not found:
         raise ValueError("no tensors, expected LoRA's")
+    return {module: _factors(module.base, kinds, tensors) for module, kinds in found.items()}
+
+
+def check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Read a file's tensors, once their shapes are known to be right. Raises ValueError that names it and a key for NaN."""
     for key, tensor in tensors.items():
         if bad := why_not_finite(key, tensor):
-            raise ValueError(bad[0])
-    return {module: _factors(module.base, kinds, tensors) for module, kinds in found.items()}
+            raise ValueError(f"{path}: {bad[0]}")
 
 
 def _factors(base: str, kinds: dict[str, str], tensors: Mapping[str, Tensor]) -> Factors:
@@ -92,8 +98,8 @@ def _fold(kinds: dict[str, str], mid: Tensor, down: Tensor) -> Tensor:
 
 def _alpha(key: str, tensor: Tensor) -> float:
     alpha = float(tensor) if tensor.numel() == 1 else 0.0
-    if alpha <= 0:
-        raise ValueError(f"{key!r} holds {tensor.flatten()[:4].tolist()}, expected one number above 0")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"{key!r} holds {tensor.flatten()[:4].tolist()}, expected one finite number above 0")
     return alpha
 
 

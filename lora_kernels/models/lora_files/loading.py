@@ -1,6 +1,5 @@
 """One file of an adapter, of any tool, as what add_lora takes: for each part of a model a LoRAConfig and PEFT's tensors."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from .. import adapter_config
 from ..config import LoRAConfig
 from .adapters import config_of, paths_in, rescaled, tensors_of
-from .factors import Factors, Module, modules_of
+from .factors import Factors, Module, check_values, modules_of
 from .keys import CONFIGS
 from .parts import ALONE, own_name
 from .places import placed
@@ -23,6 +22,7 @@ class LoRAFile(NamedTuple):
     format: str
     modules: dict[Module, Factors]
     metadata: dict[str, str]
+    tensors: Mapping[str, Tensor]  # under the file's own keys
 
 
 class PartAdapter(NamedTuple):
@@ -41,7 +41,7 @@ def read_lora_file(path: Path) -> LoRAFile:
         modules = modules_of(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return LoRAFile(" and ".join(sorted({module.format for module in modules})), modules, metadata)
+    return LoRAFile(" and ".join(sorted({module.format for module in modules})), modules, metadata, tensors)
 
 
 def factors_by_part(
@@ -58,13 +58,14 @@ def factors_by_part(
                 f"it has adapters for {meant}, and one model is here: pass the pipeline, or its parts, as in "
                 '{"unet": unet, "text_encoder": text_encoder}'
             )
-        found = placed(file.modules, parts, pipeline)
-        return {
+        found = {
             part: configured(file, own_name(part, parts[part], factors), parts[part], factors)
-            for part, factors in found.items()
+            for part, factors in placed(file.modules, parts, pipeline).items()
         }
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    check_values(path, file.tensors)
+    return found
 
 
 def read_adapter(path: Path, parts: Mapping[str, nn.Module], pipeline: object) -> dict[str, PartAdapter]:
@@ -99,11 +100,6 @@ def _configuration(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
     """The fields of a part's LoraConfig; {} where the header has none."""
     if CONFIGS not in metadata:
         return {}
-    try:
-        values = json.loads(metadata[CONFIGS])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its header's {CONFIGS} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"its header's {CONFIGS} is a {type(values).__name__}, expected an object")
+    values = adapter_config.parsed(metadata[CONFIGS], f"its header's {CONFIGS}")
     own = {name.removeprefix(f"{part}."): value for name, value in values.items() if name.startswith(f"{part}.")}
     return own or {name: value for name, value in values.items() if "." not in name}  # of a model that was saved alone

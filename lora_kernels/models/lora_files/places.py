@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...layers.kinds import features
 from ..names import parents
 from ..state import lora_layers
-from ..targets import features, is_linear
+from ..targets import is_linear
 from ..wrappers import named_modules
 from .factors import Factors, Module
 from .foreign_names import Found, renamed
