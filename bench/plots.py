@@ -6,9 +6,10 @@ from typing import Any
 import matplotlib
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from result_files import cases
+from result_files import case_name, cases
 
-from lora_kernels.commands.bench.peers import BARE
+from lora_kernels.commands.bench.peers import BARE, OURS, OURS_FUSED, PEFT
+from lora_kernels.commands.console import format_bytes
 
 matplotlib.use("Agg")
 matplotlib.rcParams.update({"svg.hashsalt": "lora_kernels", "svg.fonttype": "none", "font.size": 9})
@@ -22,6 +23,33 @@ def draw(kind: str, run: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7.5, max(3.0, height * len(run["rows"]))), constrained_layout=True)
     draw_axes(axes, run)
     figure.legend(loc="outside upper center", ncols=2 if kind == "memory" else 4, fontsize=8)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def draw_picture(source: str, cases: list[dict[str, dict[str, Any]]], path: Path) -> None:
+    """Write README's picture: for each case time over the bare linear's, and bytes saved for the backward pass over PEFT's."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(9.5, 0.6 + 0.5 * len(cases)), sharey=True, constrained_layout=True)
+    for position, rows in enumerate(cases):
+        ours, theirs = rows.get(OURS_FUSED, rows[OURS]), rows[PEFT]
+        for row, shift, color in ((theirs, -0.2, "C7"), (ours, 0.2, "C0")):
+            key = "median_s" if "median_s" in row else "median_us"
+            over = (row[key] / rows[BARE][key], row["saved_bytes"] / theirs["saved_bytes"])
+            texts = (f"{over[0]:.2f}", format_bytes(row["saved_bytes"]))
+            for axes, value, text in zip(panels, over, texts, strict=True):
+                axes.barh(position + shift, value, height=0.38, color=color)
+                axes.text(value, position + shift, f" {text}", va="center", fontsize=7)
+    for color, label in (("C7", PEFT), ("C0", OURS)):
+        panels[0].barh(0, 0, color=color, label=label)
+    for axes, label in zip(panels, ("time, × frozen layers alone", "saved for the backward pass, × PEFT's"), strict=True):
+        axes.set_xlabel(label)
+        axes.set_xlim(0, 1.25 * axes.get_xlim()[1])  # room for the numbers
+    panels[0].axvline(1, color="black", linewidth=0.8)
+    panels[0].set_yticks(range(len(cases)), [case_name(rows.get(OURS_FUSED, rows[OURS])) for rows in cases])
+    panels[0].invert_yaxis()
+    figure.legend(
+        loc="outside upper center", ncols=2, fontsize=8, title=f"training with dropout, CPU ({source})", title_fontsize=8
+    )
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
 

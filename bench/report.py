@@ -1,4 +1,5 @@
-"""Tables and plots from the committed result files: bench/results/<device>/README.md and *.svg, and README's CPU table.
+"""Tables and plots from the committed result files: bench/results/<device>/README.md and *.svg, and the CPU's
+table in docs/benchmarks.md with the picture of README.
 
 Everything is computed from the JSON files beside it, in the order of their names: run it again after adding or removing one.
 bench/results/README.md and predictions.json are predictions.py's.
@@ -19,8 +20,9 @@ from lora_kernels.commands.bench.peers import BARE, FUSED, OURS, OURS_FUSED, PEF
 from lora_kernels.commands.console import format_bytes
 
 MARKS = ("<!-- measured, by bench/report.py -->\n", "<!-- end of measured -->\n")
-README_DEVICE = "amd-epyc-2-cores"
-README_PLOTS = {"layer": "Time over the bare linear layer's", "memory": "Peak memory over the sequence length"}
+DEVICE = "amd-epyc-2-cores"
+BENCHMARKS = ROOT / "docs/benchmarks.md"
+PICTURE = ROOT / "docs/measured.svg"
 
 
 def page(folder: Path) -> str:
@@ -58,29 +60,40 @@ def refusal_line(refusal: dict[str, Any]) -> str:
     return f"{refusal['peer']}{case}: {refusal['reason']}"
 
 
-def readme_block(folder: Path) -> str:
-    """README's table of the CPU, from the newest file with float32 layers: stage "layer", every other one where PEFT is faster,
-    fused blocks, and the model steps.
+def measured_block(folder: Path) -> str:
+    """The CPU's table, from the newest file with float32 layers: stage "layer", every other one where PEFT is faster, fused
+    blocks, and the model steps.
     """
+    name, data, layers, blocks, steps = newest_float32(folder)
+    rows = _measured_rows([row for stage, row in layers if stage == "layer"])
+    rows += [row for row in _measured_rows([row for stage, row in layers if stage != "layer"]) if row[3].startswith("**")]
+    columns = ["layer", "× bare linear", "PEFT × bare", "faster than PEFT", "saved beyond x (PEFT; bare)"]
+    rows += _measured_rows(blocks, OURS_FUSED) + _measured_rows(steps, OURS, OURS_FUSED)
+    source = (
+        f"From `bench/results/{folder.name}/{name}`; all rows, spreads and plots: `bench/results/{folder.name}/README.md`. "
+    )
+    return table(columns, rows) + "\n" + source + _without_bf16(data.get("avx2")) + "\n"
+
+
+def newest_float32(folder: Path) -> tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]], Rows, Rows]:
+    """The name and data of the newest file with float32 layers; their rows with their stages, blocks' rows, models' rows."""
     for name, data in newest_first(folder):
-        layers = [(stage, row) for stage, run in runs(data) if kind(run) == "layer" for row in run["rows"]]
-        layers = [(stage, row) for stage, row in layers if not row.get("dora")]
-        layers = [(stage, row) for stage, row in layers if row["dtype"] == "float32"]
-        blocks = [row for _, row in layers if row.get("block", "linear") != "linear"]
-        layers = [(stage, row) for stage, row in layers if row.get("block", "linear") == "linear"]
-        if not layers:
-            continue
-        rows = _readme_rows([row for stage, row in layers if stage == "layer"])
-        rows += [row for row in _readme_rows([row for stage, row in layers if stage != "layer"]) if row[3].startswith("**")]
-        columns = ["layer", "× bare linear", "PEFT × bare", "faster than PEFT", "saved beyond x (PEFT; bare)"]
-        steps = [row for stage, run in runs(data) if stage == "model" for row in run["rows"]]
-        rows += _readme_rows(blocks, OURS_FUSED) + _readme_rows(steps, OURS, OURS_FUSED)
-        source = f"From [{name}](bench/results/{folder.name}/{name}); all rows, spreads and plots: "
-        source += f"[bench/results/{folder.name}](bench/results/{folder.name}/README.md). "
-        plots = [(stage, plot) for stage, run in runs(data) if stage in README_PLOTS for plot in plot_names(name, stage, run)]
-        images = "".join(f"\n![{README_PLOTS[stage]}](bench/results/{folder.name}/{plot})\n" for stage, plot in plots)
-        return table(columns, rows) + "\n" + source + _without_bf16(data.get("avx2")) + "\n" + images
-    return ""
+        found = [(stage, row) for stage, run in runs(data) if kind(run) == "layer" for row in run["rows"]]
+        found = [(stage, row) for stage, row in found if not row.get("dora") and row["dtype"] == "float32"]
+        layers = [(stage, row) for stage, row in found if row.get("block", "linear") == "linear"]
+        if layers:
+            blocks = [row for _, row in found if row.get("block", "linear") != "linear"]
+            return name, data, layers, blocks, [row for stage, run in runs(data) if stage == "model" for row in run["rows"]]
+    raise ValueError(f"{folder}: no result file has float32 layers, expected one; run bench/cpu.sh")
+
+
+def picture_cases(folder: Path) -> tuple[str, list[dict[str, dict[str, Any]]]]:
+    """README's picture: the file, and by variant the rows of the largest layer, the blocks and the models, all with dropout."""
+    name, _, layers, blocks, steps = newest_float32(folder)
+    found = [case for rows in ([row for stage, row in layers if stage == "layer"], blocks, steps) for _, case in cases(rows)]
+    largest = max(row["M"] for _, row in layers)
+    dropped = [case for case in found if case[0]["p"] and case[0].get("M", largest) in (largest, *(row["M"] for row in blocks))]
+    return name, [{row["variant"]: row for row in case} for case in dropped]
 
 
 def _without_bf16(run: dict[str, Any] | None) -> str:
@@ -95,11 +108,11 @@ def _without_bf16(run: dict[str, Any] | None) -> str:
     )
 
 
-def _readme_rows(rows: Rows, *variants: str) -> list[list[str]]:
-    return [row for _, case in cases(rows) for name in variants or (OURS,) if (row := _readme_row(case, name))]
+def _measured_rows(rows: Rows, *variants: str) -> list[list[str]]:
+    return [row for _, case in cases(rows) for name in variants or (OURS,) if (row := _measured_row(case, name))]
 
 
-def _readme_row(case: Rows, variant: str = OURS) -> list[str] | None:
+def _measured_row(case: Rows, variant: str = OURS) -> list[str] | None:
     by = {row["variant"]: row for row in case}
     if not {BARE, variant, PEFT} <= by.keys():
         return None
@@ -111,9 +124,9 @@ def _readme_row(case: Rows, variant: str = OURS) -> list[str] | None:
     return [case_name(ours) + (FUSED if variant == OURS_FUSED else ""), over, ratios(theirs, case, [])[0], faster, saved]
 
 
-def with_block(readme: str, block: str) -> str:
-    """`readme` with what stands between the marks replaced."""
-    (before, rest), end = readme.split(MARKS[0]), MARKS[1]
+def with_block(page: str, block: str) -> str:
+    """`page` with what stands between the marks replaced."""
+    (before, rest), end = page.split(MARKS[0]), MARKS[1]
     return before + MARKS[0] + block + end + rest.split(end)[1]
 
 
@@ -122,8 +135,7 @@ def pages() -> dict[Path, str]:
     found = {folder / "README.md": page(folder) for folder in devices()}
     found[RESULTS / "predictions.json"] = json.dumps(predictions.predictions(), indent=1) + "\n"
     found[RESULTS / "README.md"] = predictions.page()
-    readme = ROOT / "README.md"
-    found[readme] = with_block(readme.read_text(encoding="utf-8"), readme_block(RESULTS / README_DEVICE))
+    found[BENCHMARKS] = with_block(BENCHMARKS.read_text(encoding="utf-8"), measured_block(RESULTS / DEVICE))
     return found
 
 
@@ -140,6 +152,7 @@ def main() -> int:
                 for stage, run in runs(data):
                     for target in plot_names(name, stage, run):
                         plots.draw(kind(run), run, folder / target)
+        plots.draw_picture(*picture_cases(RESULTS / DEVICE), PICTURE)
     return 0
 
 

@@ -7,9 +7,9 @@ from .functional.glu_mlp import lora_glu_mlp
 from .functional.grouped_linear import lora_grouped_linear, multi_lora_linear
 from .functional.linear import backend_report, lora_linear, lora_linear_group
 from .functional.nf4 import dequantize_nf4, quantize_nf4
+from .integrations.checkpoints import adapter_checkpoints
 from .integrations.experts import register_experts
 from .integrations.peft import AccelerationReport, accelerate, accelerated, restore
-from .integrations.trainer import adapter_checkpoints
 from .layers.conv2d import LoRAConv2d
 from .layers.embedding import LoRAEmbedding
 from .layers.linear import LoRALinear
@@ -37,7 +37,7 @@ from .plan import use_backend
 from .segments import Segments
 from .values import LoRAAdapter, LoRAWeights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AccelerationReport",

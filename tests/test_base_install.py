@@ -90,9 +90,9 @@ def test_a_loop_trains_and_saves(site, tmp_path):
     run(site, tmp_path, "-c", TRAIN_AND_SAVE)
 
 
-@pytest.mark.parametrize("number", [i for i, text in enumerate(EXAMPLES) if not any(name in text for name in EXTRAS)])
-def test_readme_example(site, tmp_path, number):
-    run(site, tmp_path, "-c", EXAMPLES[number])
+@pytest.mark.parametrize("example", [name for name, text in EXAMPLES.items() if not any(extra in text for extra in EXTRAS)])
+def test_example(site, tmp_path, example):
+    run(site, tmp_path, "-c", EXAMPLES[example])
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,12 @@ def test_every_result_file_is_shown_and_every_plot_exists(bench):
                 assert all((folder / plot).exists() for plot in report.plot_names(name, stage, run)), stage
 
 
+def test_the_picture_is_of_the_newest_file(bench):
+    name, cases = bench("report").picture_cases(bench("report").RESULTS / bench("report").DEVICE)
+    assert len(cases) >= 4
+    assert name in bench("report").PICTURE.read_text(encoding="utf-8"), "run `PYTHONPATH=. python bench/report.py`"
+
+
 def rows(**medians):
     common = {"op": "forward+backward", "M": 8, "K": 4, "N": 4, "R": 2, "p": 0.1, "dtype": "float32", "tflops": 1.0}
     names = {"bare": "bare frozen linear", "ours": "lora_kernels", "fused": "lora_kernels, fused blocks", "peft": "PEFT eager"}
@@ -48,14 +54,14 @@ def rows(**medians):
 
 def test_a_lost_row_stays_and_is_bold(bench):
     report = bench("report")
-    assert report._readme_row(rows(bare=100.0, ours=200.0, peft=100.0))[1:4] == ["2.00", "1.00", "**0.50×**"]
-    assert report._readme_row(rows(bare=100.0, ours=200.0, peft=250.0))[1:4] == ["2.00", "2.50", "1.25×"]
+    assert report._measured_row(rows(bare=100.0, ours=200.0, peft=100.0))[1:4] == ["2.00", "1.00", "**0.50×**"]
+    assert report._measured_row(rows(bare=100.0, ours=200.0, peft=250.0))[1:4] == ["2.00", "2.50", "1.25×"]
     table = bench("tables").layer_table({"rows": rows(bare=100.0, ours=200.0, peft=100.0)})
     assert table.count("\n") == 2 + 3
     assert "| lora_kernels | 200 | 200–200 | 1 |  | 2.00 | 0.50 | 1.0 KiB | 2.0 KiB |  |" in table
 
 
-def test_fused_rows_have_lines_of_their_own_in_the_readme(bench, tmp_path):
+def test_fused_rows_have_lines_of_their_own_in_the_table(bench, tmp_path):
     report = bench("report")
     times = {"bare": 100.0, "ours": 200.0, "fused": 125.0, "peft": 250.0}
     block = [{**row, "block": "mlp", "kv": None} for row in rows(**times)]
@@ -64,7 +70,7 @@ def test_fused_rows_have_lines_of_their_own_in_the_readme(bench, tmp_path):
     model[-1]["saved_bytes"] = 2048
     runs = {"layer": {"rows": rows(bare=1.0, ours=1.0, peft=1.0)}, "blocks": {"rows": block}, "model": {"rows": model}}
     (tmp_path / "run.json").write_text(json.dumps(runs))
-    lines = [line for line in report.readme_block(tmp_path).splitlines() if ", fused blocks |" in line]
+    lines = [line for line in report.measured_block(tmp_path).splitlines() if ", fused blocks |" in line]
     assert lines == [
         "| mlp 4/None/4 M=8 r=2 p=0.1 float32, fused blocks | 1.25 | 2.50 | 2.00× | 1.0 KiB (1.0 KiB; 1.0 KiB) |",
         "| m, 8 tokens, r=2, p=0.1, float32, fused blocks | 1.25 | 2.50 | 2.00× | 1.0 KiB (2.0 KiB; 1.0 KiB) |",
