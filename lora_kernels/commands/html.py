@@ -82,7 +82,7 @@ def paragraph(content: str, quiet: bool = False) -> Html:
 
 def quotation(heading: str, content: str) -> Html:
     """Words of others under their heading, line breaks and blanks as they are; each with a direction of its own."""
-    return Html(f'<h3>{text(heading)}</h3>\n<pre dir="auto">{text(content)}</pre>')
+    return Html(f'<h3>{text(heading)}</h3>\n<pre dir="auto">\n{text(content)}</pre>')
 
 
 def table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Html:
@@ -98,7 +98,7 @@ def bars(caption: str, values: Sequence[Bar]) -> Html:
     """A bar for each value, the largest as wide as the page."""
     most = max((bar.value for bar in values), default=0) or 1
     drawn = [
-        f'<div class="bar"><p><span>{text(bar.name)}</span><span>{text(bar.label)}</span></p>'
+        f'<div class="bar"><p><span>{text(bar.name)}</span> <span>{text(bar.label)}</span></p>'
         f'<div{_class("ours" if bar.ours else "")} style="width:{100 * bar.value / most:.1f}%"></div></div>'
         for bar in values
     ]

@@ -16,7 +16,7 @@ class Line:
 
     name: str
     points: Mapping[int, float]
-    style: str = ""
+    style: str = "main"
 
 
 def line_chart(caption: str, x_name: str, lines: Sequence[Line]) -> Html:
