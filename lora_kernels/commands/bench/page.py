@@ -16,13 +16,13 @@ def bench_page(result: dict[str, Any]) -> str:
     whole_model = any("median_s" in row for row in measured)
     ran = [*environment_rows(header), *((name, header[name]) for name in ("device", "time", "repeats", "seed"))]
     failed = [(failure["case"], failure["reason"]) for failure in result["failures"]]
-    refused = [(refusal["peer"], refusal["case"], refusal["reason"]) for refusal in result["peers_not_measured"]]
+    refused = [(f"{refusal['peer']}, {refusal['case']}", refusal["reason"]) for refusal in result["peers_not_measured"]]
     return page(
         f"LoRA {'training steps' if whole_model else 'layers'} on {header['device']}",
         *([section("No times reported: the correctness gate failed", table(("case", "reason"), failed))] if failed else []),
         *(_case(name, list(own)) for name, own in groupby(measured, key=lambda row: row["case"])),
         *([paragraph(model.CAPTION if whole_model else layers.CAPTION, quiet=True)] if measured else []),
-        *([section("Peers not measured", table(("peer", "of", "reason"), refused))] if refused else []),
+        *([section("Peers not measured", table(("peer, case", "reason"), refused))] if refused else []),
         section("Environment", table(("", "value"), ran)),
     )
 

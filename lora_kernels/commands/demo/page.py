@@ -1,5 +1,6 @@
 """The demo's page: loss, a step beside PEFT's, a sample before and after, the adapter, and where it ran."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ..bench.peers import OURS, PEFT
@@ -68,5 +69,5 @@ def _summary(result: dict[str, Any]) -> str:
     )
 
 
-def _bar(name: str, value: float, label: Any) -> Bar:
+def _bar(name: str, value: float, label: Callable[[float], str]) -> Bar:
     return Bar(name, value, label(value), ours=name == OURS)
