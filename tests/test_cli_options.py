@@ -9,6 +9,7 @@ from typer.main import get_command
 from lora_kernels import cli
 from lora_kernels.commands.bench import layers as bench_layers
 from lora_kernels.commands.bench import model as bench_model
+from lora_kernels.commands.bench import page as bench_page
 from lora_kernels.commands.console import Output
 from lora_kernels.commands.demo import run as demo_run
 from lora_kernels.commands.memory import run as memory_run
@@ -23,7 +24,7 @@ LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 # command -> mode -> (what selects it, the options that it takes: name -> a value that is not the default, None for a flag)
 COMMON = {"tokens": "24", "rank": "3", "dropout": "0.3", "dtype": "float16", "compare": "none", "quantize": "nf4"}
-COMMON |= {"repeats": "7", "json": "x.json", "device": "cpu", "variant": "dora"}
+COMMON |= {"repeats": "7", "json": "x.json", "html": "x.html", "device": "cpu", "variant": "dora"}
 MEMORY = {"tokens": "24", "rank": "3", "dropout": "0.3", "dtype": "float16", "adapter-dtype": "float16", "json": "x.json"}
 DEMO = {"model": "DIR", "text": "t", "output": "o", "rank": "3", "alpha": "3", "dropout": "0.3", "steps": "3", "lr": "3"}
 DEMO |= {"tokens-per-step": "24", "quantize": "nf4", "variant": "adalora", "seed": "3", "json": "x.json"}
@@ -63,11 +64,13 @@ def run(monkeypatch, capsys, tmp_path):
     calls = []
 
     def record(*arguments, module):
-        calls.append([module.__name__, *(vars(a)["json_target"] if isinstance(a, Output) else repr(a) for a in arguments)])
+        shown = [(a.json_target, a.html_target) if isinstance(a, Output) else repr(a) for a in arguments]
+        calls.append([module.__name__, *shown])
         return {"rows": [], "failures": [], "peers_not_measured": []}
 
     for module in RUNS:
         monkeypatch.setattr(module, "run", lambda *arguments, module=module: record(*arguments, module=module))
+    monkeypatch.setattr(bench_page, "bench_page", lambda result: "")
     for name, layers in (("DIR", 1), ("OTHER", 2)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": layers}))

@@ -77,23 +77,23 @@ def make_writable(folder: Path, option: str) -> None:
 
 
 class Output:
-    """Tables on stdout, JSON in `json_target`, progress on stderr; with the target "-" JSON has stdout to itself.
+    """Tables on stdout, JSON in `json_target`, a page in `html_target`, progress on stderr; of JSON "-" has stdout to itself.
 
     Raises CommandError at once for a target that cannot be written, before any slow work.
     """
 
-    def __init__(self, json_target: str | None = None):
-        self.json_target = json_target
+    def __init__(self, json_target: str | None = None, html_target: str | None = None):
+        self.json_target, self.html_target = json_target, html_target
         self.console = _console(stderr=json_target == STDOUT)
         self.progress = _console(stderr=True)
         if json_target == STDOUT and sys.stdout is None:
             raise CommandError("--json: got -, but stdout is closed; pass a file, or leave stdout open")
         if json_target not in (None, STDOUT):
-            path = Path(json_target)
-            if path.is_dir() or not path.absolute().parent.is_dir():
-                raise CommandError(f"--json: got {json_target}, expected a file in an existing directory, or -")
-            if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-                raise CommandError(f"--json: got {json_target}, which is not writable; pass another file")
+            _check_target(Path(json_target), "--json", ", or -")
+        if html_target is not None:
+            _check_target(Path(html_target), "--html")
+            if json_target is not None and Path(json_target).resolve() == Path(html_target).resolve():
+                raise CommandError(f"--html: got {html_target}, which --json writes; pass another file")
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         self.console.print(*args, **kwargs)
@@ -152,6 +152,18 @@ class Output:
         else:
             write_whole(Path(self.json_target), text, "--json")
 
+    def write_html(self, text: str) -> None:
+        """Write the page to its target."""
+        write_whole(Path(str(self.html_target)), text, "--html")
+
+
+def _check_target(path: Path, option: str, others: str = "") -> None:
+    """Raise CommandError unless a file can be written there. others: what else `option` takes."""
+    if path.is_dir() or str(path) == STDOUT or not path.absolute().parent.is_dir():
+        raise CommandError(f"{option}: got {path}, expected a file in an existing directory{others}")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise CommandError(f"{option}: got {path}, which is not writable; pass another file")
+
 
 def _console(stderr: bool) -> "Console":
     """On no terminal as wide as COLUMNS says."""
@@ -166,6 +178,14 @@ def _console(stderr: bool) -> "Console":
 def _is_device(path: Path) -> bool:
     """Also a pipe: what is written there cannot be replaced by what comes later."""
     return path.exists() and not path.is_file()
+
+
+def format_seconds(seconds: float) -> str:
+    """0.0123 -> "12.30 ms"."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:,.2f} {unit}"
+    return f"{seconds * 1e6:,.2f} µs"
 
 
 def format_bytes(count: float) -> str:

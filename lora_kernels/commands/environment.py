@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from .console import format_bytes
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "bitsandbytes")
 EXTENSIONS = ("_cpu", "_C")  # those of setup.py that were built
@@ -110,3 +111,30 @@ def _driver_version() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     lines = _stdout(command).split()
     return lines[0] if lines else None
+
+
+def environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What `environment()` found, as people read it: (name, value)."""
+    cpu = found["cpu"]
+    capabilities = ", ".join(name for name, there in cpu["capabilities"].items() if there) or "none known"
+    rows = [
+        ("lora_kernels", f"{found['lora_kernels']}, commit {found['commit'] or 'unknown'}"),
+        ("Python", f"{found['python']}, {found['platform']}"),
+        *((name, version or "not installed") for name, version in found["packages"].items()),
+        ("CPU", f"{cpu['name']}, {cpu['threads']} threads, {cpu['vector_level']}"),
+        ("CPU instructions", capabilities),
+        ("extensions", ", ".join(found["extensions"]) or "none was built"),
+        ("bf16 products on the CPU", f"native: {yes_no(cpu['native_bf16_matmul'])}"),
+    ]
+    if not found["gpus"]:
+        rows.append(("CUDA devices", "none"))
+    for index, gpu in enumerate(found["gpus"]):
+        memory = format_bytes(gpu["memory_bytes"])
+        name = f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}"
+        rows.append((f"cuda:{index}", f"{name}, {memory}, driver {gpu['driver']}"))
+    return rows
+
+
+def yes_no(value: Any) -> str:
+    """A bool or None as a word; a string stays."""
+    return {True: "yes", False: "no", None: "unknown"}.get(value, value) if not isinstance(value, str) else value

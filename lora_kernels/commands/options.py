@@ -12,6 +12,10 @@ Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write results as JSON to FILE; - is stdout (tables go to stderr)."),
 ]
+Html = Annotated[
+    str | None,
+    typer.Option("--html", metavar="FILE", help="Write results as one HTML page to FILE: bars, tables, environment."),
+]
 Rank = Annotated[int, typer.Option(help="Rank r of the adapters.")]
 AdapterFormat = Annotated[str, typer.Option(help="peft, diffusers or kohya.")]
 AdapterModel = Annotated[

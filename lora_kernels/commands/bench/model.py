@@ -69,7 +69,7 @@ def run(
         with output.status(f"Timing a step of {case}"):
             new, wrong = measure(model, config, one, device, repeats, others, seed)
         failures += [{"case": case, "reason": reason} for reason in wrong]
-        rows += new
+        rows += [{"case": case, **row} for row in new]
         if wrong:
             output.print(f"{case}: no times reported, the correctness gate failed", *wrong, sep="\n  ", markup=False)
         else:

@@ -30,8 +30,8 @@ def saved_over(row: dict[str, Any], rows: list[dict[str, Any]], names: list[str]
     return {name: row["saved_bytes"] / saved[name] for name in names}
 
 
-def print_rows(case: str, rows: list[dict[str, Any]], output: Output) -> None:
-    """The case's table."""
+def as_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """(columns, cells) of a case's rows."""
     cells = [
         (
             row["variant"],
@@ -43,7 +43,7 @@ def print_rows(case: str, rows: list[dict[str, Any]], output: Output) -> None:
             format_bytes(row["saved_bytes"]),
             *(f"{over:.3f}" for over in row["saved_over"].values()),
             *(format_bytes(row[name]) for name in ("held_bytes", "peak_bytes")),
-            *launches(row),
+            *map(str, launches(row)),
         )
         for row in rows
     ]
@@ -51,4 +51,9 @@ def print_rows(case: str, rows: list[dict[str, Any]], output: Output) -> None:
     over = [f"of {name.removeprefix('x ')}'s" for name in ("x bare", *others)]
     columns = ["variant", "median ms", "p20–p80", "tokens/s", "x bare", *others, "saved", *over, "held", "peak"]
     columns += ["launches"] if launches(rows[0]) else []
-    output.table(case, columns, cells, less_important=LESS_IMPORTANT)
+    return columns, cells
+
+
+def print_rows(case: str, rows: list[dict[str, Any]], output: Output) -> None:
+    """The case's table."""
+    output.table(case, *as_table(rows), less_important=LESS_IMPORTANT)

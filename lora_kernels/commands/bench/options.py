@@ -8,6 +8,7 @@ import typer
 from ..console import FAILED, CommandError, Output
 from ..options import (
     Device,
+    Html,
     Json,
     check_count,
     check_mode,
@@ -51,6 +52,7 @@ def bench(
     device: Device = None,
     repeats: Annotated[int | None, typer.Option(help="Timed rounds; default: 10 on a CPU, 50 on a GPU.")] = None,
     json_file: Json = None,
+    html_file: Html = None,
 ) -> None:
     """Time LoRA layers beside the bare linear and other implementations; exit 1 if a result is wrong."""
     from ..layer_shapes import parse_shape
@@ -58,7 +60,7 @@ def bench(
     from .suites import BOTH, FORWARD, Shape, choose_suite
 
     check_mode(ctx, MODES, "bench" if model is None else "bench --model DIR")
-    out = Output(json_file)
+    out = Output(json_file, html_file)
     on = parse_device(device)
     if repeats is None:
         repeats = 50 if on.type == "cuda" else 10
@@ -82,6 +84,10 @@ def bench(
         chosen = choose_suite(suite, on, FORWARD if forward else BOTH, variant == "dora", shapes=shapes, **axes)
         result = layers.run(chosen, on, repeats, out, compared, lorafusion, quantize)
     out.write_json(result)
+    if html_file is not None:
+        from .page import bench_page
+
+        out.write_html(bench_page(result))
     if result["failures"]:
         raise typer.Exit(FAILED)
     if is_given(ctx, "compare") and compare != "all":

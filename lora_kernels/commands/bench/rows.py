@@ -20,6 +20,7 @@ def new_row(case: Workload, variant: Variant, timings: dict[str, Timing]) -> dic
     timing = timings[variant.name]
     shape = case.shape
     return {
+        "case": str(case),
         "op": case.passes,
         "block": shape.block,
         **{"M": case.M, "K": shape.K, "N": shape.N, "kv": shape.kv or None, "R": case.R, "p": case.p},
@@ -55,8 +56,8 @@ def launches(row: dict[str, Any]) -> list[int]:
     return [] if row["launches"] is None else [row["launches"]]
 
 
-def print_case(case: Workload, rows: list[dict[str, Any]], output: Output) -> None:
-    """The case's table."""
+def as_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """(columns, cells) of a case's rows."""
     others = [name for name in HEADINGS if name in rows[0]["faster_than"]]
     columns = ["variant", "backend", "median µs", "p20–p80", "TFLOP/s", "GB/s", "x bare", *(HEADINGS[name] for name in others)]
     cells = [
@@ -72,9 +73,14 @@ def print_case(case: Workload, rows: list[dict[str, Any]], output: Output) -> No
             format_bytes(row["saved_bytes"]),
             format_bytes(row["peak_bytes"]),
             "" if row["host_us"] is None else f"{row['host_us']:,.0f}",
-            *launches(row),
+            *map(str, launches(row)),
         )
         for row in rows
     ]
     columns += ["saved", "peak", "host µs", *(["launches"] if launches(rows[0]) else [])]
-    output.table(f"{case.passes}, {case}", columns, cells, less_important=LESS_IMPORTANT)
+    return columns, cells
+
+
+def print_case(case: Workload, rows: list[dict[str, Any]], output: Output) -> None:
+    """The case's table."""
+    output.table(f"{case.passes}, {case}", *as_table(rows), less_important=LESS_IMPORTANT)

@@ -18,13 +18,15 @@ from ...models.blocks import fuse_blocks
 from ...models.surgery import add_lora
 from .. import pretrained
 from ..bench.peers import OURS, PEFT
-from ..console import CommandError, Output, make_writable, require
+from ..console import CommandError, Output, make_writable, require, write_whole
+from ..environment import environment
 from ..layer_shapes import adapt
 from ..measure import saved_bytes
 from ..model_step import loss as model_loss
 from ..model_step import peft_twin, step
 from ..timing import interleaved
 from .corpus import Corpus, read_text, split
+from .page import demo_page
 from .ranks import kept_ranks
 from .report import plot, print_summary
 from .round_trip import round_trip
@@ -69,7 +71,8 @@ def run(settings: Settings, output: Output) -> dict[str, Any]:
     result["plot"] = str(plot(result["losses"], result["held_out"], settings.output / "loss.png"))
     result["blocks"] = {"groups": blocks.groups, "mlps": blocks.mlps, "skipped": blocks.skipped, "calls": blocks.calls()}
     result |= {"steps": steps, "device": str(device), "dtype": str(dtype), "seconds": time.perf_counter() - started}
-    result["settings"] = asdict(settings)
+    result |= {"settings": asdict(settings), "environment": environment(), "page": str(settings.output / "report.html")}
+    write_whole(Path(result["page"]), demo_page(result), "--output")
     print_summary(result, output)
     return result
 
