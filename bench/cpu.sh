@@ -8,7 +8,8 @@
 # nf4 (against bitsandbytes + PEFT), model (a step of SmolLM2-135M, fused and each layer alone, beside PEFT) and memory (over the
 # sequence length). Together at most 11 minutes. Stages that run only if named:
 # dora, dora_nf4, dora_avx2 and dora_model (layers and the model with DoRA, at most 6 minutes together), ranks (AdaLoRA's allocator, 2),
-# populations (EGGROLL's forward passes, 1) and eggroll (a training without gradients, 1), experts (beside PEFT's, 4),
+# populations (EGGROLL's forward passes, 1) and eggroll (a training without gradients, 1), experts (beside PEFT's, 4), adapters
+# (several in one batch, beside PEFT's loop, 1),
 # unet and unet_last (a step of a UNet beside PEFT's, contiguous and in channels-last memory, 1 each),
 # nf4_parts (quantise, dequantise and products apart, at most 5) and curves (loss curves of accelerated PEFT models beside PEFT's, at
 # most 15). Rows and logs are written as they are made: see stages.sh. The folder's README.md and plots are made anew.
@@ -16,7 +17,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 default="layer small blocks bf16 avx2 nf4 model memory"
-known="$default dora dora_nf4 dora_avx2 dora_model ranks populations eggroll experts unet unet_last nf4_parts curves"
+known="$default dora dora_nf4 dora_avx2 dora_model ranks populations eggroll experts adapters unet unet_last nf4_parts curves"
 for argument in "$@"; do
     if [[ " $known " != *" $argument "* ]]; then
         echo "bench/cpu.sh: got '$argument', expected stages among: $known" >&2
@@ -56,6 +57,7 @@ stage ranks 120 env OMP_NUM_THREADS=1 "$python" bench/rank_allocator.py --json "
 stage populations 60 "$python" bench/populations.py times --json "$run/populations.json"
 stage eggroll 90 "$python" bench/populations.py training --json "$run/eggroll.json"
 stage experts 240 "$python" bench/experts.py --json "$run/experts.json"
+OMP_NUM_THREADS=1 stage adapters 60 "$python" bench/adapters.py --json "$run/adapters.json"
 OMP_NUM_THREADS=1 stage unet 90 "$python" bench/unet.py --json "$run/unet.json"
 OMP_NUM_THREADS=1 stage unet_last 90 "$python" bench/unet.py --channels-last --json "$run/unet_last.json"
 stage nf4_parts 300 "$python" bench/nf4.py --json "$run/nf4_parts.json"

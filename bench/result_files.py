@@ -52,6 +52,7 @@ def kind(run: dict[str, Any]) -> str:
         "layers": "ranks",
         "members": "populations",
         "experts": "experts",
+        "adapters": "adapters",
         "channels_last": "unet",
         "fitness": "fitness",
         "variants": "parts",

@@ -158,6 +158,16 @@ def experts_table(run: dict[str, Any]) -> str:
     return about + table(["experts", "PEFT's target_parameters, ms", "accelerated, ms", "× PEFT"], rows)
 
 
+def adapters_table(run: dict[str, Any]) -> str:
+    columns = ["batch", "adapters", "PEFT's loop, ms", "one call, ms", "one adapter for all, ms", "× PEFT"]
+    rows = []
+    for row in run["rows"]:
+        times = [f"{row['ms'][way]['median']:,.2f}" for way in ("peft", "accelerated", "one adapter")]
+        batch = f"{row['samples']} × {row['tokens']}, {row['K']}→{row['N']}"
+        rows.append([batch, str(row["adapters"]), *times, f"{row['ratio']:.2f}"])
+    return "A layer in evaluation over a batch whose samples have different adapters.\n\n" + table(columns, rows)
+
+
 def unet_table(run: dict[str, Any]) -> str:
     rows = []
     for row in run["rows"]:
@@ -202,6 +212,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ranks": ranks_table,
     "populations": populations_table,
     "experts": experts_table,
+    "adapters": adapters_table,
     "fitness": fitness_table,
     "unet": unet_table,
 }

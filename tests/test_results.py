@@ -173,6 +173,10 @@ def test_tables_of_loss_curves_and_of_parts(bench):
     run = {"rows": [{"experts": "8 of 64", "tokens": 256, "ms": ms, "ratio": 4.0}]}
     assert files.kind(run) == "experts"
     assert "| 8 of 64, 256 tokens | 8.0 | 2.0 | 4.0 |" in tables.experts_table(run)
+    size = {"adapters": 16, "samples": 64, "tokens": 1, "K": 8, "N": 16}
+    run = {"rows": [{**size, "ms": {**ms, "one adapter": {"median": 1.0}}, "ratio": 4.0}]}
+    assert files.kind(run) == "adapters"
+    assert "| 64 × 1, 8→16 | 16 | 8.00 | 2.00 | 1.00 | 4.00 |" in tables.adapters_table(run)
     run = {"rows": [{"population": 8, "rank": 1, "dtype": "float32", "fitness": [0.5, 0.9], "final": 0.95, "majority": 0.5}]}
     assert files.kind(run) == "fitness"
     assert "| rank 1, P=8, float32 | 0.50, 0.50, 0.50, 0.50, 0.90 | 0.950 | 0.500 |" in tables.fitness_table(run)
