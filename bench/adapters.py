@@ -8,7 +8,6 @@ turn; beside it the accelerated layer with one active adapter for all. Medians o
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from row_writing import write_rows
 from torch import nn
 
 from lora_kernels import accelerate
-from lora_kernels.commands.console import write_whole
-from lora_kernels.commands.environment import environment
 from lora_kernels.commands.timing import interleaved
 
 RANK, ADAPTERS = 8, (1, 4, 16, 64)
@@ -61,20 +59,19 @@ def rows(repeats: int) -> Iterator[dict[str, Any]]:
             yield measured(*size, adapters, repeats)
 
 
+def shown(row: dict[str, Any]) -> str:
+    times = ", ".join(f"{way} {ms['median']:.2f} ms" for way, ms in row["ms"].items())
+    about = f"{row['samples']}x{row['tokens']} rows, {row['K']}->{row['N']}, {row['adapters']} adapters"
+    return f"{about}: {times}: {row['ratio']:.2f}x"
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    found = []
-    for row in rows(options.repeats):
-        found.append(row)
-        times = ", ".join(f"{way} {ms['median']:.2f} ms" for way, ms in row["ms"].items())
-        about = f"{row['samples']}x{row['tokens']} rows, {row['K']}->{row['N']}, {row['adapters']} adapters"
-        print(f"{about}: {times}: {row['ratio']:.2f}x", flush=True)
-        if options.json:
-            write_whole(options.json, json.dumps({"environment": environment(), "rows": found}, indent=1), "--json")
+    write_rows(rows(options.repeats), options.json, shown)
 
 
 if __name__ == "__main__":

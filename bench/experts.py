@@ -8,7 +8,6 @@ interleaved runs. PEFT runs with transformers' default experts implementation, g
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from row_writing import write_rows
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lora_kernels import accelerate
-from lora_kernels.commands.console import write_whole
-from lora_kernels.commands.environment import environment
 from lora_kernels.commands.timing import interleaved
 
 RANK, TOP_K = 8, 8
@@ -100,19 +98,18 @@ def rows(repeats: int) -> Any:
             yield measured(name, tokens, layer, lambda m, x=x, c=chosen, w=weights: m(x, c, w), repeats)
 
 
+def shown(row: dict[str, Any]) -> str:
+    times = ", ".join(f"{way} {ms['median']:.1f} ms" for way, ms in row["ms"].items())
+    return f"{row['experts']}, {row['tokens']} tokens: {times}: {row['ratio']:.2f}x"
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    found = []
-    for row in rows(options.repeats):
-        found.append(row)
-        times = ", ".join(f"{way} {ms['median']:.1f} ms" for way, ms in row["ms"].items())
-        print(f"{row['experts']}, {row['tokens']} tokens: {times}: {row['ratio']:.2f}x", flush=True)
-        if options.json:
-            write_whole(options.json, json.dumps({"environment": environment(), "rows": found}, indent=1), "--json")
+    write_rows(rows(options.repeats), options.json, shown)
 
 
 if __name__ == "__main__":

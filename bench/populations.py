@@ -8,17 +8,15 @@ training: a network of sign activations, which have no gradient, is trained by i
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from row_writing import write_rows
 from torch import Tensor, nn
 
 from lora_kernels import Eggroll, eggroll_linear
-from lora_kernels.commands.console import write_whole
-from lora_kernels.commands.environment import environment
 from lora_kernels.commands.timing import interleaved
 from lora_kernels.reference.eggroll import factors
 
@@ -93,13 +91,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
-    kinds = SIZES if options.what == "times" else ((1, torch.float32), (4, torch.float32), (1, torch.bfloat16))
-    for kind in kinds:
-        rows.append(times(*kind, options.repeats) if options.what == "times" else training(*kind))
-        print({name: value for name, value in rows[-1].items() if name != "fitness"}, flush=True)
-        if options.json:
-            write_whole(options.json, json.dumps({"environment": environment(), "rows": rows}, indent=1), "--json")
+    if options.what == "times":
+        rows = (times(*size, options.repeats) for size in SIZES)
+    else:
+        rows = (training(*kind) for kind in ((1, torch.float32), (4, torch.float32), (1, torch.bfloat16)))
+    write_rows(rows, options.json, lambda row: {name: value for name, value in row.items() if name != "fitness"})
 
 
 if __name__ == "__main__":

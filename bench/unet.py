@@ -9,18 +9,16 @@ interleaved steps. Saved bytes are what autograd keeps for the backward pass, wi
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from row_writing import write_rows
 from torch import Tensor, nn
 
 from lora_kernels import LoRAConfig, accelerate, add_lora
-from lora_kernels.commands.console import write_whole
-from lora_kernels.commands.environment import environment
 from lora_kernels.commands.measure import saved_bytes
 from lora_kernels.commands.model_step import shared_copy
 from lora_kernels.commands.timing import interleaved
@@ -111,6 +109,16 @@ def rows(channels: tuple[int, int], size: int, samples: int, r: int, repeats: in
     return found
 
 
+def shown(row: dict[str, Any]) -> str:
+    lines = []
+    for name, times in row["ms"].items():
+        mib, share = row["saved_bytes"][name] / 2**20, row["saved_bytes"][name] / row["saved_bytes"][PEFT]
+        ratio = row["ms"][PEFT]["median"] / times["median"]
+        about = f"{times['median']:8.1f} ms, least fifth {times['p20']:8.1f}, PEFT's / {ratio:.2f}"
+        lines.append(f"p={row['p']} {name:18} {about}; saved {mib:6.1f} MiB, {share:.2f} of PEFT's")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--channels", type=int, nargs=2, default=(64, 128))
@@ -123,14 +131,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     channels = (options.channels[0], options.channels[1])
     found = rows(channels, options.size, options.samples, options.rank, options.repeats, options.channels_last)
-    for row in found:
-        for name, times in row["ms"].items():
-            mib, share = row["saved_bytes"][name] / 2**20, row["saved_bytes"][name] / row["saved_bytes"][PEFT]
-            ratio = row["ms"][PEFT]["median"] / times["median"]
-            about = f"{times['median']:8.1f} ms, least fifth {times['p20']:8.1f}, PEFT's / {ratio:.2f}"
-            print(f"p={row['p']} {name:18} {about}; saved {mib:6.1f} MiB, {share:.2f} of PEFT's", flush=True)
-    if options.json:
-        write_whole(options.json, json.dumps({"environment": environment(), "rows": found}, indent=1), "--json")
+    write_rows(found, options.json, shown)
 
 
 if __name__ == "__main__":
