@@ -9,6 +9,7 @@ import pytest
 import torch
 from kinds import KINDS, Kind, every_kind
 from torch import Tensor
+from triton_interpreter import DEVICE
 
 from lora_kernels import cpu_extension, lora_linear, quantize_nf4, use_backend
 from lora_kernels.scratch import scratch
@@ -99,6 +100,7 @@ def test_memory_is_kept_while_nobody_reads_it():
     assert scratch("a test", 100, torch.uint8, like).data_ptr() == address
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="CUDA does not survive a fork")
 @every_kind
 def test_in_a_forked_process(kind):
     """With one thread, as in a DataLoader's workers: OpenMP's own threads do not survive a fork."""
