@@ -11,7 +11,7 @@ from torch import Tensor
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 PLAIN = (Tensor, torch.nn.Parameter)
-INTERFACE = 5  # that of csrc/cpu/cpu.h
+INTERFACE = 6  # that of csrc/cpu/cpu.h
 
 
 def load() -> tuple[Any, str]:

@@ -24,10 +24,11 @@ SIZES = {
     "many": (129, (64, 33, 1, 20)),
 }
 DRAWS = 16  # of a case that breaks the rule in one
-TORCH = [kind for kind in KINDS if kind.backend == "torch"]
-every_kind = pytest.mark.parametrize("kind", TORCH, ids=str, indirect=True)
+ON_A_CPU = [kind for kind in KINDS if kind.backend in ("torch", "cpu")]
+DENSE = [kind for kind in ON_A_CPU if kind.quant_type is None]
+every_kind = pytest.mark.parametrize("kind", ON_A_CPU, ids=str, indirect=True)
 every_dtype = pytest.mark.parametrize(
-    ("kind", "dtype"), [(kind, dtype) for kind in TORCH for dtype in kind.dtypes], ids=str, indirect=["kind"]
+    ("kind", "dtype"), [(kind, dtype) for kind in ON_A_CPU for dtype in kind.dtypes], ids=str, indirect=["kind"]
 )
 every_form = pytest.mark.parametrize("form", FORMS)
 

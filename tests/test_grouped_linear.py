@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from kinds import DTYPES
-from segments_accuracy import FORMS, SIZES, case_of, check, every_dtype, every_form, every_kind
+from segments_accuracy import DENSE, FORMS, SIZES, case_of, check, every_dtype, every_form, every_kind
 
-from lora_kernels import LoRAAdapter, Segments, dropout_mask, lora_grouped_linear, lora_linear, multi_lora_linear
+from lora_kernels import LoRAAdapter, Segments, dropout_mask, lora_grouped_linear, lora_linear, multi_lora_linear, use_backend
 from lora_kernels.backends.torch import grouped_linear
 from lora_kernels.cases.grouped_linear import GroupedCase, MultiCase
 from lora_kernels.cases.members import ours
@@ -108,7 +108,8 @@ def test_a_block_stays_in_the_cache(form, monkeypatch):
 
     monkeypatch.setattr(grouped_linear, "low_rank", spying)
     case, own = FORMS[form]
-    ours(case(M=600, K=4096, N=8, sizes=(200, 0, 300, 100), needs=(), **own).draw())
+    with use_backend("torch"):
+        ours(case(M=600, K=4096, N=8, sizes=(200, 0, 300, 100), needs=(), **own).draw())
     assert lengths == [256, 256, 88]
 
 
@@ -140,7 +141,8 @@ def test_it_is_lora_linear_of_each_segment(kind, device):
             assert torch.allclose(y[rows], alone[rows], atol=1e-5), (form, e)
 
 
-def test_the_mask_of_rows_that_lie_apart(cpu_loops, device):
+@pytest.mark.parametrize("kind", DENSE, ids=str, indirect=True)
+def test_the_mask_of_rows_that_lie_apart(kind, device):
     """Row i's is row i of dropout_mask, in whatever runs the rows come."""
     ids = torch.tensor([0, 0, 1, 0, 1, 1, 1, -1, 0, 1], device=device)
     x, W = torch.ones(10, 40, device=device), torch.zeros(40, 40, device=device)

@@ -122,6 +122,8 @@ MISTAKES = {
 @pytest.fixture(autouse=True)
 def _blocks_of_few_rows(monkeypatch):
     monkeypatch.setattr(grouped_linear, "row_chunks", lambda M, width, device: [slice(0, 7)])
+    with use_backend("torch"):
+        yield
 
 
 def case_of(form, **options):
@@ -136,10 +138,9 @@ def test_a_mistake_is_caught(form, name, monkeypatch):
     case = case_of(form)
     problem = case.draw()
     expected, exact = plain(problem), truth(problem)
-    with use_backend("torch"):
-        assert not violations(ours(problem), expected, exact, case.dtype)
-        MISTAKES[name][1](monkeypatch)
-        assert violations(ours(problem), expected, exact, case.dtype)
+    assert not violations(ours(problem), expected, exact, case.dtype)
+    MISTAKES[name][1](monkeypatch)
+    assert violations(ours(problem), expected, exact, case.dtype)
 
 
 def test_codes_or_scales_of_another_segment_are_caught(monkeypatch):

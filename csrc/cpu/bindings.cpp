@@ -5,8 +5,11 @@
 #include "cpu.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
+#include <vector>
 
 namespace pybind11::detail {
 
@@ -29,6 +32,31 @@ struct type_caster<lora_kernels::cpu::Rows> {
 };
 
 }  // namespace pybind11::detail
+
+namespace lora_kernels::cpu {
+
+// (start, stop, R, A, B, s, scale, threshold, c, dA, dB, dc)
+using Part = std::tuple<std::int64_t, std::int64_t, std::int64_t, Rows, Rows, double, double, std::int32_t, Rows, Rows, Rows, Rows>;
+
+// What the segments of a call share is given once.
+struct Shared {
+  std::int64_t K, N, seed;
+  std::uint64_t offset;
+  const std::int64_t* order;
+
+  std::vector<Segment> segments(const std::vector<Part>& parts) const {
+    std::vector<Segment> found;
+    for (const auto& [start, stop, R, A, B, s, scale, threshold, c, dA, dB, dc] : parts)
+      found.push_back({start, stop, {{}, A, B, 0, K, N, R, s, scale, threshold, seed, offset, 0}, c, dA, dB, dc});
+    return found;
+  }
+  Rows in_order(Rows rows) const {
+    rows.order = order;
+    return rows;
+  }
+};
+
+}  // namespace lora_kernels::cpu
 
 PYBIND11_MODULE(_cpu, m) {
   namespace py = pybind11;
@@ -68,6 +96,26 @@ PYBIND11_MODULE(_cpu, m) {
       Unlocked(), "dx (+)= undrop(g * A) + dy * W, dA, dB, dc, each unless it is None.", arg("x"), arg("A"), arg("B"), arg("M"),
       arg("K"), arg("N"), arg("R"), arg("s"), arg("scale"), arg("threshold"), arg("seed"), arg("offset"), arg("first"), arg("W"),
       arg("dy"), arg("h"), arg("dx"), arg("dA"), arg("dB"), arg("dc"), arg("add"), arg("threads"));
+  m.def(
+      "grouped_forward",
+      [](const std::vector<Part>& parts, std::int64_t K, std::int64_t N, std::int64_t seed, std::uint64_t offset, Address order,
+         const Rows& x, const Rows& y, bool add, const Rows& h, int threads) {
+        const Shared shared{K, N, seed, offset, reinterpret_cast<const std::int64_t*>(order)};
+        grouped_forward(shared.segments(parts), shared.in_order(x), shared.in_order(y), add, h, threads);
+      },
+      Unlocked(), "low_rank_forward of each segment's rows, which are start : stop of `order`, or where that is 0 of x and y.",
+      arg("segments"), arg("K"), arg("N"), arg("seed"), arg("offset"), arg("order"), arg("x"), arg("y"), arg("add"), arg("h"),
+      arg("threads"));
+  m.def(
+      "grouped_backward",
+      [](const std::vector<Part>& parts, std::int64_t K, std::int64_t N, std::int64_t seed, std::uint64_t offset, Address order,
+         const Rows& x, const Rows& dy, const Rows& h, const Rows& dx, bool add, int threads) {
+        const Shared shared{K, N, seed, offset, reinterpret_cast<const std::int64_t*>(order)};
+        const auto in_order = [&](const Rows& rows) { return shared.in_order(rows); };
+        grouped_backward(shared.segments(parts), in_order(x), in_order(dy), h, in_order(dx), add, threads);
+      },
+      Unlocked(), "low_rank_backward of each segment's rows.", arg("segments"), arg("K"), arg("N"), arg("seed"), arg("offset"),
+      arg("order"), arg("x"), arg("dy"), arg("h"), arg("dx"), arg("add"), arg("threads"));
   m.def(
       "glu_forward",
       [](const std::string& activation, std::int64_t rows, std::int64_t columns, const Rows& a, const Rows& e, const Rows& u,

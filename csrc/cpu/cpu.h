@@ -2,10 +2,11 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace lora_kernels::cpu {
 
-constexpr int INTERFACE = 5;  // of lora_kernels/cpu_extension.py: one more when a signature or a meaning here changes
+constexpr int INTERFACE = 6;  // of lora_kernels/cpu_extension.py: one more when a signature or a meaning here changes
 
 using Address = std::uintptr_t;
 
@@ -19,16 +20,27 @@ void drop_rows(Address out, Address in, std::int64_t in_stride, int itemsize, st
                std::int32_t threshold, double scale, std::int64_t seed, std::uint64_t offset, int threads);
 
 // A matrix of float32, bfloat16, float16 or float64: its rows are `stride` elements apart, their elements adjacent. Address 0: none.
+// With `order` its row i is row order[i] of those.
 struct Rows {
   enum Type { FLOAT, BFLOAT16, HALF, DOUBLE };
   Address address = 0;
   std::int64_t stride = 0;
   Type type = FLOAT;
+  const std::int64_t* order = nullptr;
   Rows() = default;
   Rows(Address address, std::int64_t stride, Type type) : address(address), stride(stride), type(type) {}
   Rows(Address address, std::int64_t stride, const std::string& dtype);
   Address at(std::int64_t row, std::int64_t column) const {
-    return address + (row * stride + column) * (type == DOUBLE ? 8 : type == FLOAT ? 4 : 2);
+    return address + ((order ? order[row] : row) * stride + column) * (type == DOUBLE ? 8 : type == FLOAT ? 4 : 2);
+  }
+  // The matrix of its rows from `row` on.
+  Rows from(std::int64_t row) const {
+    Rows rest = *this;
+    if (order)
+      rest.order += row;
+    else if (address)
+      rest.address = at(row, 0);
+    return rest;
   }
 };
 
@@ -41,7 +53,7 @@ struct LowRank {
   std::int32_t threshold;
   std::int64_t seed;
   std::uint64_t offset;
-  std::int64_t first;  // the mask's row of x's first one
+  std::int64_t first;  // the mask's row of x's first one; of x with an order it is the row's place in memory
 };
 
 // h[M, R] = drop(x) * A^T, y[M, N] = s * h * B^T + c[1, N], or where `add` y += s * h * B^T. The same bits for any number of threads.
@@ -57,6 +69,18 @@ struct LowRankGradients {
 // dx (+)= undrop(g * A) + dy * W, without the latter where W is not there; dA, dB and dc. g = s * dy * B. The same bits for any number
 // of threads.
 void low_rank_backward(const LowRank& term, const LowRankGradients& to, int threads);
+
+// Rows start : stop of x, dy, y, dx and h have a term of their own, and with it its gradients; what is shared is not read of it.
+struct Segment {
+  std::int64_t start, stop;
+  LowRank term;
+  Rows c, dA, dB, dc;
+};
+
+// The same for each segment, whose bits depend on no other.
+void grouped_forward(const std::vector<Segment>& segments, const Rows& x, const Rows& y, bool add, const Rows& h, int threads);
+void grouped_backward(const std::vector<Segment>& segments, const Rows& x, const Rows& dy, const Rows& h, const Rows& dx, bool add,
+                      int threads);
 
 // The matrices of act(e) * u, each [rows, columns]; without e: act(u). a is da in the backward pass, which writes de and du.
 struct Glu {

@@ -10,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "copies.h"
 #include "cpu.h"
 #include "mask.h"
 #include "products.h"
@@ -32,8 +33,8 @@ struct Term {
   T scale;  // of the values that dropout keeps
   Mask mask;
   std::int64_t first;       // the mask's row of x's first one
-  std::vector<T> A, At;     // [R, K], [K, padded]
-  std::vector<T> sB, sBt;   // s * B: [N, padded], [R, N]
+  std::unique_ptr<T[]> A, At;    // [R, K], [K, padded]
+  std::unique_ptr<T[]> sBt, sB;  // s * B: [R, N], [N, padded]
 };
 
 // What a thread computes in: rows of a tile.
@@ -50,13 +51,10 @@ struct Tile {
   std::int64_t row;
 };
 
-template <typename T>
-constexpr Rows::Type OWN = sizeof(T) == 8 ? Rows::DOUBLE : Rows::FLOAT;
-
 // in[p], in its own memory where that is of type T and `as_is`.
 template <typename T>
 INLINE Tile<T> read(T* room, const Rows& in, const Place& p, bool as_is = true) {
-  if (as_is && in.type == OWN<T>) return {reinterpret_cast<T*>(in.at(p.first, p.column)), in.stride};
+  if (as_is && in.type == OWN<T> && !in.order) return {reinterpret_cast<T*>(in.at(p.first, p.column)), in.stride};
   read_tile(room, COLUMNS, in, p);
   return {room, COLUMNS};
 }
@@ -82,14 +80,19 @@ INLINE Tile<T> dropped_x(Room<T>& room, const Term<T>& term, const Place& p) {
 
 template <typename T>
 INLINE void draw(std::uint16_t* lanes, const Term<T>& term, const Place& p) {
-  const auto row = static_cast<std::uint32_t>(term.first + p.first), column = static_cast<std::uint32_t>(p.column / LANES);
-  if (term.mask.threshold) draw_lanes(lanes, row, p.rows, column, COLUMNS / LANES, term.mask);
+  if (!term.mask.threshold) return;
+  const auto column = static_cast<std::uint32_t>(p.column / LANES);
+  const std::int64_t runs = term.x.order ? p.rows : 1, rows = p.rows / runs;  // of rows that are neighbours in the mask
+  for (std::int64_t run = 0; run < runs; ++run, lanes += rows * COLUMNS) {
+    const std::int64_t row = term.x.order ? term.x.order[p.first + run] : term.first + p.first;
+    draw_lanes(lanes, static_cast<std::uint32_t>(row), rows, column, COLUMNS / LANES, term.mask);
+  }
 }
 
 // Where out[p] is summed up: in its own memory, where `own`, else in `room` from 0 on.
 template <typename T>
 INLINE Tile<T> sum_of(T* room, const Rows& out, bool own, const Place& p) {
-  if (own && out.type == OWN<T>) return {reinterpret_cast<T*>(out.at(p.first, p.column)), out.stride};
+  if (own && out.type == OWN<T> && !out.order) return {reinterpret_cast<T*>(out.at(p.first, p.column)), out.stride};
   std::fill_n(room, p.rows * COLUMNS, T{0});
   return {room, COLUMNS};
 }
@@ -106,7 +109,7 @@ INLINE void forward(const Term<T>& term, const Rows& c, const Rows& y, bool add,
     draw(room.lanes, term, p);
     const auto v = dropped_x(room, term, p);
     for (std::int64_t j = 0; j < p.columns; j += PARTS)  // 1
-      combine<BYTES>(sums.data(), padded, rows, padded, Factor<T>{v.at + j, v.row, 1}, term.At.data() + (k + j) * padded, padded,
+      combine<BYTES>(sums.data(), padded, rows, padded, Factor<T>{v.at + j, v.row, 1}, term.At.get() + (k + j) * padded, padded,
                      std::min(PARTS, p.columns - j));
   }
   write_tile(sums.data(), padded, h, false, {first, rows, 0, term.R});
@@ -115,7 +118,7 @@ INLINE void forward(const Term<T>& term, const Rows& c, const Rows& y, bool add,
     const auto sum = sum_of(room.wide, y, add, p);
     if (c.address) read_tile(sum.at, sum.row, {c.address, 0, c.type}, p);
     for (std::int64_t r = 0; r < term.R; r += PARTS)  // 2
-      combine<BYTES>(sum.at, sum.row, rows, p.columns, Factor<T>{sums.data() + r, padded, 1}, term.sBt.data() + r * N + n, N,
+      combine<BYTES>(sum.at, sum.row, rows, p.columns, Factor<T>{sums.data() + r, padded, 1}, term.sBt.get() + r * N + n, N,
                      std::min(PARTS, term.R - r));
     if (sum.at == room.wide) write_tile(room.wide, COLUMNS, y, add, p);
   }
@@ -132,7 +135,7 @@ template <int BYTES, typename T>
 INLINE void write_dx(const Term<T>& term, const LowRankGradients& to, Room<T>& room, const T* g, const Place& p) {
   const auto sum = sum_of(room.wide, to.dx, to.add && term.mask.threshold == 0, p);
   for (std::int64_t r = 0; r < term.R; r += PARTS)
-    combine<BYTES>(sum.at, sum.row, p.rows, p.columns, Factor<T>{g + r, term.padded, 1}, term.A.data() + r * term.K + p.column,
+    combine<BYTES>(sum.at, sum.row, p.rows, p.columns, Factor<T>{g + r, term.padded, 1}, term.A.get() + r * term.K + p.column,
                    term.K, std::min(PARTS, term.R - r));
   if (term.mask.threshold) drop(room.wide, room.lanes, term, p);
   if (to.W.address) {
@@ -155,7 +158,7 @@ INLINE void read_dy(const Term<T>& term, const LowRankGradients& to, const Sums<
     const Place p{first, rows, n, std::min(COLUMNS, N - n)};
     const auto dy = read(room, to.dy, p);
     for (std::int64_t j = 0; g && j < p.columns; j += PARTS)
-      combine<BYTES>(g, padded, rows, padded, Factor<T>{dy.at + j, dy.row, 1}, term.sB.data() + (n + j) * padded, padded,
+      combine<BYTES>(g, padded, rows, padded, Factor<T>{dy.at + j, dy.row, 1}, term.sB.get() + (n + j) * padded, padded,
                      std::min(PARTS, p.columns - j));
     if (sums.dBt) combine<BYTES>(sums.dBt + n, N, R, p.columns, Factor<T>{h.data(), 1, R}, dy.at, dy.row, rows);
     if (!sums.dc) continue;
@@ -206,23 +209,6 @@ const auto forward_here = &forward_of_floats;
 const auto backward_here = &backward_of_floats;
 #endif
 
-// m, in rows of `row` elements, whose last ones are zeros.
-template <typename T>
-std::vector<T> copy(const Rows& m, std::int64_t rows, std::int64_t columns, std::int64_t row) {
-  std::vector<T> to(rows * row);
-  read_tile(to.data(), row, m, {0, rows, 0, columns});
-  return to;
-}
-
-// s * from[rows, columns]^T, the same.
-template <typename T>
-std::vector<T> transposed(const T* from, std::int64_t rows, std::int64_t columns, std::int64_t row, T s) {
-  std::vector<T> to(columns * row);
-  for (std::int64_t i = 0; i < rows; ++i)
-    for (std::int64_t j = 0; j < columns; ++j) to[j * row + i] = s * from[i * columns + j];
-  return to;
-}
-
 // With A and B as the products read them; those that are not there, or that no wanted result reads, are empty.
 template <typename T>
 Term<T> as(const LowRank& l, bool forward, bool reads_A) {
@@ -230,12 +216,11 @@ Term<T> as(const LowRank& l, bool forward, bool reads_A) {
   const T s = static_cast<T>(l.s);
   Term<T> term{l.M, l.K, l.N, l.R, padded, l.x, static_cast<T>(l.scale), mask_of(l.threshold, l.seed, l.offset), l.first, {}, {}, {}, {}};
   if (forward) {
-    term.At = transposed(copy<T>(l.A, l.R, l.K, l.K).data(), l.R, l.K, padded, T{1});
-    term.sBt = transposed(copy<T>(l.B, l.N, l.R, l.R).data(), l.N, l.R, l.N, s);
+    term.At = transpose_of<T>(l.A, l.R, l.K, padded);
+    term.sBt = transpose_of<T>(l.B, l.N, l.R, l.N, s);
   } else {
-    if (reads_A) term.A = copy<T>(l.A, l.R, l.K, l.K);
-    if (l.B.address) term.sB = copy<T>(l.B, l.N, l.R, padded);
-    for (T& b : term.sB) b *= s;
+    if (reads_A) term.A = copy_of<T>(l.A, l.R, l.K, l.K);
+    if (l.B.address) term.sB = copy_of<T>(l.B, l.N, l.R, padded, s);
   }
   return term;
 }
@@ -276,8 +261,8 @@ void run_backward(const LowRank& l, const LowRankGradients& to, int threads, OfR
   if (dA) write_tile(sum, l.K, to.dA, false, {0, l.R, 0, l.K});
   if (dc) write_tile(sum + dA + dBt, l.N, to.dc, false, {0, 1, 0, l.N});
   if (!dBt) return;
-  const auto dB = transposed(sum + dA, l.R, l.N, l.R, static_cast<T>(l.s));
-  write_tile(dB.data(), l.R, to.dB, false, {0, l.N, 0, l.R});
+  const Rows dBt_sum{reinterpret_cast<Address>(sum + dA), l.N, OWN<T>};
+  write_tile(transpose_of<T>(dBt_sum, l.R, l.N, l.R, static_cast<T>(l.s)).get(), l.R, to.dB, false, {0, l.N, 0, l.R});
 }
 
 bool is_double(const Rows& m) { return m.address && m.type == Rows::DOUBLE; }

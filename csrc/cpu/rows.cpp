@@ -6,8 +6,15 @@
 namespace lora_kernels::cpu {
 namespace {
 
+// p as one row, if its rows follow one another in m and in a tile of rows `step` elements apart.
+INLINE Place flat(std::int64_t step, const Rows& m, const Place& p) {
+  const bool adjacent = !m.order && m.stride == p.columns && step == p.columns;
+  return adjacent ? Place{p.first, 1, p.column, p.rows * p.columns} : p;
+}
+
 template <typename T>
-INLINE void read(T* tile, std::int64_t step, const Rows& in, const Place& p) {
+INLINE void read(T* tile, std::int64_t step, const Rows& in, const Place& place) {
+  const Place p = flat(step, in, place);
   for (std::int64_t i = 0; i < p.rows; ++i) read_row(tile + i * step, in, p.first + i, p.column, p.columns);
 }
 
@@ -19,7 +26,8 @@ INLINE void add_row(const T* in, const Rows& to, std::int64_t row, std::int64_t 
 }
 
 template <typename T>
-INLINE void write(const T* tile, std::int64_t step, const Rows& out, bool add, const Place& p) {
+INLINE void write(const T* tile, std::int64_t step, const Rows& out, bool add, const Place& place) {
+  const Place p = flat(step, out, place);
   for (std::int64_t i = 0; i < p.rows; ++i)
     if (add)
       add_row(tile + i * step, out, p.first + i, p.column, p.columns);

@@ -45,8 +45,8 @@ def plan(call: Call) -> Plan | str:
     return Plan("cpu", WHY, *(magnitude.around(functions, STEPS) if "magnitude" in call.fields else functions))
 
 
-def refusal(call: Call) -> str | None:
-    """Why csrc/cpu cannot compute a call's linear layers, or with "auto" is not the fastest; None."""
+def refusal(call: Call, segments: int = 1) -> str | None:
+    """Why csrc/cpu cannot compute a call's linear layers, or with "auto" is not the fastest; None. segments: of its rows."""
     if call.device.type != "cpu":
         return f"its loops are a CPU's, this call is on {call.device.type}"
     if cpu_extension.extension is None:
@@ -54,24 +54,25 @@ def refusal(call: Call) -> str | None:
     tensors = [call.x, *(t for member in call.members for t in member[:4] if isinstance(t, Layout))]
     if not all(t.plain for t in tensors):
         return "a tensor of this call is of a class of its own, whose elements may lie anywhere"
-    if call.setting == "auto" and (ranks := [R for member in call.members if (R := _large_rank(member, call))]):
+    if call.setting == "auto" and (ranks := [R for member in call.members if (R := _large_rank(member, call, segments))]):
         return f"PyTorch's products are faster at rank {max(ranks)}, from {MAX_R + 1} on"
     return None
 
 
-def _large_rank(member: LoRAWeights, call: Call) -> int:
+def _large_rank(member: LoRAWeights, call: Call, segments: int) -> int:
     """R, if it is one with which csrc/cpu is slower; else 0."""
-    if member.lora_A is None or member.weight is None:
+    if member.lora_A is None:
         return 0
-    R, rows = member.lora_A.shape[0], 1 << (call.rows - 1).bit_length() if call.rows else 0
-    return R if R > MAX_R and rows * R * sum(member.weight.shape) > TINY else 0
+    R, K = member.lora_A.shape[-2:]
+    rows = (1 << (call.rows - 1).bit_length() if call.rows else 0) // segments
+    return R if R > MAX_R and rows * R * (K + member.lora_B.shape[-2]) > TINY else 0
 
 
 def forward(
     x: Tensor, members: tuple[LoRAWeights, ...], dropout: Dropout | None, first: int = 0
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """Equations 1 and 2: every member's y[M,N] in x's dtype, and its h[M,R] in A's. first: the mask's row of x's first one."""
-    x = _adjacent(x)
+    x = adjacent(x)
     ys, hs = zip(*[_forward_of(x, member, dropout, i, first) for i, member in enumerate(members)], strict=True)
     return ys, hs
 
@@ -80,13 +81,13 @@ def _forward_of(
     x: Tensor, member: LoRAWeights, dropout: Dropout | None, number: int, first: int
 ) -> tuple[Tensor, Tensor | None]:
     (W, A, B, c, s, _), M, h = member, x.shape[0], None
-    before = _product_is_first(x, W)
+    before = product_is_first(x, W)
     if before:
         y = nf4_product.linear(x, W, c) if isinstance(W, NF4Weight) else F.linear(x, W, c)
     else:
         y = x.new_empty((M, W.shape[0]), dtype=sum_dtype(x, W))
     if A is not None:
-        A, B, (R, K) = _adjacent(A), _adjacent(B), A.shape
+        A, B, (R, K) = adjacent(A), adjacent(B), A.shape
         h = A.new_empty((M, R))
         term = rows_of(x), rows_of(A), rows_of(B), M, K, W.shape[0], R, float(s), *mask_of(dropout, number), first
         c = None if c is None or before else c.contiguous()
@@ -111,7 +112,7 @@ def backward(
             dtype = dy.dtype
             if type(dy) not in PLAIN:
                 return pytorch.backward(dys, x, members, hs, dropout, needs)
-    dx, found = members_backward(dys, _adjacent(x), members, hs, needs, _backward_of, dropout, len(members) == 1)
+    dx, found = members_backward(dys, adjacent(x), members, hs, needs, _backward_of, dropout, len(members) == 1)
     return Grads(None if dx is None else to(dx, dtype), found)
 
 
@@ -128,11 +129,11 @@ def _backward_of(
     alone: bool,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """(dx with one member's part, its wanted gradients but W's). alone: dx has no other member's part."""
-    dy, A, B, h = _adjacent(dy), _adjacent(member.lora_A), _adjacent(member.lora_B), _adjacent(h)
+    dy, A, B, h = adjacent(dy), adjacent(member.lora_A), adjacent(member.lora_B), adjacent(h)
     W, s, (M, N) = member.weight, member.scaling, dy.shape
     R = 0 if B is None and h is None else (h if B is None else B).shape[1]
     K = W.shape[1] if need_x else x.shape[1] if "lora_A" in wanted else 0
-    small, before, add = None, need_x and _product_is_first(dy, W), dx is not None
+    small, before, add = None, need_x and product_is_first(dy, W), dx is not None
     if before and dx is None and A is not None and M * N * K <= TINY and _multiplied_by_csrc(W, A):
         small, before, dx = W, False, dy.new_empty((M, K))
     elif before:
@@ -153,7 +154,7 @@ def _backward_of(
     return dx if not need_x or before or small is not None else add_backward_product(dx, dy, W), found
 
 
-def _product_is_first(t: Tensor, W: Tensor | NF4Weight) -> bool:
+def product_is_first(t: Tensor, W: Tensor | NF4Weight) -> bool:
     """Whether the low-rank part is added to the product of t with W, and not the other way round."""
     return t.dtype.itemsize >= 4 and not (isinstance(W, NF4Weight) and W.numel() > tile_size(t.device))
 
@@ -166,9 +167,9 @@ def _multiplied_by_csrc(W: Tensor | NF4Weight, A: Tensor) -> bool:
     return type(W) in PLAIN and W.stride(1) == 1 and A.dtype.itemsize <= W.dtype.itemsize and W.shape[1] >= 8
 
 
-def _adjacent(t: Tensor | None) -> Tensor | None:
+def adjacent(t: Tensor | None) -> Tensor | None:
     """t, or a copy, with rows whose elements are adjacent."""
-    return t if t is None or t.stride()[1] == 1 else t.contiguous()
+    return t if t is None or t.stride()[-1] == 1 else t.contiguous()
 
 
 NO_MASK = (1.0, 0, 0, 0)  # the scale of what is kept, the threshold, the seed and the offset
@@ -178,10 +179,11 @@ def mask_of(dropout: Dropout | None, number: int) -> tuple[float, int, int, int]
     """What csrc/cpu makes a member's mask of."""
     if dropout is None:
         return NO_MASK
-    scale, edge = _of_p(dropout.p)
+    scale, edge = scale_and_threshold(dropout.p)
     return scale, edge, dropout.seed.item(), dropout.offset + number  # type: ignore[return-value]
 
 
 @functools.lru_cache
-def _of_p(p: float) -> tuple[float, int]:
+def scale_and_threshold(p: float) -> tuple[float, int]:
+    """What csrc/cpu multiplies the kept values by, and the least 16-bit lane that keeps one."""
     return keep_scale(p), threshold(p)

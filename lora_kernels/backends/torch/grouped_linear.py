@@ -5,20 +5,21 @@ shared weight, for those of each segment over its own. No weight is summed with 
 segments' sizes, which the host knows of ids from a CPU; of others it reads them, once a pass.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...mask import keep_scale, row_chunks
 from ...plan import Call, Plan
-from ...values import Dropout, Grads, Needs, Rows
+from ...values import Dropout, Grads, LoRAWeights, Needs, Rows
 from ..products import columns_together, transposed_product, weight_gradient
-from . import grouped_whole, linear
+from . import linear
 from .engine import ChunkMask, add_backward_product, add_forward_product, sum_dtype, to, total, work_dtype
 from .segments import Block, Members, Piece, Segment, blocks, ends, numbers, segments
 
 FIELDS = linear.FIELDS - {"magnitude"}
-WHOLE = {"x", "lora_A", "lora_B"}  # the gradients that grouped_whole.py has
 notes = linear.notes
 
 
@@ -31,9 +32,6 @@ def forward(
     x: Tensor, members: Members, dropout: Dropout | None, rows: Rows, ps: tuple[float, ...]
 ) -> tuple[tuple[Tensor], tuple[Tensor]]:
     """((y[M, N] in x's dtype,), (h[M, the largest R] in the adapters',))."""
-    if len(members) == 1 and grouped_whole.fits(x, members[0], rows):
-        y, h = grouped_whole.forward(x, members[0], dropout, rows)
-        return (y,), (h,)
     (M, K), W, c = x.shape, members[0].weight, members[0].bias
     bounds, shared = ends(rows, M), len(W.shape) == 2
     y = x.new_empty(M, W.shape[-2], dtype=sum_dtype(x, W))
@@ -91,27 +89,17 @@ def backward(
 ) -> Grads:
     """Equation 15. dx has dy's dtype, dA and dB the adapters', dc is in float32 or wider; see functional/grouped_linear.py."""
     (dy,), (h,), W, M = dys, saved, members[0].weight, len(dys[0])
-    wanted = {*needs.members[0], *(("x",) if needs.x else ())}
-    if len(members) == 1 and wanted <= WHOLE and grouped_whole.fits(dy, members[0], rows):
-        dx, own = grouped_whole.backward(dy, x, members[0], h, dropout, wanted, rows)
-        return Grads(dx, (own,))
     bounds, own_weight = ends(rows, M), W is not None and len(W.shape) == 3
     dx = dy.new_empty(M, W.shape[-1], dtype=sum_dtype(dy, W)) if needs.x else None
     grads = begun(dy, x, members, needs, rows)
     found = list(segments(members, dropout.p if dropout else 0.0, ps, bounds))
     of_adapters(grads, dx, dy, x, h, found, members, dropout, needs, rows.order)
-    for segment in found if own_weight else ():
-        if needs.x:
-            add_backward_product(dx[segment.place], dy[segment.place], segment.own.weight)  # 4
-        if "weight" in needs.members[0]:
-            grads[0]["weight"][segment.number] = weight_gradient(dy[segment.place], x[segment.place])
+    for segment in found if needs.x and own_weight else ():
+        add_backward_product(dx[segment.place], dy[segment.place], segment.own.weight)  # 4
     if needs.x:
         dx[numbers(rows.order, slice(bounds[-1], M))] = 0
         dx = to(dx if own_weight else add_backward_product(dx, dy, W), dy.dtype)  # 4
-    if "weight" in needs.members[0] and not own_weight:
-        grads[0]["weight"] = weight_gradient(dy, x)
-    if "bias" in needs.members[0] and members[0].bias.ndim == 1:
-        grads[0]["bias"] = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+    of_base(grads[0], dy, x, members[0], needs.members[0], bounds)
     return Grads(dx, tuple(grads))
 
 
@@ -128,6 +116,20 @@ def begun(dy: Tensor, x: Tensor | None, members: Members, needs: Needs, rows: Ro
         if "bias" in names and member.bias.ndim == 2:
             gradients["bias"] = dy.new_zeros(member.bias.shape, dtype=torch.promote_types(dy.dtype, torch.float32))
     return found
+
+
+def of_base(
+    grads: dict[str, Tensor], dy: Tensor, x: Tensor | None, member: LoRAWeights, names: tuple[str, ...], bounds: list[int]
+) -> None:
+    """Fill in the gradients of the weight, and of a bias that is shared."""
+    if "weight" in names and "weight" not in grads:
+        grads["weight"] = weight_gradient(dy, x)
+    elif "weight" in names:
+        for e, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            if start < stop:
+                grads["weight"][e] = weight_gradient(dy[start:stop], x[start:stop])
+    if "bias" in names and "bias" not in grads:
+        grads["bias"] = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
 
 
 def of_adapters(
