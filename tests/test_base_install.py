@@ -90,9 +90,25 @@ def test_a_loop_trains_and_saves(site, tmp_path):
     run(site, tmp_path, "-c", TRAIN_AND_SAVE)
 
 
-@pytest.mark.parametrize("example", [name for name, text in EXAMPLES.items() if not any(extra in text for extra in EXTRAS)])
-def test_example(site, tmp_path, example):
-    run(site, tmp_path, "-c", EXAMPLES[example])
+IN_PROCESSES = """
+import os, sys
+import torch
+
+for name, text in {examples}.items():
+    if os.fork() == 0:
+        exec(text, {{"__name__": "__main__"}})
+        os._exit(0)
+    status = os.wait()[1]
+    print(f"{{name}} ended with {{status}}", file=sys.stderr)
+    assert not status
+"""
+
+
+def test_examples(site, tmp_path):
+    """Each in a process of its own, which the first has brought PyTorch: its import takes as long as ten examples."""
+    examples = {name: text for name, text in EXAMPLES.items() if not any(extra in text for extra in EXTRAS)}
+    assert examples
+    run(site, tmp_path, "-c", IN_PROCESSES.format(examples=examples))
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,7 @@ def test_a_fast_tile_with_wrong_results_is_not_chosen(gpu, monkeypatch):
 def test_what_is_timed_runs(gpu, monkeypatch):
     """Every kernel with a tile on trial, the gate behind a choice, and both dataflows, at tiny sizes."""
     monkeypatch.setattr(calls, "DTYPES", {"16": (FP16, FP16)})
+    monkeypatch.setattr(tiles, "GATE", (40, 70, 90))
     sizes = calls.Sizes(M=32, width=64, contractions=(64,), tokens=(32,), repeats=1)
     for kernel in ("project", "prefill", "grad_dy", "grad_x", "lowrank_product"):
         own = tuning.TILES[kernel, "16", 32]

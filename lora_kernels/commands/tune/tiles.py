@@ -12,6 +12,7 @@ from ..timing import interleaved
 from . import calls
 
 KEEP = 0.98  # another tile than the table's must take at most this part of its time
+GATE = 384, 512, 384  # rows and features of a layer whose results a tile is to get right: several tiles each way
 FIELDS = ("rows", "columns", "warps", "stages", "depth", "maxnreg")  # of the candidates, beside the table's own tile
 CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
     "project": ((64, 128, 8, 4), (64, 64, 8, 4), (64, 128, 4, 3), (128, 64, 8, 3), (32, 128, 4, 4), (32, 256, 8, 3)),
@@ -77,7 +78,7 @@ def choose_tile(
     for tile in [*sorted(ahead, key=seconds.__getitem__), own]:
         if tile not in seconds:
             continue
-        problem = calls.draw(384, 512, 384, calls.RANK[rank], arithmetic, device)
+        problem = calls.draw(*GATE, calls.RANK[rank], arithmetic, device)
         trial.update({kernel: tile, **({"dataflow": "lowrank_product"} if kernel.startswith("lowrank_product") else {})})
         try:
             with use_backend("triton"):
