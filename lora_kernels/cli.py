@@ -13,6 +13,7 @@ from .commands.bench.options import bench
 from .commands.console import FAILED, CommandError
 from .commands.convert.options import convert
 from .commands.demo.options import demo
+from .commands.examples import of_all, of_command
 from .commands.failures import explained, give_up_output
 from .commands.memory.options import memory
 from .commands.merge.options import merge
@@ -38,7 +39,7 @@ class Group(TyperGroup):
 
 
 class Command(TyperCommand):
-    """One command. Ctrl-C is an error of it, with its line: typer ends without one."""
+    """One command. Ctrl-C is an error of it, with its line and code: typer would end with "Aborted!" and 1."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types(super().get_params(ctx))
@@ -53,12 +54,12 @@ class Command(TyperCommand):
 app = typer.Typer(
     cls=Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Fused LoRA linear layers for PyTorch: see them train, measure them, ask what runs where.",
+    epilog=of_all(),
 )
 for command in (demo, bench, tune, report, memory, convert, merge):
-    app.command(cls=Command)(command)
+    app.command(cls=Command, epilog=of_command(command.__name__))(command)
 
 
 def _print_version(wanted: bool) -> None:

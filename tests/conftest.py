@@ -7,6 +7,7 @@ import properties  # noqa: F401  # --hypothesis-profile=thorough
 import pytest
 import torch
 import triton_interpreter
+from command_line import run  # noqa: F401
 from csrc_emulator import cuda  # noqa: F401
 from kinds import Kind
 

@@ -13,24 +13,6 @@ from lora_kernels.commands import environment
 from lora_kernels.commands.bench import layers, peers
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run(*arguments) -> (exit code, stdout, stderr) of main()."""
-    monkeypatch.delenv("COLUMNS", raising=False)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lora-kernels", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        else:
-            code = 0
-        return code, *capsys.readouterr()
-
-    return call
-
-
 def assert_one_line_error(result, *parts):
     code, out, err = result
     assert code == 2
@@ -285,13 +267,3 @@ def test_without_git_the_commit_is_unknown(run, monkeypatch, stdout):
     assert "commit unknown" in " ".join(out.split())
     assert "None" not in out
     assert "commit unknown" in run("report")[1]
-
-
-@pytest.mark.parametrize(
-    "command", [None, *(command.name or command.callback.__name__ for command in cli.app.registered_commands)]
-)
-def test_help_shows_no_type_beside_a_flag(run, command):
-    code, out, _ = run(*([command] if command else []), "--help")
-    assert code == 0
-    assert "--json" in out or command is None
-    assert "bool" not in out

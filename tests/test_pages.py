@@ -1,14 +1,12 @@
 """The pages of `demo` and `bench --html`: the numbers of the JSON, the words of others as text, whole or not at all."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_llama
 from html_reader import read
 
-from lora_kernels import cli
 from lora_kernels.commands.bench import page as bench_page
 from lora_kernels.commands.console import format_bytes, format_seconds
 from lora_kernels.commands.demo import run as demo
@@ -18,23 +16,6 @@ for package in ("transformers", "peft", "matplotlib", "safetensors"):
 
 SCRIPT = '<script src="https://x.example"></script>'
 LAYERS = ["bench", "--shape", "48x32", "--rank", 4, "--repeats", 1, "--device", "cpu"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run(*arguments) -> (exit code, stderr) of `lora-kernels`."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lora-kernels", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        else:
-            code = 0
-        return code, capsys.readouterr().err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +30,7 @@ def test_the_demos_page(run, model, tmp_path, monkeypatch):
     samples = iter([f"before {SCRIPT}", "after </pre>\n<h1>\udcff"])
     monkeypatch.setattr(demo, "sample", lambda *arguments: next(samples))
     options = ["--steps", 8, "--tokens-per-step", 64, "--rank", 4, "--variant", "adalora", "--json", target]
-    code, err = run("demo", "--model", model, "--text", text, "--output", out, *options)
+    code, _, err = run("demo", "--model", model, "--text", text, "--output", out, *options)
     assert code == 0, err
     found = json.loads(target.read_text())
     assert Path(found["page"]) == out / "report.html"
@@ -99,7 +80,7 @@ def test_the_page_of_layers(run, tmp_path):
 def test_the_page_of_a_model(run, model, tmp_path):
     json_file, html_file = tmp_path / "bench.json", tmp_path / "bench.html"
     options = ["--tokens", 32, "--rank", 4, "--repeats", 1, "--device", "cpu", "--json", json_file, "--html", html_file]
-    code, err = run("bench", "--model", model, *options)
+    code, _, err = run("bench", "--model", model, *options)
     assert code == 0, err
     found, page = json.loads(json_file.read_text()), read(html_file.read_text(encoding="utf-8"))
     assert "<b>&amp;llama, 32 tokens, r=4, p=0.1, float32 time, the median bare frozen linear" in page.text
@@ -132,7 +113,7 @@ def test_a_wrong_result_has_its_reason_and_no_times(run, monkeypatch, tmp_path):
 )
 def test_a_target_that_cannot_be_written_is_one_line_at_once(run, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert run("bench", *arguments) == (2, f"lora-kernels: {message}\n")
+    assert run("bench", *arguments) == (2, "", f"lora-kernels: {message}\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -146,7 +127,7 @@ def test_a_page_is_replaced_whole_or_not_at_all(run, monkeypatch, tmp_path):
 
     monkeypatch.setattr(bench_page, "bench_page", lambda result: "the new one")
     monkeypatch.setattr(Path, "write_text", full)
-    code, err = run(*LAYERS, "--tokens", 16, "--compare", "none", "--html", target)
+    code, _, err = run(*LAYERS, "--tokens", 16, "--compare", "none", "--html", target)
     assert (code, err.splitlines()[-1]) == (1, f"lora-kernels: --html: cannot write {target}: No space left on device")
     assert target.read_text() == "the old one"
     assert list(tmp_path.iterdir()) == [target]

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
-TEXT_COLUMNS = ("reason", "value", "evidence", "tile", "choice")
+TEXT_COLUMNS = ("reason", "value", "evidence", "tile", "choice", "form")
 TEXT_WIDTH = 16  # a column of text may be wrapped to so many columns of the terminal
 
 
