@@ -40,7 +40,7 @@ lint: $(READY)  ## format, lint and types, as CI checks them, shell scripts and 
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/shellcheck -x bench/*.sh .ci/run .ci/install_nvcc
-	$(VENV)/bin/actionlint -shellcheck $(VENV)/bin/shellcheck
+	$(VENV)/bin/actionlint -shellcheck $(VENV)/bin/shellcheck .github/workflows/*.yml
 
 docs:  ## the site in build/docs, from docs/ and the docstrings; a dead link is an error
 	$(PYTHON) -m venv .venv-docs

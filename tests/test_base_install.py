@@ -105,7 +105,7 @@ def test_command(site, tmp_path, arguments):
 
 
 def test_importing_it_imports_nothing_but_it_and_torch():
-    """Which takes 0.2 s beyond torch's seconds; Triton, transformers, peft, rich and typer are imported where they are needed."""
+    """It takes 0.2 s beyond torch's seconds; Triton, transformers, peft, rich and typer are imported where they are used."""
     code = """
 import sys, torch
 before = set(sys.modules)

@@ -114,14 +114,14 @@ def test_without_a_cpp_compiler_the_rest_is_installed(tmp_path: Path) -> None:
 
 
 def test_the_source_distribution_holds_what_builds_tests_and_explains_it(tmp_path: Path) -> None:
-    """All that git tracks, but for what is about the repository itself."""
+    """All that git tracks, but for git's own and pre-commit's configuration."""
     result = setup_py("-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path), LORA_KERNELS_BUILD_CUDA="0")
     assert result.returncode == 0, result.stderr
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     sources = {str(file.relative_to(ROOT)) for file in (ROOT / "csrc").rglob("*") if file.is_file()}
-    sources |= {name for name in tracked if not name.startswith(".git") and name != ".pre-commit-config.yaml"}
+    sources |= {name for name in tracked if name not in (".gitignore", ".pre-commit-config.yaml")}
     assert sources | {"setup.py", "pyproject.toml"} <= names
     assert not {name for name in names if name.endswith((".so", ".pyc"))}
 
