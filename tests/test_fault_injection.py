@@ -43,6 +43,10 @@ every_saver = pytest.mark.parametrize("saver", NAMES, indirect=True)
 
 def in_child(work: Callable[[], object]) -> int:
     """The exit code of `work` in a process of its own: 0, 1 for an exception, a signal's as a negative number."""
+    return ended(start(work))
+
+
+def start(work: Callable[[], object]) -> int:
     child = os.fork()
     if not child:
         code = 1
@@ -54,6 +58,10 @@ def in_child(work: Callable[[], object]) -> int:
             traceback.print_exc()
         finally:
             os._exit(code)
+    return child
+
+
+def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -244,3 +252,18 @@ def test_a_single_file_is_never_missing(tmp_path):
         assert (tmp_path / FILE).is_file()
         if not code:
             return
+
+
+def test_several_processes_save_in_one_place(tmp_path):
+    """As all ranks do that are not told which is the first: each finishes, and finds what another has finished for it."""
+    saved = [(save_adapter(adapted(v, v), tmp_path / str(v)), function(tmp_path / str(v)))[1] for v in (OLD, NEW)]
+
+    def work(version: int) -> None:
+        for _ in range(20):
+            save_adapter(adapted(version, version), tmp_path)
+
+    children = [start(lambda v=version: work(v)) for version in (OLD, NEW, OLD, NEW)]
+    assert [ended(child) for child in children] == [0] * 4
+    save_adapter(adapted(NEW, NEW), tmp_path)
+    assert function(tmp_path) == saved[NEW]
+    assert left(tmp_path) == []

@@ -96,7 +96,9 @@ def _move(finished: Path) -> None:
     Of several, a description that changes is removed first: between the moves other readers find none, and never the old one of
     new tensors.
     """
-    files = sorted(finished.iterdir(), key=lambda file: (file.suffix == ".json", file.name))
+    files: list[Path] = []
+    with contextlib.suppress(FileNotFoundError):
+        files = sorted(finished.iterdir(), key=lambda file: (file.suffix == ".json", file.name))
     for file in files if len(files) > 1 else ():
         old = finished.parent / file.name
         with contextlib.suppress(FileNotFoundError):
