@@ -194,3 +194,11 @@ def test_the_undamaged_file_is_read(tmp_path, format):
     load_adapter(into, path)
     counts = {part: sum("lora_A" in name for name in model.state_dict()) for part, model in into.items()}
     assert counts == {part: len(layers) for part, layers in LAYERS.items()}
+
+
+def test_a_header_that_is_no_object_is_the_file_s_where_no_model_is_given(tmp_path):
+    """Once an error without the file's name."""
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(save(good("diffusers"), {"lora_adapter_metadata": "[]"}))
+    with pytest.raises(ValueError, match=rf"^{path}: its header's lora_adapter_metadata: got a list, expected an object"):
+        read_parts(path)
