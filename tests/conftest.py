@@ -22,6 +22,19 @@ LEFT_OUT = optional_packages.left_out()
 collect_ignore = [file for files in LEFT_OUT.values() for file in files]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seeds", type=int, default=1, help="so many times as many seeds where files are damaged at random")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "seeds(n): the test takes a `seed`, one of n, or of --seeds times as many")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if (marker := metafunc.definition.get_closest_marker("seeds")) is not None:
+        metafunc.parametrize("seed", range(marker.args[0] * metafunc.config.getoption("--seeds")))
+
+
 def pytest_report_header() -> list[str]:
     return [f"left out, {package} is not installed: {', '.join(files)}" for package, files in LEFT_OUT.items()]
 

@@ -238,7 +238,8 @@ def test_json_is_replaced_whole_or_not_at_all(run, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Path, "write_text", full)
     code, _, err = run("report", "--json", target)
-    assert (code, err) == (1, f"lora-kernels: --json: cannot write {target}: No space left on device\n")
+    cure = "nothing there was changed: make room there, or save elsewhere"
+    assert (code, err) == (1, f"lora-kernels: --json: cannot write {target}: No space left on device; {cure}\n")
     assert target.read_text() == before
     assert {file.name for file in tmp_path.iterdir()} == {"report.json", "link.json", "report.json.new"}
     assert (tmp_path / "report.json.new").read_bytes() == b"a user's"

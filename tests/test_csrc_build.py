@@ -63,7 +63,7 @@ def test_skipped_on_request_and_unknown_families_refused() -> None:
     for wish, unknown in (("75;90a", "75"), ("sm_90", "sm_90"), ("90a,100", "90a,100"), ("90b", "90b"), ("80;", "")):
         result = setup_py("--version", LORA_KERNELS_BUILD_CUDA=wish)
         assert result.returncode == 1
-        expected = "expected 0, 1, or GPU families from 80 on, as in 80;86;89;90a;100;120"
+        expected = "expected 0, 1, cu128 or another release, or GPU families from 80 on, as in 80;86;89;90a;100;120"
         assert f"LORA_KERNELS_BUILD_CUDA: got {unknown!r}, {expected}" in result.stderr
 
 
@@ -90,6 +90,20 @@ def test_where_nvcc_is_it_is_built(tmp_path: Path) -> None:
     assert "is CUDA 12.4, and it needs 12.8 or newer" in result.stdout
 
 
+def test_a_variant_names_its_release_and_takes_no_other(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    pytest.importorskip("ninja")
+    own = setup_py("--version", LORA_KERNELS_BUILD_CUDA="0").stdout.split()[-1]
+    for release, variant in (("12.8", "cu128"), ("13.0", "cu130")):
+        result = setup_py("--version", CUDA_HOME=fake_nvcc(tmp_path, release), LORA_KERNELS_BUILD_CUDA=variant)
+        assert f"is built for sm_80, sm_86, sm_89, sm_90a, sm_100, sm_120: nvcc {release}" in result.stdout, result.stderr
+        assert result.stdout.split()[-1] == f"{own}+{variant}"
+    result = setup_py("--version", CUDA_HOME=str(tmp_path), LORA_KERNELS_BUILD_CUDA="cu128")
+    assert result.returncode == 1
+    assert "LORA_KERNELS_BUILD_CUDA=cu128, but the CUDA extension cannot be built" in result.stderr
+    assert "nvcc is CUDA 13.0, not 12.8" in result.stderr
+
+
 def test_without_a_cpp_compiler_the_rest_is_installed(tmp_path: Path) -> None:
     pytest.importorskip("pybind11")
     build = ("build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
@@ -99,13 +113,17 @@ def test_without_a_cpp_compiler_the_rest_is_installed(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_the_source_distribution_holds_csrc(tmp_path: Path) -> None:
+def test_the_source_distribution_holds_what_builds_tests_and_explains_it(tmp_path: Path) -> None:
+    """All that git tracks, but for git's own and pre-commit's configuration."""
     result = setup_py("-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path), LORA_KERNELS_BUILD_CUDA="0")
     assert result.returncode == 0, result.stderr
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     sources = {str(file.relative_to(ROOT)) for file in (ROOT / "csrc").rglob("*") if file.is_file()}
+    sources |= {name for name in tracked if name not in (".gitignore", ".pre-commit-config.yaml")}
     assert sources | {"setup.py", "pyproject.toml"} <= names
+    assert not {name for name in names if name.endswith((".so", ".pyc"))}
 
 
 def test_libraries_of_an_earlier_build_are_not_packed(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_what_once_passed_or_ended_in_another_error(key, value):
     assert all(torch.equal(t, before[name]) for name, t in whole.state_dict().items())
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.seeds(8)
 def test_it_loads_or_nothing_changes(seed):
     draw, whole, x = random.Random(seed), model(), torch.ones(2, 64)
     state, before = values(whole), values(whole)

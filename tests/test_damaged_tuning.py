@@ -60,7 +60,7 @@ def damaged(draw: random.Random) -> bytes:
     return text[: draw.randrange(len(text))] if draw.random() < 0.1 else text
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.seeds(4)
 def test_it_is_read_or_ignored_with_one_warning(tmp_path, monkeypatch, seed):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuned, "COMMITTED", tmp_path / "none")

@@ -8,11 +8,12 @@ import importlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from ..models.atomic_files import all_or_nothing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,11 +58,8 @@ def write_whole(path: Path, text: str, option: str) -> None:
         if _is_device(path) or not os.access(target.parent, os.W_OK):
             path.write_text(text, encoding="utf-8")
             return
-        # A folder of its own: no file of the user's has its name, and the text gets the mode of any new file.
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            staging = Path(folder) / target.name
-            staging.write_text(text, encoding="utf-8")
-            staging.replace(target)
+        with all_or_nothing(target.parent) as folder:
+            (folder / target.name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise CommandError(f"{option}: cannot write {path}: {error.strerror}", FAILED) from error
 

@@ -1,5 +1,6 @@
 """transformers' Trainer, and those derived from it, with checkpoints that hold adapters in place of the whole model."""
 
+import io
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from ..layers.linear import DEFAULT_ADAPTER
 from ..models.adapter_config import to_peft
 from ..models.adapter_files import load_adapter
 from ..models.adapter_saving import CONFIG_FILE, remove_adapter, save_adapter
+from ..models.atomic_files import all_or_nothing, settle
 from ..models.export import merged_tensors
 from ..models.parameters import lora_parameters
 from ..models.state import adapted_layers, lora_layers, lora_state
@@ -77,7 +79,10 @@ class AdapterCheckpoints:
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processor is not None:
             processor.save_pretrained(directory)
-        torch.save(self.args, directory / TRAINING_ARGS_NAME)
+        arguments = io.BytesIO()  # torch.save does not say what the disk refuses
+        torch.save(self.args, arguments)
+        with all_or_nothing(directory) as folder:
+            (folder / TRAINING_ARGS_NAME).write_bytes(arguments.getvalue())
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not _load_adapters(self.model if model is None else model, Path(resume_from_checkpoint)):
@@ -102,8 +107,11 @@ def _load_adapters(model: nn.Module, directory: Path) -> bool:
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
     expected = lora_state(model).configs.keys()
+    for folder in (directory, *(directory / name for name in expected)):
+        settle(folder)
     saved = {file.parent.name for file in directory.glob(f"*/{CONFIG_FILE}")}
-    saved = {name for name in saved if name in expected or not name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")}  # in output_dir
+    others = (f"{PREFIX_CHECKPOINT_DIR}-", ".")  # in output_dir, and of a save that was killed
+    saved = {name for name in saved if name in expected or not name.startswith(others)}
     saved |= {DEFAULT_ADAPTER} if (directory / CONFIG_FILE).is_file() else set()
     if not saved or any(directory.glob("model*.safetensors*")):  # SavePretrained puts adapters beside a whole model
         return False

@@ -1,5 +1,6 @@
 """Read an adapter's files, which PEFT, diffusers, kohya's sd-scripts, ai-toolkit or save_adapter wrote, into a model."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, overload
@@ -14,6 +15,7 @@ from .adalora.files import expanded
 from .adapter_keys import MAGNITUDE
 from .adapter_loading import LoadedAdapter, Loading, Source, prepare_loading, refuse_unready
 from .adapter_saving import CONFIG_FILE, WEIGHTS_FILE, subfolder
+from .atomic_files import settle
 from .lora_files.keys import PEFT
 from .lora_files.loading import read_adapter
 from .lora_files.parts import ALONE, parts_of
@@ -98,6 +100,8 @@ def load_adapter(
 def find_adapter(path: Path, adapter_name: str = DEFAULT_ADAPTER) -> Path:
     """PEFT's directory, or the one file, that holds the adapter. Raises ValueError for a directory with several."""
     for folder in (subfolder(path, adapter_name), path):
+        with contextlib.suppress(PermissionError):
+            settle(folder)
         if (folder / CONFIG_FILE).is_file():
             return folder
         files = sorted(file.name for file in folder.glob("*.safetensors")) if folder.is_dir() else []

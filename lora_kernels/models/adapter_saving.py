@@ -17,7 +17,7 @@ from .adalora.config import AdaLoRAConfig
 from .adalora.files import pruned, warn_if_never_allocated
 from .adapter_checks import why_not_finite
 from .adapter_keys import adapter_tensors
-from .atomic_files import all_or_nothing
+from .atomic_files import all_or_nothing, settle, write_tensors
 from .distributed import full, is_sharded
 from .embeddings import resized_embeddings
 from .lora_files.adapters import factors_of
@@ -68,11 +68,9 @@ class PreparedAdapter:
     sharded: bool
 
     def write(self) -> Path:
-        from safetensors.torch import save_file
-
         if not self.sharded or torch.distributed.get_rank() == 0:
             with all_or_nothing(self.directory) as folder:
-                save_file(self.tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+                write_tensors(self.tensors, folder / WEIGHTS_FILE, {"format": "pt"})
                 text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
                 (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
         if self.sharded:
@@ -117,11 +115,9 @@ class PreparedFile:
     sharded: bool
 
     def write(self) -> Path:
-        from safetensors.torch import save_file
-
         if not self.sharded or torch.distributed.get_rank() == 0:
             with all_or_nothing(self.path.parent) as folder:
-                save_file(self.tensors, folder / self.path.name, metadata=self.header)
+                write_tensors(self.tensors, folder / self.path.name, self.header)
         if self.sharded:
             torch.distributed.barrier()
         return self.path
@@ -149,6 +145,7 @@ def _prepare_file(parts: Mapping[str, nn.Module], path: Path, adapter_name: str,
 
 def remove_adapter(directory: Path) -> None:
     """Remove the files of an adapter that was saved into `directory` before, and no others."""
+    settle(directory)  # or a save that was killed would bring it back
     for name in (CONFIG_FILE, WEIGHTS_FILE):  # first the one that makes readers look for the other
         (directory / name).unlink(missing_ok=True)
 

@@ -35,7 +35,10 @@ def read_parts(path: Path, models: Mapping[str, nn.Module] | None = None) -> tup
             raise ValueError(f"{found}: {factors.key!r} is a name of {module.format}'s, whose meaning a model's modules say")
         by_part.setdefault(module.part, {})[module.name] = factors
     named = {own_name(part, None, factors): factors for part, factors in by_part.items()}
-    return {part: configured(file, part, nn.Module(), factors) for part, factors in named.items()}, file.metadata
+    try:
+        return {part: configured(file, part, nn.Module(), factors) for part, factors in named.items()}, file.metadata
+    except ValueError as error:
+        raise ValueError(f"{found}: {error}") from error
 
 
 def write_parts(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .atomic_files import write_tensors
+
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 SHARD_FILE = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -43,9 +45,7 @@ def remove_shards(directory: Path, keep: list[str]) -> None:
 
 
 def _write(shard: dict[str, Tensor], path: Path) -> dict[str, int]:
-    from safetensors.torch import save_file
-
-    save_file(shard, path, metadata={"format": "pt"})
+    write_tensors(shard, path, {"format": "pt"})
     return {name: tensor.nbytes for name, tensor in shard.items()}
 
 

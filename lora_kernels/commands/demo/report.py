@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ...models.atomic_files import all_or_nothing
 from ..bench.peers import OURS, PEFT
 from ..console import Output, format_bytes
 from .ranks import print_ranks
@@ -29,7 +30,8 @@ def plot(losses: list[float], held_out: dict[int, float], path: Path) -> Path:
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="LoRA fine-tuning")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with all_or_nothing(path.parent) as folder:
+        figure.savefig(folder / path.name, dpi=120)
     pyplot.close(figure)
     return path
 
