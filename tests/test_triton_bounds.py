@@ -59,7 +59,7 @@ def loads() -> Iterator[list[np.ndarray]]:
     load = InterpreterBuilder.create_masked_load
 
     def watched(self, pointers, mask, *rest, **options):
-        found.append(pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].ravel())
+        found.append(pointers.data[np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)].ravel())
         return load(self, pointers, mask, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
