@@ -20,6 +20,7 @@ from lora_kernels.operation import prepared
 
 BF16, FP16, FP32, FP64 = DTYPES
 SIZES = [(1, 1, 1, 1), (1, 9, 4, 1), (3, 8, 70, 5), (17, 24, 33, 4), (15, 129, 36, 12), (129, 17, 19, 24), (8, 64, 64, 16)]
+SIZES.append((2200, 9, 12, 3))  # whose rows are 23 chunks of 96, others' up to 3 of 64
 PAIRS = list(itertools.product(DTYPES, DTYPES))
 
 

@@ -125,6 +125,13 @@ def test_quantise_every_blocksize(cuda: ModuleType, blocksize: int, device: torc
     same(quantised(values.to(device), "nf4", blocksize, True), quantize(values, "nf4", blocksize, True))
 
 
+@pytest.mark.parametrize("block", [0, 31, 223, 255])
+def test_the_largest_absmax_is_found_in_every_warp(cuda: ModuleType, block: int, device: torch.device) -> None:
+    values = torch.linspace(-1, 1, 256 * 32).view(256, 32)
+    values[block] *= 10
+    same(quantised(values.to(device), blocksize=32), quantize(values, "nf4", 32, True))
+
+
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 300)),
@@ -216,7 +223,7 @@ class Product:
 
 
 @pytest.mark.parametrize("M", [1, 2, 7, 8, 9, 16])
-@pytest.mark.parametrize(("K", "N"), [(64, 16), (16, 1), (48, 33), (608, 20), (2624, 17)])
+@pytest.mark.parametrize(("K", "N"), [(64, 16), (16, 1), (48, 33), (608, 20), (4672, 17)])  # 4672: three rounds of 2048 codes
 def test_skinny_ragged_sizes(cuda: ModuleType, M: int, K: int, N: int, device: torch.device) -> None:
     case = Product(M, K, N, 4, device, nested=bool(N % 2))
     assert cuda.skinny_refusal(case.x, case.W, 4) is None

@@ -11,6 +11,7 @@ from members_accuracy import check as check_members
 from members_accuracy import saved_bytes
 
 from lora_kernels import LoRAWeights, dora_norm, lora_glu_mlp, lora_linear, use_backend
+from lora_kernels.backends.torch import magnitude as steps
 from lora_kernels.cases.linear_group import GroupCase
 from lora_kernels.cases.members import Layer
 from lora_kernels.functional.nf4 import quantize
@@ -248,3 +249,14 @@ X, W, A, B, C = torch.zeros(3, 4), torch.zeros(6, 4), torch.zeros(2, 4), torch.z
 def test_arguments_that_do_not_fit(compute, error, message):
     with pytest.raises(error, match=message):
         compute()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pytorch_s_steps_in_several_chunks_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    dy, v = torch.randn(2, 50, 24).to(dtype)
+    m, n, c = torch.rand(3, 24) + 1
+    whole = (steps.scale(v, m, n, c), *steps.scale_backward(dy, v, m, n, True, True, True))
+    monkeypatch.setattr("lora_kernels.mask.chunk_elements", lambda device: 16 * 24)
+    parts = (steps.scale(v, m, n, c), *steps.scale_backward(dy, v, m, n, True, True, True))
+    for got, want in zip(parts, whole, strict=True):
+        torch.testing.assert_close(got, want)

@@ -1,8 +1,9 @@
 """Kernels read what is theirs, at every remainder: NaN lies around each tensor and between its rows, and no load touches it."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,9 +15,17 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 from triton_interpreter import DEVICE
 
-from lora_kernels import use_backend
+from lora_kernels import NF4Weight, Segments, lora_grouped_linear, quantize_nf4, use_backend
 from lora_kernels.backends.triton import linear, tuning
-from lora_kernels.backends.triton.kernels import grad_dy, lowrank_product, project, sums, tiles
+from lora_kernels.backends.triton.kernels import (
+    grad_dy,
+    lowrank_product,
+    nf4_product,
+    project,
+    row_norm,
+    sums,
+    tiles,
+)
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="loads are watched in the interpreter")
 right_load_tile, NAN = tiles.load_tile, float("nan")
@@ -24,11 +33,12 @@ right_load_tile, NAN = tiles.load_tile, float("nan")
 
 def among_nan(t: Tensor, strided: bool) -> tuple[Tensor, Tensor]:
     """(t inside a larger tensor of NaN, that one); strided: with NaN between its rows too, which stay 16-byte aligned."""
+    beside = NAN if t.is_floating_point() else 0
     if not strided:
-        whole = torch.full((t.numel() + 4096,), NAN, dtype=t.dtype)
+        whole = torch.full((t.numel() + 4096,), beside, dtype=t.dtype)
         view = whole[2048 : 2048 + t.numel()].view(t.shape)
     else:
-        whole = torch.full((t.shape[0] + 32, t.shape[1] + 64), NAN, dtype=t.dtype)
+        whole = torch.full((t.shape[0] + 32, t.shape[1] + 64), beside, dtype=t.dtype)
         view = whole[16:-16, 32:-32]
     return view.copy_(t.detach()).requires_grad_(t.requires_grad), whole
 
@@ -49,7 +59,7 @@ def loads() -> Iterator[list[np.ndarray]]:
     load = InterpreterBuilder.create_masked_load
 
     def watched(self, pointers, mask, *rest, **options):
-        found.append(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel())
+        found.append(pointers.data[np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)].ravel())
         return load(self, pointers, mask, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -98,6 +108,42 @@ def test_no_load_is_beside_a_tensor(dataflow: str, sizes: tuple, monkeypatch: py
     assert wrong(dataclasses.replace(CASE, M=M, K=K, N=N, R=R)) == (set(), 0)
 
 
+def loads_beside(run: Callable[..., object], **tensors: Tensor) -> int:
+    """How many loads are beside the tensors that `run` gets, each in a larger one."""
+    pairs = {name: among_nan(t, strided=name in ("x", "dy")) for name, t in tensors.items()}
+    with use_backend("triton"), loads() as found:
+        run(**{name: view for name, (view, _) in pairs.items()})
+    return sum(strays(np.concatenate(found), *pair) for pair in pairs.values())
+
+
+def grouped(x: Tensor, dy: Tensor, W: Tensor, A: Tensor, B: Tensor, c: Tensor) -> None:
+    """Both directions, with rows of no segment, whose programs have no adapter to load."""
+    leaves = [t.requires_grad_() for t in (x, A, B, c)]
+    segments = Segments.from_ids(torch.tensor([0, 0, 2, -1, -1]), 3)
+    torch.autograd.grad(lora_grouped_linear(x, W, A, B, segments, bias=c, dropout_p=0.3, seed=1), leaves, dy)
+
+
+def in_4_bits(w: NF4Weight, x: Tensor, h: Tensor, B: Tensor, A: Tensor, **tensors: Tensor) -> None:
+    """The product, whose tiles have more rows than W, the norm by rows, and dequantising."""
+    w = w.with_tensors(**tensors)
+    nf4_product.product(x, w, h, B, 1.0, None)
+    row_norm.row_norm(w, A, B, 1.0, x.dtype)
+    w.dequantize()
+
+
+def test_no_load_of_a_segment_is_beside_a_tensor() -> None:
+    sizes = {"x": (5, 33), "dy": (5, 20), "W": (3, 20, 33), "A": (3, 3, 33), "B": (3, 20, 3), "c": (3, 20)}
+    assert loads_beside(grouped, **{name: torch.randn(size).half() for name, size in sizes.items()}) == 0
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_no_load_of_a_4_bit_weight_is_beside_it(nested: bool) -> None:
+    w = quantize_nf4(torch.randn(20, 192), double_quant=nested)
+    sizes = {"x": (5, 192), "h": (5, 3), "B": (20, 3), "A": (3, 192)}
+    tensors = {name: torch.randn(size).half() for name, size in sizes.items()}
+    assert loads_beside(partial(in_4_bits, w), **tensors, **w.tensors()) == 0
+
+
 @triton.jit
 def load_tile_of_a_padded_rank(p, o_row, o_column, stride, rows, columns):
     return right_load_tile(p, o_row, o_column, stride, tl.where(rows == 12, 16, rows), tl.where(columns == 12, 16, columns))
@@ -129,6 +175,12 @@ def test_every_part_is_in_the_sum(count: int) -> None:
     parts = torch.randn(count, 7, 45)
     (total,) = sums.sum_parts((parts, count, torch.float32))
     torch.testing.assert_close(total.double(), parts.double().sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_sums_in_one_launch_are_each_of_their_own_parts() -> None:
+    parts = [torch.randn(count, size) for count, size in ((2, 700), (5, 300), (3, 900))]
+    for total, of in zip(sums.sum_parts(*[(p, len(p), torch.float32) for p in parts]), parts, strict=True):
+        torch.testing.assert_close(total.double(), of.double().sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_the_mask_of_a_wide_rank_goes_on_in_the_next_chunk_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import triton.language as tl
 from accuracy import Case, contract
 from triton_interpreter import DEVICE
 
-from lora_kernels import use_backend
+from lora_kernels import Segments, lora_grouped_linear, use_backend
+from lora_kernels.backends.triton.kernels import mask, row_norm
 
 BF16 = torch.bfloat16
 
@@ -41,7 +42,10 @@ def test_bfloat16_is_rounded_to_nearest_even() -> None:
     assert torch.equal(out.nan_to_num(7.0), v.to(BF16).nan_to_num(7.0))
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="relies on untouched pages of a CPU's memory costing nothing")
+cpu_alone = pytest.mark.skipif(DEVICE.type == "cuda", reason="relies on untouched pages of a CPU's memory costing nothing")
+
+
+@cpu_alone
 def test_rows_further_apart_than_2_to_the_31_elements() -> None:
     """x and dy whose third row starts 2^32 elements behind the first (8 GB of address space, a few pages of memory)."""
     problem = Case(M=3, K=40, N=40, R=8, p=0.3, dtype=torch.float16).draw()
@@ -53,3 +57,26 @@ def test_rows_further_apart_than_2_to_the_31_elements() -> None:
             got = contract(replace(problem, **{name: moved.requires_grad_() if name == "x" else moved.detach()}))
             far = far.detach()
             assert all(torch.equal(tensor, want[result]) for result, tensor in got.items())
+
+
+def in_thirds(t: torch.Tensor) -> torch.Tensor:
+    """t[3, …] in parts 2^30 elements apart, a stride of 32 bits: the third is 2^31 elements behind the first, and as many that
+    are zeros lie before it, where a product of 32 bits would end.
+    """
+    memory = torch.empty(2**32 + t[0].numel(), dtype=t.dtype)
+    return memory.as_strided(t.shape, (2**30, *t.stride()[1:]), 2**31).copy_(t)
+
+
+@cpu_alone
+def test_parts_whose_distance_has_32_bits_and_their_product_more() -> None:
+    """Rows of each kernel's matrices, and segments' weights, where they may lie apart."""
+    x, W, A, B = (torch.randn(size).half() for size in ((3, 40), (3, 8, 40), (3, 4, 40), (3, 8, 4)))
+    seed, rows = torch.tensor(5), Segments.from_ids(torch.arange(3), 3)
+    kept = mask.drop(x, 0.3, seed, out=torch.empty_like(x))
+    assert torch.equal(mask.drop(in_thirds(x), 0.3, seed, out=in_thirds(torch.zeros(3, 40).half())), kept)
+    norms = row_norm.row_norm(x, A[0], B[0, :3].clone(), 2.0, x.dtype)
+    assert torch.equal(row_norm.row_norm(in_thirds(x), A[0], B[0, :3].clone(), 2.0, x.dtype), norms)
+    with use_backend("triton"):
+        y = lora_grouped_linear(x, W, A, B, rows)
+        assert torch.equal(lora_grouped_linear(in_thirds(x), W, A, B, rows), y)
+        assert torch.equal(lora_grouped_linear(x, in_thirds(W), A, B, rows), y)

@@ -11,6 +11,9 @@ from triton_interpreter import DEVICE
 from lora_kernels import use_backend
 from lora_kernels.backends.triton import linear, tuning
 from lora_kernels.backends.triton.kernels import lowrank_product
+from lora_kernels.cases.linear_group import GroupCase
+from lora_kernels.cases.members import Layer, ours, plain, truth
+from lora_kernels.cases.rule import violations
 
 BF16, FP16, FP32, _ = DTYPES
 CASE = Case(M=70, K=136, N=200, R=12, p=0.3, dtype=FP16, device=DEVICE)
@@ -52,6 +55,13 @@ def test_reruns_are_bit_identical() -> None:
     problem = dataclasses.replace(CASE, scaling=torch.tensor(1.7, device=DEVICE)).draw()
     first = contract(problem)
     assert all(torch.equal(tensor, first[name]) for name, tensor in contract(problem).items())
+
+
+def test_dx_of_a_group_s_only_result_that_is_used_has_its_member_s_mask() -> None:
+    """The second member's: alone it is in one kernel, under its own number."""
+    problem = GroupCase(M=19, K=40, p=0.3, dtype=FP16, members=(Layer(8, 4), Layer(16, 4)), device=DEVICE).draw()
+    problem.dys.pop(next(iter(problem.dys)))
+    assert not violations({"dx": ours(problem)["dx"]}, {"dx": plain(problem)["dx"]}, {"dx": truth(problem)["dx"]}, FP16)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels are replaced in the interpreter")

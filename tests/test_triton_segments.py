@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from accuracy import nan_in_fresh_memory
 from members_accuracy import draw_and_run
 from segments_accuracy import SIZES, check
 from triton_interpreter import DEVICE
@@ -75,6 +76,21 @@ def test_many_segments_and_rows() -> None:
     sizes = tuple((7 * i) % 11 for i in range(19))
     check(case("own", M=sum(sizes) + 5, sizes=sizes, p=0.3, dtype=FP16))
     check(case("adapters", M=sum(sizes) + 5, sizes=sizes, ranks=(3,) * 19, scalings=(1.0,) * 19, p=0.3, dtype=FP16))
+
+
+def test_rows_of_no_segment_meet_no_adapter() -> None:
+    """The last one's numbers, which their programs load, are not finite: 0 times these would be NaN. No segment is empty: there
+    are as many tiles as there can be.
+    """
+    x, W, A, B = (torch.randn(size, device=DEVICE) for size in ((5, 8), (2, 4, 8), (2, 3, 8), (2, 4, 3)))
+    A[1] = B[1] = torch.inf
+    x.requires_grad_()
+    with nan_in_fresh_memory():
+        y = lora_grouped_linear(x, W, A, B, Segments.from_ids(torch.tensor([0, 1, -1, -1, -1]), 2).to(DEVICE))
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    for result in (y, dx):
+        assert (result[2:] == 0).all()
+        assert result[0].isfinite().all()
 
 
 @pytest.mark.parametrize("form", ["own", "adapters"])
