@@ -90,7 +90,7 @@ def _decoder(M: int, p: float) -> Rows:
 def _usual(rows: list[kernel_report.KernelRow], kernel: str, members: int, dropped: bool) -> kernel_report.KernelRow:
     """The row of a kernel with the table's own tile, in the form that most calls take, at rank 16."""
     dropped = dropped and kernel not in ("prefill", "grad_dy")
-    rare = {"dc", "dA", "dx", "few", "ungated", "gelu", "gelu_tanh", "relu2", "nf4"}
+    rare = {"dc", "dA", "dx", "few", "ungated", "gelu", "gelu_tanh", "relu2", "nf4", "alone"}
     for row in rows:
         form = set(row.form.split())
         usual = row.kernel == kernel and row.rank == "r16" and not rare & form and ("drop" in form) == dropped
