@@ -127,6 +127,13 @@ def test_what_a_forward_of_peft_s_own_leaves_is_refused():
     assert not accelerate(model).falling_back
 
 
+def test_a_report_names_them():
+    """Where no adapter is wanted of them."""
+    model, _ = moe4("Mixtral")
+    report = add_lora(model, LoRAConfig(r=2))
+    assert "gate_up_proj[4, 48, 32], down_proj[4, 32, 24] of Parametrized" in str(report)
+
+
 def adapted(model):
     report = add_lora(model, LoRAConfig(r=3, lora_alpha=6, target_parameters=names_of(model)))
     assert not report.skipped

@@ -16,6 +16,7 @@ from lora_kernels.cases.rule import violations
 from lora_kernels.layers.experts import weight_names
 from lora_kernels.layers.experts_4bit import why_not_4_bit
 from lora_kernels.layers.lora_experts import LoRAStack, Planned
+from lora_kernels.segments import Segments
 
 NAMES = ("Mixtral", "Qwen3Moe", "DeepseekV3", "NemotronH")
 BESIDE = {"", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4"}
@@ -91,6 +92,17 @@ def test_a_whole_model(name):
     exact, tested = run(in_double(dense_of(model, name))), run(model)
     for path, value in exact.items():
         assert (tested[path] - value).abs().max() <= 2e-5 * value.abs().max() + 1e-7, path
+
+
+def test_the_host_waits_for_the_rows_of_experts_once(monkeypatch):
+    """Where it does not know them, as of ids on a GPU, and only where experts are decoded one at a time."""
+    made, reads, read = Segments.from_ids, [], Segments.read
+    monkeypatch.setattr(Segments, "from_ids", lambda ids, count: made(ids, count)._replace(host=None))
+    monkeypatch.setattr(Segments, "read", lambda self: reads.append(self.host) or read(self))
+    assert not broken()
+    assert reads == [None]
+    results(layer(torch.float32), drawn(torch.float32), fast)
+    assert reads == [None]
 
 
 def test_no_stack_of_weights_is_formed(monkeypatch):

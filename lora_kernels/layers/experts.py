@@ -65,9 +65,12 @@ def experts_forward(
     and experts without rows cost nothing. A number outside 0 … E - 1, as of an expert on another device, adds zeros.
     """
     first, second = weight_names(experts)
-    E, k = _matrix(experts, first).shape[0], top_k_index.shape[-1]
+    W, k = _matrix(experts, first), top_k_index.shape[-1]
+    E = W.shape[0]
     ids = top_k_index.reshape(-1)
     segments = Segments.from_ids(ids.masked_fill((ids < 0) | (ids >= E), -1), E)
+    if isinstance(W, NF4Weight) and not torch.compiler.is_compiling():
+        segments = segments.read()  # one expert is decoded at a time: the host waits once, and not for each of four products
     h = _product(experts, first, rows_by_expert(hidden_states, segments, k), segments, adapters)
     y = _product(experts, second, _activated(experts, h), segments, adapters)
     rows = rows_by_token(y, segments).unflatten(0, (-1, k))
