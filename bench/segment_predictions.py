@@ -5,6 +5,7 @@ compiled kernels, bf16, sm_90) over the issue rate, and its operations at the ve
 They stand over the same layer frozen: products that add to nothing, the gathers and the activation.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 from result_files import Rows
@@ -17,6 +18,7 @@ MIXTURES = {"Qwen3-30B-A3B": (128, 8, 2048, 768), "Mixtral-8x7B": (8, 2, 4096, 1
 ADAPTERS, BATCHES = 16, ((64, 4096, 4096), (8192, 4096, 4096), (8192, 4096, 14336))  # M, K, N
 POPULATION, POPULATIONS = 256, ((256, 4096, 4096), (4096, 4096, 4096))
 PAIRS = 16  # that the gradient's kernel takes at a time
+compiled = cache(kernel_report.compiled)
 
 
 class Work(NamedTuple):
@@ -119,7 +121,7 @@ def _kernel(kernel: str, rows: int, columns: int, passes: int, beside: float = 0
     """A kernel that passes so many times over a matrix of rows·columns, of which its main loop takes each element `times`."""
     wanted = {"glu": {"alone", "halves"}, "glu_backward": {"alone", "halves"}}.get(kernel, {*form.split()})
     counts = next(
-        counts for (name, types, rank, gpu, own), counts in kernel_report.compiled().items()
+        counts for (name, types, rank, gpu, own), counts in compiled().items()
         if (name, types, rank, gpu) == (kernel, "bf16 bf16", "r16", "sm_90") and _same(kernel, {*own.split()[2:]}, wanted)
     )  # fmt: skip
     return Work(BYTES * passes * rows * columns + beside, times * rows * columns * counts["per_element"])

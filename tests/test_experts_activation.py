@@ -16,7 +16,7 @@ from lora_kernels.cases.rule import violations
 from lora_kernels.functional.experts import gated_activation
 from lora_kernels.values import ACTIVATIONS
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = [*((name, dtype) for name in ACTIVATIONS for dtype in (torch.float32, torch.bfloat16)), ("silu", torch.float16)]
 SIZES = [(1, 1), (3, 7), (35, 65), (2, 300)]
 has_gate = pytest.mark.parametrize("has_gate", [True, False], ids=["gated", "plain"])
 
@@ -55,8 +55,7 @@ def broken(h: Tensor, da: Tensor, name: str = "silu", has_gate: bool = True) -> 
 
 
 @has_gate
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(("name", "dtype"), KINDS)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_sizes(backend, name, dtype, has_gate):
     with use_backend(backend):
