@@ -10,7 +10,7 @@ from experts_case import IDS, MODELS, Largest, by_sums, drawn, fast, in_double, 
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_kernels import LoRAConfig, add_lora, merge_lora, quantize_nf4, remove_lora, save_merged, unmerge_lora
+from lora_kernels import LoRAConfig, add_lora, merge_lora, quantize_nf4, remove_lora, save_merged, unmerge_lora, use_backend
 from lora_kernels.backends.torch import segments
 from lora_kernels.cases.rule import violations
 from lora_kernels.layers.experts import weight_names
@@ -50,7 +50,8 @@ def test_one_layer(dtype, activation):
 def test_another_expert_s_codes_break_the_rule(monkeypatch):
     of = segments.weight_of
     monkeypatch.setattr(segments, "weight_of", lambda W, e: of(W, (e + 1) % len(torch.empty(W.shape[0]))))
-    assert broken()
+    with use_backend("torch"):  # a CPU's own takes W_e apart in its own way
+        assert broken()
 
 
 def adapted(name, quantize="nf4", **options):
