@@ -7,6 +7,7 @@ two products at the vendor's speed, and what these take longer because they add 
 from typing import Any
 
 from result_files import Rows, devices, kind, load, runs, table
+from segment_predictions import segment_predictions
 
 from lora_kernels.commands.bench.peers import OURS
 from lora_kernels.commands.report import kernels as kernel_report
@@ -35,7 +36,7 @@ def predictions() -> Rows:
     """Per side kernel and for the whole layer: bytes, and microseconds on an H100 and H200 with the prefill dataflow."""
     found = [row for shape in PREDICTED for p in (0.0, 0.1) for row in _layer(*shape, p)]
     found += [row for p in (0.0, 0.1) for row in _decoder(8192, p)]
-    return found + [row for shape in MAGNITUDES for row in _with_magnitude(*shape)]
+    return found + [row for shape in MAGNITUDES for row in _with_magnitude(*shape)] + segment_predictions()
 
 
 def _layer(M: int, K: int, N: int, p: float) -> Rows:
@@ -90,7 +91,7 @@ def _decoder(M: int, p: float) -> Rows:
 def _usual(rows: list[kernel_report.KernelRow], kernel: str, members: int, dropped: bool) -> kernel_report.KernelRow:
     """The row of a kernel with the table's own tile, in the form that most calls take, at rank 16."""
     dropped = dropped and kernel not in ("prefill", "grad_dy")
-    rare = {"dc", "dA", "dx", "few", "ungated", "gelu", "gelu_tanh", "relu2", "nf4"}
+    rare = {"dc", "dA", "dx", "few", "ungated", "gelu", "gelu_tanh", "relu2", "nf4", "alone"}
     for row in rows:
         form = set(row.form.split())
         usual = row.kernel == kernel and row.rank == "r16" and not rare & form and ("drop" in form) == dropped
@@ -148,6 +149,8 @@ def page() -> str:
         "The blocks of a decoder layer (Llama-3.1-8B; q, k, v as one operation, gate, up and down with the activation as "
         "another) stand over the same layer frozen, its activation by PyTorch's kernels. "
         "A layer with a magnitude (DoRA) stands over the same layer without; its megabytes are those that the magnitude adds. "
+        "Experts (8192 tokens, spread over all of them), a batch of 16 adapters and a population of 256 stand over the same "
+        "layer frozen, their products at the vendor's speed too: lower bounds, as no kernel of theirs has been timed. "
         "[predictions.json](predictions.json). A measured column fills when a device has a result file.\n\n"
         + table(columns, rows)
     )

@@ -1,4 +1,6 @@
-"""Tiny mixtures of experts with random weights for the tests: whole models by name, and one layer's experts under PEFT."""
+"""Tiny mixtures of experts with random weights for the tests, where those compute: whole models by name, also under PEFT, and
+one layer's experts with the factors of two adapters.
+"""
 
 import copy
 
@@ -6,6 +8,12 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+from triton_interpreter import DEVICE
+
+from lora_kernels.layers.experts import experts_forward
+from lora_kernels.values import LoRAAdapter
 
 SIZE = {
     **{"vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2},
@@ -31,7 +39,8 @@ MODELS = {
         **{"num_experts_per_tok": 2, "moe_shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1},
     },
 }
-IDS = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+E, HIDDEN, INNER, TOKENS, TOP_K, RANK = 6, 40, 24, 37, 3, 4
 
 
 def moe(name):
@@ -43,7 +52,7 @@ def moe(name):
         if "experts." in path and parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.2)
     model.set_experts_implementation("eager")
-    return model
+    return model.to(DEVICE)
 
 
 def stacks(model):
@@ -74,3 +83,60 @@ def run(model, ids=IDS):
 
 def in_double(model):
     return copy.deepcopy(model).double()
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements that an operation allocates, but for views and what is there already."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.known = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, torch.Tensor) and t.numel() and t.untyped_storage().data_ptr() not in self.known:
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+        return result
+
+
+def layer(dtype, activation="silu", E=E):
+    config = transformers.Qwen3MoeConfig(num_experts=E, hidden_size=HIDDEN, moe_intermediate_size=INNER, hidden_act=activation)
+    config._experts_implementation = "eager"
+    torch.manual_seed(1)
+    module = Qwen3MoeExperts(config)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return module.to(DEVICE, dtype)
+
+
+def drawn(dtype):
+    """(x, ids, weights, dy, A and B of the first stack, of the second)."""
+    torch.manual_seed(2)
+    x, weights, dy = torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, TOP_K).softmax(-1), torch.randn(TOKENS, HIDDEN)
+    ids = torch.rand(TOKENS, E - 1).topk(TOP_K).indices  # none for the last expert
+    shapes = (E, RANK, HIDDEN), (E, 2 * INNER, RANK), (E, RANK, INNER), (E, HIDDEN, RANK)
+    factors = [torch.randn(shape) * 0.2 for shape in shapes]
+    x, weights, dy, *factors = [t.to(DEVICE, dtype) for t in (x, weights, dy, *factors)]
+    return [x, ids.to(DEVICE), weights, dy, *factors]
+
+
+def results(module, tensors, compute):
+    """y and the gradients of tokens, router weights and factors."""
+    x, ids, weights, dy, *factors = tensors
+    wanted = [t.detach().requires_grad_() for t in (x, weights, *factors)]
+    y = compute(module, wanted[0], ids, wanted[1], *wanted[2:])
+    names = ("x", "weights", "A1", "B1", "A2", "B2")
+    return {"y": y.detach(), **dict(zip(names, torch.autograd.grad(y, wanted, dy), strict=True))}
+
+
+def fast(module, x, ids, weights, A1, B1, A2, B2):
+    adapters = {"gate_up_proj": LoRAAdapter(A1, B1, 1.5), "down_proj": LoRAAdapter(A2, B2, 0.5)}
+    return experts_forward(module, x, ids, weights, adapters)
+
+
+def by_sums(module, x, ids, weights, A1, B1, A2, B2):
+    """transformers' own loop over experts, of weights with s·B·A in them."""
+    own = {"gate_up_proj": module.gate_up_proj + 1.5 * B1 @ A1, "down_proj": module.down_proj + 0.5 * B2 @ A2}
+    return torch.func.functional_call(module, own, (x, ids, weights))

@@ -3,17 +3,12 @@
 import pytest
 import torch
 from accuracy import nan_in_fresh_memory
-from experts_case import MODELS, moe, run
-from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+from experts_case import HIDDEN, INNER, MODELS, E, by_sums, drawn, fast, layer, moe, results, run
 
 from lora_kernels import register_experts
 from lora_kernels.cases.rule import violations
 from lora_kernels.functional.experts import _Copies
 from lora_kernels.layers import experts as ours
-from lora_kernels.values import LoRAAdapter
-
-E, HIDDEN, INNER, TOKENS, TOP_K, RANK = 6, 40, 24, 37, 3, 4
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -28,46 +23,6 @@ def test_the_implementation_computes_whole_models(name):
     assert sum("experts." in path for path in tested) >= 2
     for path, value in exact.items():
         assert (tested[path] - value).abs().max() <= 2e-5 * value.abs().max() + 1e-7, path
-
-
-def layer(dtype, activation="silu", E=E):
-    config = Qwen3MoeConfig(num_experts=E, hidden_size=HIDDEN, moe_intermediate_size=INNER, hidden_act=activation)
-    config._experts_implementation = "eager"
-    torch.manual_seed(1)
-    module = Qwen3MoeExperts(config)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return module.to(dtype)
-
-
-def drawn(dtype):
-    """(x, ids, weights, dy, A and B of the first stack, of the second)."""
-    torch.manual_seed(2)
-    x, weights, dy = torch.randn(TOKENS, HIDDEN), torch.rand(TOKENS, TOP_K).softmax(-1), torch.randn(TOKENS, HIDDEN)
-    ids = torch.rand(TOKENS, E - 1).topk(TOP_K).indices  # none for the last expert
-    shapes = (E, RANK, HIDDEN), (E, 2 * INNER, RANK), (E, RANK, INNER), (E, HIDDEN, RANK)
-    factors = [torch.randn(shape) * 0.2 for shape in shapes]
-    return [x.to(dtype), ids, weights.to(dtype), dy.to(dtype), *[t.to(dtype) for t in factors]]
-
-
-def results(module, tensors, compute):
-    """y and the gradients of tokens, router weights and factors."""
-    x, ids, weights, dy, *factors = tensors
-    wanted = [t.detach().requires_grad_() for t in (x, weights, *factors)]
-    y = compute(module, wanted[0], ids, wanted[1], *wanted[2:])
-    names = ("x", "weights", "A1", "B1", "A2", "B2")
-    return {"y": y.detach(), **dict(zip(names, torch.autograd.grad(y, wanted, dy), strict=True))}
-
-
-def fast(module, x, ids, weights, A1, B1, A2, B2):
-    adapters = {"gate_up_proj": LoRAAdapter(A1, B1, 1.5), "down_proj": LoRAAdapter(A2, B2, 0.5)}
-    return ours.experts_forward(module, x, ids, weights, adapters)
-
-
-def by_sums(module, x, ids, weights, A1, B1, A2, B2):
-    """transformers' own loop over experts, of weights with s·B·A in them."""
-    own = {"gate_up_proj": module.gate_up_proj + 1.5 * B1 @ A1, "down_proj": module.down_proj + 0.5 * B2 @ A2}
-    return torch.func.functional_call(module, own, (x, ids, weights))
 
 
 def broken(compute, dtype=torch.float32, activation="silu"):
@@ -151,10 +106,11 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(found[name], value)
 
 
-def test_only_known_gates_are_fused(monkeypatch):
+def test_only_known_gates_are_fused(monkeypatch, device):
     """GPT-OSS clamps and shifts in a gate of its own, which is called."""
     module = moe("GptOss").model.layers[0].mlp.experts
     calls = []
     monkeypatch.setattr(type(module), "_apply_gate", lambda self, h: calls.append(h.shape) or h[:, ::2])
-    ours.experts_forward(module, torch.randn(3, 32), torch.tensor([[0], [1], [3]]), torch.ones(3, 1))
+    x, ids, weights = torch.randn(3, 32), torch.tensor([[0], [1], [3]]), torch.ones(3, 1)
+    ours.experts_forward(module, x.to(device), ids.to(device), weights.to(device))
     assert calls == [(3, 48)]

@@ -106,7 +106,7 @@ def test_merged(name, tmp_path):
     merge_lora(model)
     remove_lora(model)
     assert torch.allclose(logits(model), expected, atol=1e-5)
-    assert all(torch.allclose(saved[key], value, atol=1e-6) for key, value in model.state_dict().items() if key in saved)
+    assert all(torch.allclose(saved[key], value.cpu(), atol=1e-6) for key, value in model.state_dict().items() if key in saved)
     assert sum(value.ndim == 3 for value in saved.values()) == 4
 
 
@@ -148,22 +148,22 @@ def test_several_adapters():
     assert torch.equal(logits(model), first)
 
 
-def test_dropout_has_the_mask_of_the_rows_as_they_lie():
+def test_dropout_has_the_mask_of_the_rows_as_they_lie(device):
     """PEFT's cannot have any; in evaluation there is none."""
     model = adapted("Mixtral", lora_dropout=0.4, target_parameters=["0.mlp.experts.gate_up_proj"])
     experts = model.model.layers[0].mlp.experts
     stack = experts.gate_up_proj
-    x, ids, weights = torch.randn(11, 32), torch.rand(11, 4).topk(2).indices, torch.rand(11, 2)
+    x, ids, weights = (t.to(device) for t in (torch.randn(11, 32), torch.rand(11, 4).topk(2).indices, torch.rand(11, 2)))
     order = ids.flatten().sort(stable=True).indices
     torch.manual_seed(5)
-    keep = dropout_mask(22, 32, 0.4, draw_seed(x.device)) * keep_scale(0.4)
+    keep = dropout_mask(22, 32, 0.4, draw_seed(device), device=device) * keep_scale(0.4)
     term, e = stack.active_term, ids.flatten()[order]
     rows = x[order // 2]
     h = torch.einsum("mk,mnk->mn", rows, stack.weight[e])
     h += term.scaling * torch.einsum("mr,mnr->mn", torch.einsum("mk,mrk->mr", rows * keep, term.A[e]), term.B[e])
     gate, up = h.chunk(2, 1)
     y = torch.einsum("mk,mnk->mn", nn.functional.silu(gate) * up, experts.down_proj[e]) * weights.flatten()[order, None]
-    expected = torch.zeros(11, 32).index_add(0, order // 2, y)
+    expected = torch.zeros(11, 32, device=device).index_add(0, order // 2, y)
     torch.manual_seed(5)
     torch.testing.assert_close(experts(x, ids, weights), expected, rtol=1e-4, atol=1e-5)
     model.eval()
@@ -190,20 +190,20 @@ def test_it_trains(checkpointing):
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
 
-def test_copies_and_pickles():
+def test_copies_and_pickles(device):
     model = adapted()
     buffer = io.BytesIO()
     torch.save(model.model.layers[0].mlp.experts, buffer)
     buffer.seek(0)
     read = torch.load(buffer, weights_only=False)
-    call = torch.randn(5, 32), torch.tensor([[0, 1]] * 5), torch.rand(5, 2)
+    call = [t.to(device) for t in (torch.randn(5, 32), torch.tensor([[0, 1]] * 5), torch.rand(5, 2))]
     assert torch.equal(read(*call), model.model.layers[0].mlp.experts(*call))
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
 
 
-def test_compiles_as_one_graph():
+def test_compiles_as_one_graph(device):
     experts = adapted("Qwen3Moe").eval().model.layers[0].mlp.experts
-    call = torch.randn(6, 32), torch.rand(6, 8).topk(3).indices, torch.rand(6, 3)
+    call = [t.to(device) for t in (torch.randn(6, 32), torch.rand(6, 8).topk(3).indices, torch.rand(6, 3))]
     compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*call), experts(*call))
 
@@ -213,7 +213,7 @@ def test_a_transformers_model_is_saved_and_read_again(name, tmp_path):
     """transformers takes the experts apart and puts them together, and finds the stacks under their names."""
     model = adapted(name).eval()
     model.save_pretrained(tmp_path)
-    read = type(model).from_pretrained(tmp_path)
+    read = type(model).from_pretrained(tmp_path).to(model.device)
     load_adapter(read, tmp_path / "adapters")
     assert torch.allclose(logits(read), logits(model), atol=1e-6)
 

@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from experts_case import IDS, MODELS, in_double, moe, run, stacks, with_peft
+from experts_case import IDS, MODELS, Largest, in_double, moe, run, stacks, with_peft
 from peft import LoraConfig, get_peft_model
 from peft_model import FAST
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import accelerate, accelerated, restore
 from lora_kernels.integrations.peft import experts as integration
@@ -67,22 +66,6 @@ def test_bfloat16_with_adapters_in_float32():
     error = [(found["logits"].double() - exact["logits"]).norm() / exact["logits"].norm() for found in (own, theirs)]
     assert error[0] <= 1.5 * error[1]
     assert {name: t.dtype for name, t in own.items()} == {name: t.dtype for name, t in theirs.items()}
-
-
-class Largest(TorchDispatchMode):
-    """The largest number of elements that an operation allocates, but for views and what is there already."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(t, torch.Tensor) and t.numel() and t.untyped_storage().data_ptr() not in self.known:
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
-        return result
 
 
 def test_no_stack_of_weights_is_formed():

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def bench(monkeypatch):
     """bench(name) imports bench/<name>.py as its own scripts do."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    names = ("report", "result_files", "predictions", "plots", "collect", "model_memory")
+    names = ("report", "result_files", "predictions", "segment_predictions", "plots", "collect", "model_memory")
     yield importlib.import_module
     for name in names:
         sys.modules.pop(name, None)
@@ -111,6 +111,22 @@ def test_predictions_meet_their_measurement(bench, monkeypatch, tmp_path):
     assert line.split("|")[5].strip() == "33.0"
     layer = next(found for found in predictions.predictions() if found["kernel"].startswith("layer"))
     assert 1.0 < layer["times_bare"]["H200"] < layer["times_bare"]["H100"] < 1.5
+
+
+def test_predictions_of_segments_count_what_is_moved(bench):
+    """Of Qwen3's experts by hand: M rows of eight of each token, stacks of 128."""
+    rows = {row["kernel"]: row for row in bench("segment_predictions").segment_predictions() if row["M"] != 8192}
+    M, H, inner, E = 8 * 8192, 2048, 768, 128
+    of = lambda part: rows[f"Qwen3-30B-A3B experts{part}"]  # noqa: E731
+    assert of(": activation")["megabytes"] == pytest.approx(2 * 8 * M * inner / 1e6), "a, e, u; da, e, u, de, du"
+    stacks = 3 * inner * H * E
+    assert of(": products")["megabytes"] == pytest.approx(2 * (2 * stacks + M * (6 * H + 9 * inner)) / 1e6)
+    sums = next(row for name, row in rows.items() if "PEFT" in name and "Qwen3" in name)
+    assert sums["megabytes"] == pytest.approx(2 * (5 * stacks + M * (2 * H + 3 * inner)) / 1e6)
+    assert 1 < of(", forward+backward")["times_bare"]["H200"] < of(", forward+backward")["times_bare"]["H100"] < 1.5
+    assert rows["population of 256, forward"]["us"]["H200"] < 0.1 * next(
+        row["us"]["H200"] for name, row in rows.items() if name.endswith("made and multiplied")
+    )
 
 
 def test_plots_are_drawn_the_same_twice(bench, tmp_path):

@@ -110,6 +110,8 @@ def test_the_products_use_the_matrix_instructions_of_their_gpu(written: dict[str
             assert row["matrix"] == "none", key
         elif key.startswith(("magnitude", "eggroll")):
             assert row["matrix"] == "fma", key  # v·u + c, sums of dy ⊙ v or of x ⊙ A_j: no matrix product; float32 factors
+        elif " alone" in key:
+            assert row["matrix"] in ("none", "fma"), key  # the activation of experts, element by element
         elif "fp32 fp32" in key and "tf32" not in key:
             assert row["matrix"] == "fma", key
         else:

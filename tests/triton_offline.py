@@ -142,7 +142,10 @@ def form_of(arguments: dict[str, Any], options: dict[str, Any]) -> str:
     form += [options["ACT"]] if options.get("ACT", "silu") != "silu" else []
     form += ["nf4"] if "stride_k" in arguments and arguments["W"] is None else []
     form += ["order"] if arguments.get("order") is not None else []
-    form += ["ungated"] if "e" in arguments and arguments["e"] is None else []
+    if "e" in arguments:
+        form += ["ungated"] if arguments["e"] is None else []
+        form += ["alone"] if arguments["A"] is None else []
+        form += ["halves"] if options["OF"] == 2 else []
     form += ["dc"] if any(arguments.get(name) is not None for name in ("parts_dc", "parts_dc_up", "sums")) else []
     form += [only for missing, only in (("dx", "dA"), ("parts_dA0", "dx")) if arguments.get(missing, 0) is None]
     return " ".join(form + (["few"] if arguments.get("M") == FEW else []))

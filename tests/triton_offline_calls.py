@@ -105,6 +105,16 @@ def mlp_kernels(pair: str, R: int, dropouts: tuple[float, ...], activation: str 
         glu_backward(t["dy"], e, t["dy"], down, up if gated else NOTHING, up, activation)
 
 
+def activation_of_experts(da: Any, h: Any, activation: str, has_gate: bool) -> None:
+    """Both passes over h = [e | u], or over h, without adapters."""
+    from lora_kernels.backends.triton import activation as experts
+
+    h = h.new_empty(len(h), 2 * D) if has_gate else h
+    with experts.use_backend("triton"):
+        experts.activated(h, activation, has_gate)
+        experts.activated_backward(da, h, activation, has_gate)
+
+
 def rare_forms(pair: str, R: int) -> None:
     import torch
 
@@ -174,6 +184,8 @@ def without_a_rank(pair: str) -> None:
     magnitude_backward.magnitude_backward(t["dy"], t["x"], m, n, need_v=True, need_m=True, need_c=False)
     mask.drop(t["x"], 0.1, torch.tensor(1), out=torch.empty(t["x"].shape, dtype=t["A"].dtype))
     if pair.split()[0] == pair.split()[1] and not pair.endswith("tf32"):  # there are no adapters
+        for has_gate in (True, False):
+            activation_of_experts(t["dy"], t["x"], "silu" if has_gate else "relu2", has_gate)
         eggroll.low_rank_term(t["x"], D, t["c"], 64, 0.1, 1, torch.tensor(1), 0)
         eggroll.gradient(torch.empty(64), D, D, 0.1, 1, torch.tensor(1), 0)
 

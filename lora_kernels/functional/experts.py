@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.torch.activation import gated, gated_backward
+from .. import plan
+from ..backends.torch import activation as pytorch
 from ..segments import Segments
 
 
@@ -34,7 +35,10 @@ class _Copies(torch.autograd.Function):
 
 
 def gated_activation(h: Tensor, activation: str, has_gate: bool) -> Tensor:
-    """a = act(e)·u of h[M, 2·I] = [e | u], or act(h), in float32 or wider, rounded once, as `lora_glu_mlp`; saves h alone."""
+    """a = act(e)·u of h[M, 2·I] = [e | u], or act(h), in float32 or wider, rounded once, as `lora_glu_mlp`; saves h alone.
+
+    By the first backend that can, and in a compiled graph by PyTorch's operations, which its compiler fuses.
+    """
     return _GatedActivation.apply(h, activation, has_gate)
 
 
@@ -42,21 +46,16 @@ class _GatedActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, activation: str, has_gate: bool) -> Tensor:
         ctx.save_for_backward(h)
-        ctx.activation, ctx.has_gate = activation, has_gate
-        return gated(*_halves(h, has_gate), activation)
+        ctx.options = activation, has_gate
+        ctx.backend = pytorch if torch.compiler.is_compiling() else _backend(h)
+        return ctx.backend.activated(h, activation, has_gate)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, da: Tensor) -> tuple[Tensor, None, None]:
         (h,) = ctx.saved_tensors
-        dh = torch.empty_like(h)
-        de, du = _halves(dh, ctx.has_gate)
-        gated_backward(da, *_halves(h, ctx.has_gate), ctx.activation, de, du)
-        return dh, None, None
+        return ctx.backend.activated_backward(da, h, *ctx.options), None, None
 
 
-def _halves(h: Tensor, has_gate: bool) -> tuple[Tensor | None, Tensor]:
-    if not has_gate:
-        return None, h
-    e, u = h.chunk(2, dim=1)
-    return e, u
+def _backend(h: Tensor) -> Any:
+    return next(m for m in plan.modules("activation") if m.why_not(h) is None)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from ..functional.experts import gated_activation, rows_by_expert, rows_by_token
 from ..functional.grouped_linear import lora_grouped_linear
+from ..nf4 import NF4Weight
 from ..segments import Segments
 from ..values import LoRAAdapter
+from .experts_4bit import quantized_stack, why_not_4_bit
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # what use_experts_implementation says of a class
 ACTIVATIONS = {  # modules of torch.nn and transformers.activations -> the operation's name
@@ -39,7 +41,7 @@ def weight_names(experts: Any) -> tuple[str, str]:
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
 
 
-def sizes(experts: Any, weight: Tensor) -> tuple[int, int, int]:
+def sizes(experts: Any, weight: Tensor | NF4Weight) -> tuple[int, int, int]:
     """(E, out, in) of a stack."""
     E, rows, columns = weight.shape
     return (E, columns, rows) if experts.is_transposed else (E, rows, columns)
@@ -63,9 +65,12 @@ def experts_forward(
     and experts without rows cost nothing. A number outside 0 … E - 1, as of an expert on another device, adds zeros.
     """
     first, second = weight_names(experts)
-    E, k = _weight(experts, first).shape[0], top_k_index.shape[-1]
+    W, k = _matrix(experts, first), top_k_index.shape[-1]
+    E = W.shape[0]
     ids = top_k_index.reshape(-1)
     segments = Segments.from_ids(ids.masked_fill((ids < 0) | (ids >= E), -1), E)
+    if isinstance(W, NF4Weight) and not torch.compiler.is_compiling():
+        segments = segments.read()  # one expert is decoded at a time: the host waits once, and not for each of four products
     h = _product(experts, first, rows_by_expert(hidden_states, segments, k), segments, adapters)
     y = _product(experts, second, _activated(experts, h), segments, adapters)
     rows = rows_by_token(y, segments).unflatten(0, (-1, k))
@@ -76,20 +81,28 @@ def experts_forward(
 
 def _product(experts: Any, name: str, x: Tensor, segments: Segments, adapters: Adapters) -> Tensor:
     """One product of rows by expert; without an adapter, with one of zeros."""
-    weight, bias = _weight(experts, name), getattr(experts, f"{name}_bias") if experts.has_bias else None
-    W = weight.mT if experts.is_transposed else weight
+    W, bias = _matrix(experts, name), getattr(experts, f"{name}_bias") if experts.has_bias else None
     adapter = adapters.get(name)
     if adapter is None:
         E, N, K = W.shape
-        adapter = LoRAAdapter(W.new_zeros(E, 1, K), W.new_zeros(E, N, 1))
+        adapter = LoRAAdapter(x.new_zeros(E, 1, K, dtype=W.dtype), x.new_zeros(E, N, 1, dtype=W.dtype))
     A, B, scaling, p = adapter
     return lora_grouped_linear(x, W, A, B, segments, bias, scaling=scaling, dropout_p=p)
 
 
-def _weight(experts: Any, name: str) -> Tensor:
-    """The parameter of this name, or that of the LoRAStack in its place."""
-    own = getattr(experts, name)
-    return own if isinstance(own, Tensor) else own.weight
+def _matrix(experts: Any, name: str) -> Tensor | NF4Weight:
+    """W[E, out, in], wherever it is: the parameter of this name, the LoRAStack in its place, or bitsandbytes' codes."""
+    if (stack := experts._modules.get(name)) is not None:
+        return stack.matrix
+    if (w := quantized_stack(experts, name)) is None:
+        weight = getattr(experts, name)
+        return weight.mT if experts.is_transposed else weight
+    if (reason := why_not_4_bit(experts.is_transposed, w.shape, w.blocksize)) is not None:
+        raise ValueError(
+            f"{name}: got a 4-bit stack {tuple(w.shape)}, expected a dense one, as {reason}; the experts implementation "
+            '"eager" dequantises it at each call'
+        )
+    return w
 
 
 def _activated(experts: Any, h: Tensor) -> Tensor:

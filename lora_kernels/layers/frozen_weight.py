@@ -36,9 +36,9 @@ class NF4Format:
 
 
 class FrozenWeight(nn.Module):
-    """Owns `weight` and `bias`; `matrix` is W[out_features, in_features], a Tensor or an NF4Weight.
+    """Owns `weight` and `bias`; `matrix` is W[out_features, in_features], of `shape`, a Tensor or an NF4Weight.
 
-    fan_in_fan_out: a dense weight is stored as [in, out], as in transformers' Conv1D. A dense one may be a stack [E, out, in].
+    fan_in_fan_out: a dense weight is stored as [in, out], as in transformers' Conv1D. W may be a stack [E, out, in].
     """
 
     weight: nn.Parameter
@@ -65,6 +65,7 @@ class FrozenWeight(nn.Module):
             self.weight = weight
             matrix = weight.flatten(1) if weight.ndim == 4 else weight  # a convolution's
             shape = matrix.mT.shape if fan_in_fan_out else matrix.shape
+        self.shape = shape
         self.out_features, self.in_features = shape[-2:]
         self.bias = bias
         for parameter in self.parameters():
@@ -117,7 +118,8 @@ class FrozenWeight(nn.Module):
         W = self.matrix
         with without_autocast(W.device):
             if isinstance(W, NF4Weight):
-                total = W.dequantize(torch.float32).addmm_(B.float(), A.float() * scaling)
+                total = W.dequantize(torch.float32)
+                (total.addmm_ if W.ndim == 2 else total.baddbmm_)(B.float(), A.float() * scaling)
             else:
                 wide = torch.promote_types(torch.promote_types(W.dtype, A.dtype), torch.float32)
                 total = W.to(wide) + scaling * (B.to(wide) @ A.to(wide))
@@ -169,7 +171,7 @@ class FrozenWeight(nn.Module):
             if not local_metadata.get("assign_to_params_buffers", False):
                 weight = copy_to(weight, self.weight.device)
         elif self.quantized and key in state_dict:
-            weight = self._requantize(state_dict[key].T if self.fan_in_fan_out else state_dict[key]).to(self.weight.device)
+            weight = self._requantize(state_dict[key].mT if self.fan_in_fan_out else state_dict[key]).to(self.weight.device)
         if weight is not None:
             self._hold(weight, storage)
             state_dict = {name: value for name, value in state_dict.items() if not name.startswith(f"{key}.")}
@@ -180,19 +182,18 @@ class FrozenWeight(nn.Module):
         """The 4-bit weight that a state dict has for this layer. Raises ValueError, naming the key, if it does not fit."""
         key = f"{prefix}weight"
         beside = {name.removeprefix(f"{key}."): value for name, value in state_dict.items() if name.startswith(f"{key}.")}
-        shape = self.out_features, self.in_features
         if key not in state_dict or not (beside or self.quantized) or (not beside and self._is_dense(state_dict[key])):
             return None
         self._check_loadable()
         w = from_state(state_dict[key], beside, key)
-        if w.shape != shape:
-            raise ValueError(f"{key}: got a 4-bit weight of shape {tuple(w.shape)}, expected {shape}")
+        if w.shape != self.shape:
+            raise ValueError(f"{key}: got a 4-bit weight of shape {tuple(w.shape)}, expected {tuple(self.shape)}")
         return w
 
     def _is_dense(self, weight: Tensor) -> bool:
         """Whether a state dict's `weight` is this layer's in floating point."""
-        shape = self.out_features, self.in_features
-        return weight.is_floating_point() and weight.shape == (shape[::-1] if self.fan_in_fan_out else shape)
+        shape = (*self.shape[:-2], *self.shape[:-3:-1]) if self.fan_in_fan_out else self.shape
+        return weight.is_floating_point() and weight.shape == shape
 
     def _check_loadable(self) -> None:
         """Raise RuntimeError if a 4-bit weight cannot be put here."""

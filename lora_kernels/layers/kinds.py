@@ -41,9 +41,9 @@ def why_not_other(module: Any, *, dora: bool, adalora: bool, lora_bias: bool, in
 
 
 def adapted(module: nn.Module | Planned, quantize: str | None = None) -> AdaptedWeight:
-    """The layer with adapters, none yet, over a plain one. quantize: of a linear layer."""
+    """The layer with adapters, none yet, over a plain one. quantize: of a linear layer or a stack."""
     if isinstance(module, Planned):
-        return module.make()
+        return module.make(quantize)
     if isinstance(module, nn.Conv2d):
         return LoRAConv2d.from_conv(module, r=None)
     if isinstance(module, nn.Embedding):

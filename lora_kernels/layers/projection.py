@@ -15,6 +15,7 @@ from ..dtypes import FLOATS
 from ..plan import PLAIN
 from ..values import LoRAWeights
 from . import linear_4bit
+from .experts_4bit import has_only_its_hooks
 from .frozen_weight import is_conv1d, is_linear4bit
 from .offload import forward_is_replaced
 
@@ -65,7 +66,8 @@ def why_not_called(module: nn.Module) -> str | None:
     own = module.__dict__
     if "forward" in own and forward_is_replaced(module):
         return "a member's forward was replaced on the instance"
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    if hooked and not has_only_its_hooks(module):
         return "a member has hooks"
     return "global module hooks" if torch_module._has_any_global_hook() else None
 

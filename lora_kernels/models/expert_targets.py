@@ -7,6 +7,7 @@ from torch import nn
 
 from ..dtypes import FLOATS
 from ..layers.experts import is_experts, weight_names
+from ..layers.experts_4bit import quantized_stack, why_not_stacks
 from ..layers.lora_experts import LoRAExperts, LoRAStack, Planned
 from ..layers.offload import forward_is_replaced
 from .config import LoRAConfig
@@ -26,7 +27,7 @@ def plan_stacks(modules: Mapping[str, nn.Module], config: LoRAConfig) -> tuple[S
     for path, module in modules.items() if names else ():
         if isinstance(module, LoRAStack) and names_match(path, names):
             found[path] = module
-        for name, _ in () if isinstance(module, LoRAStack) else module.named_parameters(recurse=False):
+        for name in () if isinstance(module, LoRAStack) else _names(module):
             if names_match(full := f"{path}.{name}".removeprefix("."), names):
                 if (reason := _why_not(module, name)) is None:
                     found[full] = Planned(module, name)
@@ -38,6 +39,14 @@ def plan_stacks(modules: Mapping[str, nn.Module], config: LoRAConfig) -> tuple[S
     return found, skipped
 
 
+def _names(module: nn.Module) -> list[str]:
+    """Its own parameters, those that bitsandbytes has quantised included."""
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    if not is_experts(module):
+        return own
+    return own + [name for name in weight_names(module) if quantized_stack(module, name) is not None]
+
+
 def _why_not(module: nn.Module, name: str) -> str | None:
     if not is_experts(module) or name not in weight_names(module):
         return (
@@ -46,6 +55,8 @@ def _why_not(module: nn.Module, name: str) -> str | None:
         )
     if forward_is_replaced(module):
         return "the experts' forward was replaced on the instance, as accelerate's hooks do"
+    if (reason := why_not_stacks(module, weight_names(module))) is not None or quantized_stack(module, name) is not None:
+        return reason
     dtype = getattr(module, name).dtype
     return None if dtype in FLOATS else f"a stack of {dtype}"
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapters import AdaptedWeight
+from ..layers.experts import is_experts, weight_names
+from ..layers.experts_4bit import quantized_stack
 from ..layers.frozen_weight import FrozenWeight, is_linear4bit
 from ..layers.merging import LowRankTerm, bias_sum
 from ..layers.offload import offloaded_tensors, onloaded
@@ -66,13 +68,16 @@ def _noted(tensors: Iterable[tuple[str, Tensor]], names: set[str]) -> Iterator[t
 
 
 def _layers(model: nn.Module) -> dict[str, FrozenWeight]:
-    """LoRA layers and, as layers without an adapter, bitsandbytes' quantised ones."""
+    """LoRA layers and, as layers without an adapter, bitsandbytes' quantised ones and stacks of experts."""
     layers: dict[str, FrozenWeight] = {}
     for path, module in named_modules(model, remove_duplicate=False):
         if isinstance(module, AdaptedWeight):
             layers[path] = module
         elif is_linear4bit(module) and getattr(module.weight, "quant_state", None) is not None:
             layers[path] = FrozenWeight(NF4Weight.from_bnb(module.weight), None)  # type: ignore[arg-type]
+        for name in weight_names(module) if is_experts(module) else ():
+            if (w := quantized_stack(module, name)) is not None:
+                layers[f"{path}.{name}"] = FrozenWeight(w, None)
     return layers
 
 

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers.experts import is_experts, weight_names
+from ..layers.experts_4bit import quantized_stack
 from ..layers.frozen_weight import is_conv1d, is_linear4bit
 from ..layers.linear import LoRALinear
+from ..layers.lora_experts import LoRAStack
 from .wrappers import named_modules
 
 
@@ -21,6 +24,11 @@ def quantization_config(model: Any, merged: bool = False) -> Any:
     """
     present = getattr(model.config, "quantization_config", None)
     modules = dict(named_modules(model, remove_duplicate=False))
+    if not merged and (stacks := _packed_stacks(modules)):
+        raise ValueError(
+            f"{stacks[0]}: a stack of experts in 4 bits, which transformers cannot read; call save_merged, or write the "
+            "adapters by save_adapter and the model's state_dict()"
+        )
     packed = {path: module for path, module in modules.items() if is_linear4bit(module) or _is_packed(module)}
     in_4_bits = present is None or getattr(present, "load_in_4bit", False)
     if packed and merged and in_4_bits:
@@ -82,6 +90,14 @@ def _skipped(packed: Iterable[str], dense: list[str]) -> list[str]:
     if not all(should_convert_module(path, dense) for path in packed):  # a name also means what begins or ends with it
         dense = [f"{re.escape(path)}$" for path in dense]
     return dense
+
+
+def _packed_stacks(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The paths of the stacks of experts in 4 bits."""
+    found = [path for path, module in modules.items() if isinstance(module, LoRAStack) and module.quantized]
+    experts = {path: module for path, module in modules.items() if is_experts(module)}
+    names = [(path, name, module) for path, module in experts.items() for name in weight_names(module)]
+    return found + [f"{path}.{name}" for path, name, module in names if quantized_stack(module, name) is not None]
 
 
 def _is_packed(module: nn.Module) -> bool:

@@ -69,7 +69,7 @@ def add_lora(
     registered in several places is adapted once, for all of them; a weight tied to another module stays tied.
     Layers on the meta device get adapters there (fill them with `reset_lora_parameters` after loading).
     autocast_adapter_dtype: adapters over 16-bit weights are float32, as in PEFT; False gives them the weight's dtype.
-    quantize: "nf4" puts the layers' dense weights into 4 bits (QLoRA); `remove_lora` then gives dequantised ones.
+    quantize: "nf4" puts the dense weights of layers and stacks into 4 bits (QLoRA); `remove_lora` then gives dequantised ones.
     What a transformers model lists in _keep_in_fp32_modules, as T5 its "wo", stays dense, and the report says so.
 
     config: a LoRAConfig, an AdaLoRAConfig, or a peft.LoraConfig or peft.AdaLoraConfig, whose fields mean the same
@@ -208,11 +208,20 @@ def _build_layers(
 
 def _left_dense(model: nn.Module, plan: Plan) -> dict[str, str]:
     """What `quantize` leaves as it is, and why."""
-    stacks = {path: "a stack of experts" for path, module in plan.modules.items() if isinstance(module, (Planned, LoRAStack))}
+    stacks = {path: module for path, module in plan.modules.items() if isinstance(module, (Planned, LoRAStack))}
     modules = {path: module for path, module in plan.modules.items() if path not in stacks}
+    dense = {path: _why_dense(stack) for path, stack in stacks.items()}
     other = "no linear layer: only those have 4-bit weights here"
     left = {path: other for path, module in modules.items() if is_other(module)}  # type: ignore[arg-type]
-    return kept_dense(model, modules) | left | stacks  # type: ignore[arg-type]
+    return kept_dense(model, modules) | left | {path: reason for path, reason in dense.items() if reason}  # type: ignore[arg-type]
+
+
+def _why_dense(stack: Planned | LoRAStack) -> str | None:
+    """Why a stack that is to be quantised is not."""
+    if isinstance(stack, LoRAStack) or stack.is_bitsandbytes:
+        return None  # it stays what it is
+    reason = stack.why_not_quantized()
+    return reason and f"a stack of experts: {reason}"
 
 
 def _put_in_place(model: nn.Module, layers: Mapping[int, nn.Module]) -> None:

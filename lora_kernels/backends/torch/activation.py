@@ -35,6 +35,27 @@ ACTIVATIONS = {
 NATIVE = (torch.float32, torch.bfloat16, torch.float16)  # in float64 nobody trains
 
 
+def why_not(h: Tensor) -> str | None:
+    """PyTorch computes any h."""
+    return None
+
+
+def activated(h: Tensor, activation: str, has_gate: bool) -> Tensor:
+    """a[M, I] = act(e)·u of h[M, 2·I] = [e | u], or act(h) of h[M, I], in h's dtype."""
+    return gated(*_halves(h, has_gate), activation)
+
+
+def activated_backward(da: Tensor, h: Tensor, activation: str, has_gate: bool) -> Tensor:
+    """dh of the same."""
+    dh = torch.empty_like(h)
+    gated_backward(da, *_halves(h, has_gate), activation, *_halves(dh, has_gate))
+    return dh
+
+
+def _halves(h: Tensor, has_gate: bool) -> tuple[Tensor | None, Tensor]:
+    return h.chunk(2, dim=1) if has_gate else (None, h)  # type: ignore[return-value]
+
+
 def gated(e: Tensor | None, u: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
     """a = act(e)·u[M,I], or act(u), in u's dtype; out: memory for it, which may be e's or u's."""
     if out is None:

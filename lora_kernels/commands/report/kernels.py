@@ -67,17 +67,19 @@ def kernel_rows(
         R = int(rank[1:])
         n = members_of(kernel, form)
         elements, moved, flops = _work(kernel, M, K, N, R, data, adapter, n)
+        if "alone" in form.split():
+            moved -= adapter * M * R * (n + 1 if kernel == "glu_backward" else 1)
         if "nf4" in form.split():
             moved += (N * K // 2 + N * K // 64) - data * N * K
         issued, warps = 0.0, WARPS
         if kernel in SIDE_KERNELS + BLOCK_KERNELS + MAGNITUDE_KERNELS:
             programs, partials = _cut(kernel, M, K, N, R, n, *[int(size) for size in form.split()[0].split("x")])
-            moved += partials
+            moved += 0 if "alone" in form.split() else partials
             warps = int(re.findall(r"w(\d+)s", form)[0]) * min(counts["ctas_per_sm"], -(-programs // PROCESSORS))
             issued = elements * counts["per_element"] / ISSUE
         fields = {name: counts[name] for name in ("registers", "spills", "shared", "ctas_per_sm", "matrix", "per_element")}
-        times = _times(moved, issued, warps, flops)
-        rows.append(KernelRow(kernel, rank, form, **fields, megabytes=moved / 1e6, **times))
+        of = times(moved, issued, warps, flops)
+        rows.append(KernelRow(kernel, rank, form, **fields, megabytes=moved / 1e6, **of))
     return rows
 
 
@@ -89,13 +91,13 @@ def members_of(kernel: str, form: str) -> int:
     return int(found[1]) if found else 1
 
 
-def _times(moved: int, issued: float, warps: int, flops: int) -> dict[str, Any]:
+def times(moved: float, issued: float, warps: int, flops: float) -> dict[str, Any]:
     """The predicted microseconds, and what bounds them."""
     bounds = {"issue": issued, "occupancy": issued / min(1, warps / WARPS), "flops": flops / MATRIX}
     h100, h200 = ({"bytes": moved / bandwidth, **bounds} for bandwidth in BANDWIDTH.values())
     bound = max(h100, key=h100.__getitem__)  # issue, where occupancy costs nothing more
-    times = {f"{name}_us_predicted": 1e6 * max(of.values()) for name, of in (("h100", h100), ("h200", h200))}
-    return {**times, "bound": bound}
+    us = {f"{name}_us_predicted": 1e6 * max(of.values()) for name, of in (("h100", h100), ("h200", h200))}
+    return {**us, "bound": bound}
 
 
 def _cut(kernel: str, M: int, K: int, N: int, R: int, n: int, rows: int, columns: int) -> tuple[int, int]:

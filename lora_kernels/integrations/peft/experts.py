@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...dtypes import FLOATS, autocast_dtype
 from ...layers.experts import experts_forward, is_experts, sizes, stacked, weight_names
+from ...layers.experts_4bit import quantized_stack, why_not_stacks
 from ...layers.projection import why_not_called
 from ...plan import PLAIN
 from ...values import LoRAAdapter
@@ -70,6 +71,8 @@ def adapters_of(wrappers: list[Any], experts: Any) -> dict[str, LoRAAdapter] | s
     for module in (*wrappers[1:], experts):
         if (reason := why_not_called(module)) is not None:
             return reason
+    if (reason := why_not_stacks(experts, weight_names(experts))) is not None:
+        return reason
     found: dict[str, LoRAAdapter] = {}
     for wrapper in wrappers:
         adapter = _adapter(wrapper, experts)
@@ -88,14 +91,15 @@ def _adapter(wrapper: Any, experts: Any) -> LoRAAdapter | str | None:
     names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
     if len(names) != 1:
         return "several active adapters" if names else None
-    modules, W = (wrapper.lora_A[names[0]], wrapper.lora_B[names[0]]), getattr(experts, wrapper.parameter_name)
+    modules, quantized = (wrapper.lora_A[names[0]], wrapper.lora_B[names[0]]), quantized_stack(experts, wrapper.parameter_name)
     for kind, module in zip(("lora_A", "lora_B"), modules, strict=True):
         if type(module) is not nn.Linear or module.bias is not None:
             return f"{kind} is a {type(module).__name__}, or has a bias"
         if (reason := why_not_called(module)) is not None:
             return reason.replace("a member", kind)
     A, B = modules[0].weight, modules[1].weight
-    for t in (W, A, B):
+    W = getattr(experts, wrapper.parameter_name) if quantized is None else quantized
+    for t in (A, B) if quantized is not None else (W, A, B):
         if type(t) not in PLAIN or t.dtype not in FLOATS:
             return f"a {type(t).__name__} of {t.dtype} among the tensors"
         if t.device != W.device:
@@ -112,7 +116,8 @@ def _adapter(wrapper: Any, experts: Any) -> LoRAAdapter | str | None:
 
 def why_not_input(x: Tensor, experts: Any) -> str | None:
     """A reason in the tokens."""
-    W = getattr(experts, weight_names(experts)[0])
+    first = weight_names(experts)[0]
+    W = quantized_stack(experts, first) or getattr(experts, first)
     if type(x) not in PLAIN or x.dtype not in FLOATS or x.device != W.device:
         return f"x is a {type(x).__name__} of {x.dtype} on {x.device}"
     if torch._C._are_functorch_transforms_active():

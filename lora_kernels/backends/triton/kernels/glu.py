@@ -23,12 +23,12 @@ from .tiles import load_tile, store_tile
 @triton.jit(do_not_specialize=["M", "edge"])
 def glu_kernel(
     e, u, a, A, parts, seed, edge, keep_scale, M, D, part_columns,
-    ACT: tl.constexpr, DROP: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, DROP: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr, OF: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """a = act(e)·u, h = drop(a)·Aᵀ: parts[i_n, M, R] of one range of columns each; a program owns BM rows of one range.
 
-    e may be None: a = act(u); A and parts: only a is computed.
+    e may be None: a = act(u); A and parts: only a is computed. e and u are each one of OF parts of rows of OF·D columns.
     """
     i_m, i_n = tl.program_id(0), tl.program_id(1)
     o_m = i_m * BM + tl.arange(0, BM)
@@ -39,8 +39,8 @@ def glu_kernel(
         o_n = n + tl.arange(0, BN)
         b_e = None
         if e is not None:
-            b_e = load_tile(e, o_m, o_n, D, M, D)
-        b_a = gated(b_e, load_tile(u, o_m, o_n, D, M, D), ACT).to(a.dtype.element_ty)
+            b_e = load_tile(e, o_m, o_n, D * OF, M, D)
+        b_a = gated(b_e, load_tile(u, o_m, o_n, D * OF, M, D), ACT).to(a.dtype.element_ty)
         store_tile(a, b_a, o_m, o_n, D, M, D)
         if A is not None:
             if not DROP:  # a select that Triton does not move past: it would compute act twice, for the store and for the dot
@@ -51,14 +51,17 @@ def glu_kernel(
 
 
 def glu(
-    e: Tensor | None, u: Tensor, A: Tensor | None, dropout: Dropout | None, activation: str
+    e: Tensor | None, u: Tensor, A: Tensor | None, dropout: Dropout | None, activation: str, of: int = 1
 ) -> tuple[Tensor, Tensor | None]:
-    """(a, h): act(e)·u, or act(u) where e is None, in u's dtype, and drop(a)·Aᵀ in A's, None where A is; no gaps."""
+    """(a, h): act(e)·u, or act(u) where e is None, in u's dtype, and drop(a)·Aᵀ in A's, None where A is; no gaps.
+
+    of: 2 where e and u are the halves of the rows of one tensor.
+    """
     p, seed, offset = words(dropout if A is not None else None)
     R, adapter = (1, u.dtype) if A is None else (A.shape[0], A.dtype)
     key = (
         u.device, u.dtype, adapter, R, A is None, u.shape[1], e is None, p, offset,
-        activation, tuning.precision(u.dtype),
+        activation, tuning.precision(u.dtype), of,
     )  # fmt: skip
     return call("glu", gates, key, e, u, A, seed)
 
@@ -76,11 +79,12 @@ def gates(
     offset: int,
     activation: str,
     precision: str,
+    of: int,
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """run(e, u, A, seed): a and h with this tile."""
     launches = two(
-        glu_kernel, tile.options(), ACT=activation, DROP=p is not None, OFFSET=offset, PRECISION=precision, BM=tile.rows,
-        BN=tile.columns, R=R, BR=tuning.padded_rank(R),
+        glu_kernel, tile.options(), ACT=activation, DROP=p is not None, OFFSET=offset, PRECISION=precision, OF=of,
+        BM=tile.rows, BN=tile.columns, R=R, BR=tuning.padded_rank(R),
     )  # fmt: skip
     width, wanted = max(256, tile.columns), 2 * tuning.gpu(device).processors
     bits, scale = edge(p or 0.0), keep_scale(p or 0.0)

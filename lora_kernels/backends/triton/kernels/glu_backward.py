@@ -26,7 +26,7 @@ from .tiles import dot, load_tile, scalar
 def glu_backward_kernel(
     da, e, u, de, du, g, A, parts_dA, h_gate, B_gate, parts_g_gate, parts_dB_gate, parts_dc_gate, s_gate,
     h_up, B_up, parts_g_up, parts_dB_up, parts_dc_up, s_up, seed, edge, keep_scale, M, D, part_rows,
-    ACT: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ACT: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr, OF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     OFFSET0: tl.constexpr, OFFSET1: tl.constexpr, OFFSET2: tl.constexpr,
     BR0: tl.constexpr, BR1: tl.constexpr, BR2: tl.constexpr,
@@ -35,6 +35,7 @@ def glu_backward_kernel(
 
     A program owns a strip of BN columns and a range of rows, as in grad_dy, whose sums follow de and du, and in grad_x, which
     it is to a. de or du may be da's memory. What is None is not computed, or not there. Member 0 is down, 1 gate, 2 up.
+    e, u, de and du are each one of OF parts of rows of OF·D columns.
 
     All tiles follow the layout of (Aᵀ·gᵀ)ᵀ, which on sm_90 gives each warp columns of its own, where g·A would have eight
     warps compute 64 rows twice. The comparison that is always true, and costs nothing, ties act to that layout too: otherwise
@@ -53,19 +54,20 @@ def glu_backward_kernel(
         b_B_up = load_tile(B_up, o_n, tl.arange(0, BR2), R2, D, R2)
     s_gate, s_up = scalar(s_gate), scalar(s_up)
     o_tile = tl.arange(0, BM)[:, None] * D + o_n[None, :]
+    o_part = tl.arange(0, BM)[:, None] * (D * OF) + o_n[None, :]
     acc_dA = tl.zeros([BN, BR0], tl.float32)
     dB_gate, dc_gate = tl.zeros([BN, BR1], tl.float32), tl.zeros([BN], tl.float32)
     dB_up, dc_up = tl.zeros([BN, BR2], tl.float32), tl.zeros([BN], tl.float32)
     for m in range(i_m * part_rows, tl.minimum(M, (i_m + 1) * part_rows), BM):
         o_m = m + tl.arange(0, BM)
-        tile, inside = tl.cast(m, tl.int64) * D, (o_m < M)[:, None] & (o_n < D)[None, :]
+        tile, part, inside = tl.cast(m, tl.int64) * D, tl.cast(m, tl.int64) * D * OF, (o_m < M)[:, None] & (o_n < D)[None, :]
         if g is not None:
             b_g = load_tile(g, o_m, tl.arange(0, BR0), R0, M, R0)
             if DROP:
                 keep = keep_tile(seed, edge, o_m, n, OFFSET0, BN)
         if u is not None:
-            b_u = tl.load(u + tile + o_tile, mask=inside, other=0.0)
-        b_v = tl.load(e + tile + o_tile, mask=inside, other=0.0) if e is not None else b_u
+            b_u = tl.load(u + part + o_part, mask=inside, other=0.0)
+        b_v = tl.load(e + part + o_part, mask=inside, other=0.0) if e is not None else b_u
         if da is not None:
             b_da = tl.load(da + tile + o_tile, mask=inside, other=0.0).to(tl.float32)
             if A is not None:
@@ -87,13 +89,13 @@ def glu_backward_kernel(
                 b_du = (b_da * act).to(du.dtype.element_ty)
             if de is not None:
                 b_de = (b_da * b_u.to(tl.float32) * slope_of(b_v, gate, act, ACT)).to(de.dtype.element_ty)
-                tl.store(de + tile + o_tile, b_de, mask=inside)
+                tl.store(de + part + o_part, b_de, mask=inside)
                 dB_gate, dc_gate = add_reductions(
                     b_de, h_gate, b_B_gate, parts_g_gate, parts_dB_gate, parts_dc_gate, dB_gate, dc_gate, s_gate,
                     i_n, o_m, M, R1, PRECISION, BR1,
                 )  # fmt: skip
             if du is not None:
-                tl.store(du + tile + o_tile, b_du, mask=inside)
+                tl.store(du + part + o_part, b_du, mask=inside)
                 dB_up, dc_up = add_reductions(
                     b_du, h_up, b_B_up, parts_g_up, parts_dB_up, parts_dc_up, dB_up, dc_up, s_up,
                     i_n, o_m, M, R2, PRECISION, BR2,
@@ -144,11 +146,13 @@ class Found(NamedTuple):
 
 
 def glu_backward(
-    da: Tensor | None, e: Tensor | None, u: Tensor | None, down: Down, gate: Entry, up: Entry, activation: str
-) -> Found:
+    da: Tensor | None, e: Tensor | None, u: Tensor | None, down: Down, gate: Entry, up: Entry, activation: str,
+    dh: Tensor | None = None,
+) -> Found:  # fmt: skip
     """The gradients of a = act(e)·u (act(u) where e is None), and what they and a are read for; [M, D] without gaps.
 
-    da is written to: it becomes de, or du.
+    da is written to: it becomes de, or du; unless there is a dh[M, 2·D], of which these are the halves, as e and u are of one
+    tensor, or a dh[M, D] for du alone.
     """
     first = e if u is None else u
     device, dtype, D = first.device, first.dtype, first.shape[1]
@@ -158,9 +162,9 @@ def glu_backward(
     flags = tuple([(entry.needed, *entry[4:], dtype_of(entry.s)) for entry in (gate, up)])
     key = (
         device, dtype, *most(dtype, kinds), kinds, D, p, offset, activation, da is None, e is None, u is None, own is None,
-        down.A is None, down.need_A, flags, tuning.precision(dtype),
+        down.A is None, down.need_A, flags, tuning.precision(dtype), 1 if dh is None else dh.shape[1] // D,
     )  # fmt: skip
-    return call("glu_backward", gate_gradients, key, da, e, u, down, gate, up, seed)
+    return call("glu_backward", gate_gradients, key, da, e, u, down, gate, up, seed, dh)
 
 
 def gate_gradients(
@@ -176,10 +180,10 @@ def gate_gradients(
     activation: str,
     *forms: object,
 ) -> Callable[..., Found]:
-    """run(da, e, u, down, gate, up, seed): everything with this tile."""
+    """run(da, e, u, down, gate, up, seed, dh): everything with this tile."""
     launches = two(
-        glu_backward_kernel, tile.options(), ACT=activation, DROP=p is not None, PRECISION=forms[-1], BM=tile.rows,
-        BN=tile.columns, **constants(kinds, (offset, 0, 0)),
+        glu_backward_kernel, tile.options(), ACT=activation, DROP=p is not None, PRECISION=forms[-2], OF=forms[-1],
+        BM=tile.rows, BN=tile.columns, **constants(kinds, (offset, 0, 0)),
     )  # fmt: skip
     strips, programs = -(-D // tile.columns), 2 * tuning.gpu(device).processors
     bits, scale = edge(p or 0.0), keep_scale(p or 0.0)
@@ -192,13 +196,16 @@ def gate_gradients(
         return parts_g, parts_dB, new_parts(count, D, dtype=torch.float32, **room) if entry.need_c else None
 
     def run(
-        da: Tensor | None, e: Tensor | None, u: Tensor | None, down: Down, gate: Entry, up: Entry, seed: Tensor | None
-    ) -> Found:
+        da: Tensor | None, e: Tensor | None, u: Tensor | None, down: Down, gate: Entry, up: Entry, seed: Tensor | None,
+        dh: Tensor | None,
+    ) -> Found:  # fmt: skip
         M = (e if u is None else u).shape[0]
         count, part_rows = tuning.splits(M, tile.rows, strips, programs)
         de, du = da if gate.needed else None, None
         if up.needed:
             du = da if de is None else torch.empty_like(da)
+        if dh is not None:
+            de, du = (None, dh) if e is None else (dh[:, :D], dh[:, D:])
         parts_dA = new_parts(count, R, D, dtype=of_A, device=device) if down.need_A else None
         parts = [parts_of(entry, kind, M, count) for entry, kind in zip((gate, up), of_entries, strict=True)]
         sides = [(entry.h if entry.need_B else None, entry.B if entry.need_g else None) for entry in (gate, up)]
