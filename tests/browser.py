@@ -13,8 +13,8 @@ import pytest
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = ("--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
-# The page stands in a frame, which is as narrow as asked for, and light or dark; a window has a least width. What looks into it is
-# the frame's parent: no script of the page itself would run.
+# The page stands in a frame, which is as narrow as asked for, and light or dark; a window has a least width. The frame's parent
+# looks into it: no script of the page itself would run.
 WATCHER = """<!doctype html><iframe id="page" width="{width}" height="900" style="border: 0; color-scheme: {scheme}"
   srcdoc="{page}"></iframe><pre id="found"></pre>
 <script>
