@@ -7,7 +7,7 @@ BUILD_PINS = $(shell sed -n 's/^    "\(\(pybind11\|ninja\)==[^"]*\)",/\1/p' pypr
 DOCS_PINS = $(shell sed -n '/^docs = \[/,/^\]/s/^    "\([^"]*\)",.*/\1/p' pyproject.toml)
 # -O1 and one instruction set: with three at -O3 low_rank.cpp alone takes minutes.
 SANITIZE = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -DFOR_EACH_CPU=
-NATIVE = $(patsubst %,tests/test_%.py,activation cpu_extension cpu_linear dropout linear_nf4 linear_ways nf4 nf4_product)
+NATIVE = $(patsubst %,tests/test_%.py,activation cpu_extension cpu_grouped_linear cpu_linear dropout linear_nf4 linear_ways nf4 nf4_product)
 READY = $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
 .PHONY: demo test test-oldest test-newest sanitize fuzz lint docs ready

@@ -97,7 +97,8 @@ class Largest(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for t in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(t, torch.Tensor) and t.numel() and t.untyped_storage().data_ptr() not in self.known:
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+                there = t.untyped_storage().nbytes() // t.element_size()  # memory that calls share may be larger than t
+                self.elements = max(self.elements, min(t.numel(), there))
         return result
 
 
