@@ -32,15 +32,21 @@ def test_gradcheck(p, bias, quant_type):
 
 @every_dtype
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("M", [1, 15, 17, 129])
+@pytest.mark.parametrize("M", [1, 17, 70])
 def test_rows(kind, M, p, dtype, device):
     check(Case(M=M, K=130, N=67, R=32, p=p, dtype=dtype, device=device, quant_type=kind.quant_type))
 
 
 @every_dtype
-@pytest.mark.parametrize(("K", "N"), [(1, 1), (37, 301), (300, 37), (129, 65), (64, 256)])
+@pytest.mark.parametrize(("K", "N"), [(37, 301), (300, 37), (129, 65), (64, 256)])
 def test_features(kind, K, N, dtype, device):
     check(Case(M=33, K=K, N=N, R=3, p=0.25, dtype=dtype, device=device, quant_type=kind.quant_type, blocksize=32))
+
+
+@every_kind
+def test_one_feature(kind, device):
+    """Whose results of one element take many draws to judge."""
+    check(Case(M=33, K=1, N=1, R=3, p=0.25, dtype=BF16, device=device, quant_type=kind.quant_type, blocksize=32))
 
 
 @every_dtype
@@ -166,7 +172,7 @@ def test_random_options(device, case):
         check(case)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.builds(Case, **{**RANDOM, **FORMATS, "dtype": st.sampled_from(DTYPES[:3])}))
 def test_random_options_of_the_kernels(device, case):
     case.device = device

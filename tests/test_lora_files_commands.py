@@ -20,7 +20,7 @@ from lora_files_case import (
 )
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_cli import assert_one_line_error, run  # noqa: F401
+from test_cli import assert_one_line_error
 
 from lora_kernels import add_lora, load_adapter, lora_parameters, save_adapter
 
@@ -46,7 +46,7 @@ def made():
     return factors(base, linear_paths(base, *TARGETS))
 
 
-def test_around_all_formats_the_function_stays(run, tmp_path, pipeline, made):  # noqa: F811
+def test_around_all_formats_the_function_stays(run, tmp_path, pipeline, made):
     base = unet()
     file = saved(tmp_path / "in.safetensors", kohya(made, "lora_unet_"), {"ss_network_dim": "3"})
     formats = ("diffusers", "peft", "diffusers", "kohya")
@@ -64,7 +64,7 @@ def test_around_all_formats_the_function_stays(run, tmp_path, pipeline, made):  
     assert all(torch.equal(first[key], last[key]) for key in first)
 
 
-def test_a_peft_adapter_of_a_language_model_is_one_file(run, tmp_path, made):  # noqa: F811
+def test_a_peft_adapter_of_a_language_model_is_one_file(run, tmp_path, made):
     theirs = get_peft_model(unet(), LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=list(TARGETS)))
     for parameter in theirs.parameters():
         if parameter.requires_grad:
@@ -75,7 +75,7 @@ def test_a_peft_adapter_of_a_language_model_is_one_file(run, tmp_path, made):  #
     close(output(ours), output(theirs.base_model.model))
 
 
-def test_the_json_has_the_ranks(run, tmp_path):  # noqa: F811
+def test_the_json_has_the_ranks(run, tmp_path):
     tensors = dotted(unscaled({"a.b": (torch.ones(2, 4), torch.ones(3, 2), 2.0)}), "transformer.")
     file = saved(tmp_path / "in.safetensors", tensors)
     target = tmp_path / "out.safetensors"
@@ -84,7 +84,7 @@ def test_the_json_has_the_ranks(run, tmp_path):  # noqa: F811
     assert set(load_file(target)) == {f"lora_transformer_a_b.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")}
 
 
-def test_the_sum_of_files_is_theirs(run, tmp_path, pipeline, made):  # noqa: F811
+def test_the_sum_of_files_is_theirs(run, tmp_path, pipeline, made):
     base, text = unet(), text_encoder()
     other = factors(base, linear_paths(base, "to_v", "to_out.0"), seed=8)
     words = factors(text, linear_paths(text, "q_proj"))
@@ -102,7 +102,7 @@ def test_the_sum_of_files_is_theirs(run, tmp_path, pipeline, made):  # noqa: F81
     close(output(ours["text_encoder"]), output(adapted(text, weighted)))
 
 
-def test_what_cannot_be_is_one_line(run, tmp_path, pipeline, made):  # noqa: F811
+def test_what_cannot_be_is_one_line(run, tmp_path, pipeline, made):
     file, out = saved(tmp_path / "in.safetensors", kohya(made, "lora_unet_")), tmp_path / "out.safetensors"
     key = "'lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight'"
     for arguments, parts in (
