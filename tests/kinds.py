@@ -1,6 +1,7 @@
 """The kinds of call that the matrix of tests runs over: a backend by name, and the base weight."""
 
 import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import pytest
@@ -26,9 +27,15 @@ BACKENDS = {"torch": (None, "nf4"), "cpu": (None, "nf4"), "triton": (None, "nf4"
 KINDS = tuple(Kind(backend, quant_type) for backend, quant_types in BACKENDS.items() for quant_type in quant_types)
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=str, indirect=True)
 every_dense_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.quant_type is None], ids=str, indirect=True)
-every_dtype = pytest.mark.parametrize(
-    ("kind", "dtype"), [(kind, dtype) for kind in KINDS for dtype in kind.dtypes], ids=str, indirect=["kind"]
-)
+
+
+def every_dtype_of(kinds: Iterable[Kind]) -> pytest.MarkDecorator:
+    """These kinds, each with every dtype that it computes in."""
+    pairs = [(kind, dtype) for kind in kinds for dtype in kind.dtypes]
+    return pytest.mark.parametrize(("kind", "dtype"), pairs, ids=str, indirect=["kind"])
+
+
+every_dtype = every_dtype_of(KINDS)
 
 
 def every_needs() -> pytest.MarkDecorator:
