@@ -62,9 +62,12 @@ def test_unit_vectors_give_the_weight_to_the_bit(products, dtype, quant_type, bl
         for columns in torch.arange(256).split(16):
             x = torch.eye(256, dtype=dtype)[columns]
             assert torch.equal(nf4_product.linear(x, w, None), dense[:, columns].T)
+        differences = dense[:, ::16].float() - dense[:, 1::16].float()  # of rounded weights
+        x = torch.eye(256, dtype=dtype)[::16] - torch.eye(256, dtype=dtype)[1::16]
+        assert torch.equal(nf4_product.linear(x, w, None), differences.to(dtype).T)
     finally:
         torch.set_num_threads(before)
-    assert products == [16] * 16
+    assert products == [16] * 17
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -85,6 +88,12 @@ def test_more_tokens_than_a_cpu_of_16_bits_wants(products, monkeypatch):
 def test_a_weight_of_many_tiles(products, dtype):
     check(Case(M=5, K=1024, N=1300, R=4, dtype=dtype, quant_type="nf4", double_quant=False))
     assert 5 in products
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_more_columns_than_a_thread_takes_at_a_time(products, dtype):
+    check(Case(M=13, K=1088, N=50, dtype=dtype, quant_type="nf4", strided=True))
+    assert 13 in products
 
 
 @pytest.mark.parametrize("dtype", NARROW)
