@@ -79,6 +79,14 @@ def test_biases_of_any_layout(form, dtype):
     assert torch.equal(got["y"], want["y"])
 
 
+@every_form
+def test_rows_of_any_layout(form):
+    problem = case_of(form, DENSE, p=0.2, needs=("x", "lora_A", "lora_B")).draw()
+    x, dy = (t.detach().T.contiguous().T for t in (problem.x, problem.dys["y"]))
+    want, got = ours(problem), ours(replace(problem, x=x.requires_grad_(), dys={"y": dy}))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 # ---- mistakes ----
 
 

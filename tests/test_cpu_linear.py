@@ -45,8 +45,9 @@ def test_sizes(size, dtype, p):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(("dtype", "adapter"), PAIRS)
 def test_pairs_of_dtypes(dtype, adapter, p, strided):
-    """Several blocks and chunks of rows, tiles of columns, and the least vector's rest; without the base product in csrc."""
-    check(Case(131, 267, 141, 9, p=p, dtype=dtype, adapter_dtype=adapter, strided=strided, needs=tuple("xABc")))
+    """Several blocks and chunks of rows, tiles of columns, and the least vector's rest; few rows, whose dx may be csrc's."""
+    for size in ((131, 267, 141, 9), (9, 24, 33, 4)):
+        check(Case(*size, p=p, dtype=dtype, adapter_dtype=adapter, strided=strided, needs=tuple("xABc")))
 
 
 @pytest.mark.parametrize("name", ["A", "B"])
@@ -112,6 +113,14 @@ def test_adapters_of_any_layout():
     other = {"A": problem.A.detach().T.contiguous().T, "B": torch.cat([problem.B, problem.B], 1).detach()[:, 4:]}
     got = contract(replace(problem, **{name: t.requires_grad_() for name, t in other.items()}))
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_base_weights_and_biases_of_any_layout(dtype):
+    problem = Case(9, 24, 33, 4, p=0.2, dtype=dtype, needs=("x", "A", "B")).draw()
+    turned, apart = problem.W.T.contiguous().T, torch.stack([problem.c, torch.ones_like(problem.c)], 1)[:, 0]
+    want, got = contract(problem), contract(replace(problem, W=turned, c=apart))
+    assert all((got[name] - want[name]).norm() <= 0.01 * want[name].norm() for name in want)
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64])

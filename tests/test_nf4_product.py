@@ -102,6 +102,12 @@ def test_rows_that_lie_apart(products, dtype):
     assert 6 in products
 
 
+def test_tokens_whose_elements_lie_apart_are_left_to_pytorch(products):
+    w, x = weight(), torch.randn(256, 5).T
+    torch.testing.assert_close(nf4_product.linear(x, w, None), x @ w.dequantize(torch.float32).T)
+    assert not products
+
+
 @pytest.mark.parametrize(
     ("case", "why"),
     [
