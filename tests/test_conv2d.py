@@ -53,11 +53,22 @@ def test_wide_adapters_over_a_narrow_base_and_autocast(dtype, dropout, device):
         assert not (lines := broken(Case(autocast=dtype, **own))), lines
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_gradient_of_a_wider_bias_is_not_rounded_to_bfloat16(autocast, device):
+    x, W, A, B = (torch.ones(shape, device=device) for shape in ((1, 3, 1, 257), (4, 3, 3, 3), (2, 3, 3, 3), (4, 2, 1, 1)))
+    c = torch.zeros(4, device=device, requires_grad=True)
+    with torch.autocast(device.type, BF16, enabled=autocast):
+        y = lora_conv2d(x if autocast else x.bfloat16(), W if autocast else W.bfloat16(), A, B, c, padding=1)
+    (dc,) = torch.autograd.grad(y.sum(), c)
+    assert dc.tolist() == [257.0] * 4
+
+
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_sizes_and_chunks(n, device, monkeypatch):
     """Parts of samples, of lines, and a scaling and a bias of another kind."""
     for elements in (1 << 20, 40, 200):
-        monkeypatch.setattr("lora_kernels.backends.torch.conv2d.chunk_elements", lambda device, elements=elements: elements)
+        for module in ("mask", "backends.torch.conv2d"):
+            monkeypatch.setattr(f"lora_kernels.{module}.chunk_elements", lambda device, elements=elements: elements)
         for channels_last, dtype in itertools.product((False, True), (FP32, BF16)):
             s = torch.tensor(0.3, device=device)
             own = {"n": n, "scaling": s, "bias": False, "needs": ("x", "A", "B"), "channels_last": channels_last}
@@ -114,6 +125,15 @@ def test_a_channels_last_1x1_is_a_linear_layer_without_a_copy(device):
     assert "OperationFunction" in type(y.grad_fn.next_functions[0][0].next_functions[0][0]).__name__
     assert x.data_ptr() in seen
     assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_dx_of_a_channels_last_weight_lies_in_memory_as_a_convolution_s(layout, device):
+    """The weight that W and the adapter are summed up in, for it, is channels-last too."""
+    x, W, A, B = (torch.ones(shape, device=device) for shape in ((2, 4, 6, 6), (5, 4, 3, 3), (2, 4, 3, 3), (5, 2, 1, 1)))
+    x, W = x.to(memory_format=layout).requires_grad_(), W.to(memory_format=torch.channels_last)
+    y, plain = lora_conv2d(x, W, A, B, padding=1), F.conv2d(x, W, padding=1)
+    assert torch.autograd.grad(y.sum(), x)[0].stride() == torch.autograd.grad(plain.sum(), x)[0].stride()
 
 
 def test_compiled_as_one_graph(device):

@@ -69,6 +69,24 @@ def test_stacks_of_any_layout():
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@every_form
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_biases_of_any_layout(form, dtype):
+    problem = case_of(form, DENSE, dtype=dtype, needs=("x",)).draw()
+    name, base = next(iter(problem.members.items()))
+    apart = torch.stack([base.bias, torch.ones_like(base.bias)], -1)[..., 0]
+    want, got = ours(problem), ours(replace(problem, members={**problem.members, name: base._replace(bias=apart)}))
+    assert torch.equal(got["y"], want["y"])
+
+
+@every_form
+def test_rows_of_any_layout(form):
+    problem = case_of(form, DENSE, p=0.2, needs=("x", "lora_A", "lora_B")).draw()
+    x, dy = (t.detach().T.contiguous().T for t in (problem.x, problem.dys["y"]))
+    want, got = ours(problem), ours(replace(problem, x=x.requires_grad_(), dys={"y": dy}))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 # ---- mistakes ----
 
 

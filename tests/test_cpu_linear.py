@@ -14,9 +14,10 @@ from kinds import DTYPES
 from properties import given, settings, st
 from test_linear import FORMATS, RANDOM
 
-from lora_kernels import backend_report, cpu_extension, lora_linear, use_backend
+from lora_kernels import LoRAWeights, backend_report, cpu_extension, dropout_mask, lora_linear, use_backend
 from lora_kernels.backends.cpu import linear
 from lora_kernels.operation import prepared
+from lora_kernels.values import Dropout
 
 BF16, FP16, FP32, FP64 = DTYPES
 SIZES = [(1, 1, 1, 1), (1, 9, 4, 1), (3, 8, 70, 5), (17, 24, 33, 4), (15, 129, 36, 12), (129, 17, 19, 24), (8, 64, 64, 16)]
@@ -44,8 +45,17 @@ def test_sizes(size, dtype, p):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(("dtype", "adapter"), PAIRS)
 def test_pairs_of_dtypes(dtype, adapter, p, strided):
-    """Several blocks and chunks of rows, tiles of columns, and the least vector's rest; without the base product in csrc."""
-    check(Case(131, 267, 141, 9, p=p, dtype=dtype, adapter_dtype=adapter, strided=strided, needs=tuple("xABc")))
+    """Several blocks and chunks of rows, tiles of columns, and the least vector's rest; few rows, whose dx may be csrc's."""
+    for size in ((131, 267, 141, 9), (9, 24, 33, 4)):
+        check(Case(*size, p=p, dtype=dtype, adapter_dtype=adapter, strided=strided, needs=tuple("xABc")))
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_the_gradient_of_a_wide_adapter_alone_is_as_exact_as_its_dtype(name):
+    """dB reads h, and neither A nor B."""
+    problem = Case(33, 70, 50, 6, p=0.2, adapter_dtype=FP64, needs=(name,)).draw()
+    grad, exact = ours(problem)[f"d{name}"], truth(problem)[f"d{name}"]
+    assert (grad - exact).norm() <= 1e-14 * exact.norm()
 
 
 @pytest.mark.parametrize("R", [33, 64, 100, 256])
@@ -81,6 +91,13 @@ def test_rows_from_any_row_of_the_mask_on(dtype):
     torch.testing.assert_close(h_part, h[13:])
 
 
+def test_the_mask_of_a_quarter_of_a_million_elements():
+    """Of whose 16-bit lanes some are the threshold itself."""
+    x, A, B, dropout = torch.ones(512, 512), torch.ones(1, 512), torch.ones(3, 1), Dropout(0.5, torch.tensor(3))
+    _, (h,) = linear.forward(x, (LoRAWeights(torch.ones(3, 512), A, B, None, 1.0),), dropout)
+    assert torch.equal(h[:, 0], 2.0 * dropout_mask(512, 512, 0.5, 3).sum(1))
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_gradients_of_any_layout(dtype):
     x, W, A, B = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((5, 16), (12, 16), (3, 16), (12, 3)))
@@ -98,11 +115,27 @@ def test_adapters_of_any_layout():
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_base_weights_and_biases_of_any_layout(dtype):
+    problem = Case(9, 24, 33, 4, p=0.2, dtype=dtype, needs=("x", "A", "B")).draw()
+    turned, apart = problem.W.T.contiguous().T, torch.stack([problem.c, torch.ones_like(problem.c)], 1)[:, 0]
+    want, got = contract(problem), contract(replace(problem, W=turned, c=apart))
+    assert all((got[name] - want[name]).norm() <= 0.01 * want[name].norm() for name in want)
+
+
 @pytest.mark.parametrize("dtype", [FP32, FP64])
 def test_a_fresh_adapter_is_the_base_layer_to_the_bit(dtype):
     problem = Case(70, 200, 150, 8, p=0.1, dtype=dtype, needs=()).draw()
     y = lora_linear(problem.x, problem.W, problem.A, torch.zeros_like(problem.B), problem.c, dropout_p=0.1)
     assert torch.equal(y, torch.nn.functional.linear(problem.x, problem.W, problem.c))
+
+
+@pytest.mark.parametrize("K", [1, 7])
+def test_sums_for_fewer_columns_than_a_vector_are_pytorch_s(K):
+    """Which csrc/cpu would sum up term by term: of positive ones with ten times the error."""
+    x, W, A = (torch.rand(shape) for shape in ((4, K), (283, K), (2, K)))
+    dy, y = torch.rand(4, 283), lora_linear(x.requires_grad_(), W, A, torch.zeros(283, 2))
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy @ W)
 
 
 class Wrapped(torch.Tensor):

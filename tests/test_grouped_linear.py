@@ -142,14 +142,15 @@ def test_it_is_lora_linear_of_each_segment(kind, device):
 
 
 @pytest.mark.parametrize("kind", DENSE, ids=str, indirect=True)
-def test_the_mask_of_rows_that_lie_apart(kind, device):
-    """Row i's is row i of dropout_mask, in whatever runs the rows come."""
+@pytest.mark.parametrize("ps", [(0.5, 0.25), (0.5, 0.5)])
+def test_the_mask_of_rows_that_lie_apart(kind, ps, device):
+    """Row i's is row i of dropout_mask, in whatever runs the rows come; with one p in a block whose rows begin again."""
     ids = torch.tensor([0, 0, 1, 0, 1, 1, 1, -1, 0, 1], device=device)
     x, W = torch.ones(10, 40, device=device), torch.zeros(40, 40, device=device)
-    adapters = [LoRAAdapter(torch.eye(40, device=device), torch.eye(40, device=device), 1.0, p) for p in (0.5, 0.25)]
+    adapters = [LoRAAdapter(torch.eye(40, device=device), torch.eye(40, device=device), 1.0, p) for p in ps]
     y = multi_lora_linear(x, W, adapters, Segments.from_ids(ids, 2), seed=3)
     for i, e in enumerate(ids.tolist()):
-        p = (0.5, 0.25, 0.0)[e]
+        p = (*ps, 0.0)[e]
         expected = dropout_mask(10, 40, p, 3, device=device)[i] / (1 - p) if e >= 0 else 0 * y[i]
         assert torch.equal(y[i], expected)
 

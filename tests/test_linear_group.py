@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kinds import DTYPES
+from kinds import DTYPES, Kind
 from members_accuracy import check, every_dtype, every_kind, saved_bytes
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import LoRAWeights, dropout_mask, lora_linear, lora_linear_group
+from lora_kernels import LoRAWeights, dropout_mask, lora_linear, lora_linear_group, quantize_nf4
 from lora_kernels.cases.linear_group import GroupCase
 from lora_kernels.cases.members import Layer, ours
 
@@ -113,6 +113,18 @@ def test_a_result_that_is_not_used_costs_no_gradient(kind, unused, device):
     for name, grad in found.items():
         if name != "dx":
             assert torch.equal(grad, whole[name])
+
+
+@pytest.mark.parametrize("kind", [Kind("torch", "nf4"), Kind("cpu", "nf4")], ids=str, indirect=True)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_parts_of_dx_are_rounded_once(kind, dtype, monkeypatch):
+    """Of two members, whose parts cancel, on a CPU that multiplies no 16-bit numbers."""
+    monkeypatch.setattr("lora_kernels.backends.products.cpu_multiplies", lambda _: False)
+    member = LoRAWeights(quantize_nf4(torch.randn(33, 64)), torch.randn(3, 64, dtype=dtype), torch.randn(33, 3, dtype=dtype))
+    x, dy = torch.randn(9, 64, dtype=dtype, requires_grad=True), torch.randn(9, 33, dtype=dtype)
+    q, k = lora_linear_group(x, (member, member))
+    (part,), (dx,) = torch.autograd.grad(q, x, dy, retain_graph=True), torch.autograd.grad((q, k), x, (dy, -dy))
+    assert dx.abs().max() < 1e-5 * part.abs().max()
 
 
 @every_kind

@@ -182,6 +182,8 @@ def test_out(dtype):
     assert torch.equal(rows[:, 4:100], out)
     assert rows[:, :4].isnan().all()
     assert rows[:, 100:].isnan().all()
+    one, row = quantize_nf4(torch.randn(1, 128)), torch.empty(1, 129, dtype=dtype)
+    assert torch.equal(dequantize_nf4(one, out=row[:, 1:]), one.dequantize(dtype))
 
 
 def test_out_that_does_not_fit():

@@ -62,9 +62,12 @@ def test_unit_vectors_give_the_weight_to_the_bit(products, dtype, quant_type, bl
         for columns in torch.arange(256).split(16):
             x = torch.eye(256, dtype=dtype)[columns]
             assert torch.equal(nf4_product.linear(x, w, None), dense[:, columns].T)
+        differences = dense[:, ::16].float() - dense[:, 1::16].float()  # of rounded weights
+        x = torch.eye(256, dtype=dtype)[::16] - torch.eye(256, dtype=dtype)[1::16]
+        assert torch.equal(nf4_product.linear(x, w, None), differences.to(dtype).T)
     finally:
         torch.set_num_threads(before)
-    assert products == [16] * 16
+    assert products == [16] * 17
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -88,9 +91,21 @@ def test_a_weight_of_many_tiles(products, dtype):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
+def test_more_columns_than_a_thread_takes_at_a_time(products, dtype):
+    check(Case(M=13, K=1088, N=50, dtype=dtype, quant_type="nf4", strided=True))
+    assert 13 in products
+
+
+@pytest.mark.parametrize("dtype", NARROW)
 def test_rows_that_lie_apart(products, dtype):
     check(Case(M=(2, 3), K=128, dtype=dtype, quant_type="fp4", strided=True))
     assert 6 in products
+
+
+def test_tokens_whose_elements_lie_apart_are_left_to_pytorch(products):
+    w, x = weight(), torch.randn(256, 5).T
+    torch.testing.assert_close(nf4_product.linear(x, w, None), x @ w.dequantize(torch.float32).T)
+    assert not products
 
 
 @pytest.mark.parametrize(

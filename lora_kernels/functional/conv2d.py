@@ -61,7 +61,7 @@ def lora_conv2d(
         return y.permute(0, 3, 1, 2)
     dtype = compute_dtype(x, (member,))
     dropout = seeded(Dropout(dropout_p, seed), x.device) if dropout_p else None  # type: ignore[arg-type]
-    x, weight, bias = to(x, dtype), to(weight, dtype), None if bias is None else to(bias, dtype)
+    x, weight = to(x, dtype), to(weight, dtype)
     return Conv2dFunction.apply(x, weight, lora_A, lora_B, bias, scaling, dropout, dropout_position, window)
 
 

@@ -49,7 +49,7 @@ def forward(
     adapters = [member.lora_A for member in members if member.lora_A is not None]
     ranks = [A.shape[-2] for A in adapters]
     h = (adapters[0].new_zeros if bounds[-1] < M or min(ranks) < max(ranks) else adapters[0].new_empty)(M, max(ranks))
-    added = None if before or c is None else c if c.ndim == 1 else c.unsqueeze(1)
+    added = None if before or c is None else adjacent(c) if c.ndim == 1 else adjacent(c).unsqueeze(1)
     parts = _parts(members, dropout, ps, bounds, lambda e: (_nth(added, e), None, None, None))
     term = parts, x.shape[1], y.shape[1], *_mask_of(dropout), _address(rows.order)
     cpu_extension.extension.grouped_forward(*term, rows_of(x), rows_of(y), before, rows_of(h), torch.get_num_threads())
@@ -142,7 +142,7 @@ def _parts(
     found, p = [], 0.0 if dropout is None else dropout.p
     for e, place in _places(bounds):
         _, A, B, _, s, _ = members[0 if len(members) == 1 else e + 1]
-        drop = scale_and_threshold(ps[e] if ps and p else p)
+        drop = scale_and_threshold(ps[e] if ps else p)
         R = 0 if B is None else B.shape[-1]
         found.append((place.start, place.stop, R, _nth(A, e), _nth(B, e), float(s), *drop, *results(e)))
     return found

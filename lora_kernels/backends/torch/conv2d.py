@@ -18,7 +18,7 @@ Needs = tuple[bool, bool, bool, bool, bool]  # of x, W, A, B and c
 def forward(x: Tensor, member: LoRAWeights, dropout: Dropout | None, position: str, window: Window) -> tuple[Tensor, Tensor]:
     """Equations 18 and 19: y[n,N,·,·] and h[n,R,·,·], which is dropped where position is "h"."""
     W, A, B, c, s, _ = member
-    y = _convolve(x, W, c, window)  # type: ignore[arg-type]
+    y = _convolve(x, W, None if c is None else to(c, x.dtype), window)  # type: ignore[arg-type]
     of_x, of_h = (dropout, None) if position == "x" else (None, dropout)
     h = _down(x, A, of_x, window)  # type: ignore[arg-type]
     if of_h is not None:

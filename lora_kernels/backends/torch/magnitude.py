@@ -46,7 +46,7 @@ def _tiles(W: Tensor | NF4Weight, dtype: torch.dtype, wide: torch.dtype) -> Iter
     N, K = W.shape
     chunks = slices(N, max(1, TILE // max(1, K)) if W.device.type == "cpu" else max(1, N))
     for rows in chunks:
-        yield rows, to(to(part(W, rows, chunks), dtype), wide)
+        yield rows, to(part(W, rows, chunks), wide)
 
 
 def scale(v: Tensor, m: Tensor, n: Tensor, c: Tensor | None) -> Tensor:

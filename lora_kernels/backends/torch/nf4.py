@@ -293,7 +293,7 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     offset = mean_absmax(absmax)
     centred = torch.nn.functional.pad(absmax - offset, (0, -blocks % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
     largest = centred.abs().amax(1)
-    scaled = (centred * (1 / largest)[:, None]).nan_to_num(-1.0).clamp(-1, 1)
-    bin_number = ((scaled + 1) * 0.5).double().mul(65535).add(0.5).float().long().clamp(0, 65535)  # one rounding, as fma
-    q = nested_bins()[bin_number].masked_fill(largest[:, None] == 0, 0).view(-1)[:blocks]
+    scaled = (centred * (1 / largest)[:, None]).nan_to_num(-1.0).clamp(-1, 1)  # 0 / 0 has code 0, as -1
+    bin_number = ((scaled + 1) * 0.5).mul(65535).add(0.5).long()  # for each float in [0, 1] the same as rounded once, by an fma
+    q = nested_bins()[bin_number].view(-1)[:blocks]
     return q.to(on), largest.to(on), dynamic_map().to(on, copy=True), offset.to(on)
