@@ -128,7 +128,8 @@ def damaged_tensors(tensors: dict[str, Tensor], draw: random.Random) -> dict[str
             shape = draw.choice([(), (1,), (R, R, 3, 3), (R, R), (8,), (8, 1), (1, 8), (5, 1, 1, 1), (0,)])
             tensors[base + draw.choice(list(ENDS))] = torch.randn(shape)
         elif kind == 4:
-            tensors[key] = draw.choice(TENSORS)(tensors[key]).contiguous()
+            own = tensors[key] if tensors[key].dtype == torch.float32 else torch.randn(tensors[key].shape)  # damaged before
+            tensors[key] = draw.choice(TENSORS)(own).contiguous()
         else:
             shape = list(tensors[key].shape) or [1]
             shape[draw.randrange(len(shape))] = draw.choice([0, 1, 2, R, 8, 64])
