@@ -6,16 +6,13 @@ A layer in evaluation, as PEFT's adapter_names is for that alone, over a batch w
 turn; beside it the accelerated layer with one active adapter for all. Medians of interleaved runs. Fails if outputs differ.
 """
 
-import argparse
 import copy
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from row_writing import write_rows
+from row_writing import main
 from torch import nn
 
 from lora_kernels import accelerate
@@ -65,14 +62,5 @@ def shown(row: dict[str, Any]) -> str:
     return f"{about}: {times}: {row['ratio']:.2f}x"
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
-    torch.manual_seed(0)
-    write_rows(rows(options.repeats), options.json, shown)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(__doc__, 20, rows, shown)

@@ -6,16 +6,13 @@ A whole small Qwen3-MoE with random weights, and one layer's experts of a real w
 interleaved runs. PEFT runs with transformers' default experts implementation, grouped_mm. Fails if outputs or gradients differ.
 """
 
-import argparse
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from row_writing import write_rows
+from row_writing import main
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -103,14 +100,5 @@ def shown(row: dict[str, Any]) -> str:
     return f"{row['experts']}, {row['tokens']} tokens: {times}: {row['ratio']:.2f}x"
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
-    torch.manual_seed(0)
-    write_rows(rows(options.repeats), options.json, shown)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(__doc__, 5, rows, shown)
