@@ -5,7 +5,6 @@ linear.py the base product comes first in float32 and float64, of all rows over 
 bits, and over weights in 4 bits or with biases of their own, it is added to the low-rank parts.
 """
 
-import itertools
 from collections.abc import Callable
 
 import torch
@@ -17,18 +16,16 @@ from ...cpu_extension import NAMES, PLAIN
 from ...cpu_extension import rows as rows_of
 from ...nf4 import NF4Weight
 from ...plan import Call, Plan
-from ...values import Dropout, Grads, Needs, Rows
+from ...values import Dropout, Grads, LoRAWeights, Needs, Rows
 from ..torch import grouped_linear as pytorch
 from ..torch import nf4_product
 from ..torch.engine import add_backward_product, add_forward_product, sum_dtype, to
 from ..torch.nf4 import one_tile
-from ..torch.segments import Members, ends, numbers, weight_of
+from ..torch.segments import Members, ends, numbers, places, weight_of
 from . import linear
-from .linear import adjacent, product_is_first, scale_and_threshold
+from .linear import adjacent, mask_of, product_is_first, scale_and_threshold
 
 FIELDS = pytorch.FIELDS
-
-
 Matrix = tuple[int, int, str] | None  # as cpu_extension.rows
 
 
@@ -51,7 +48,7 @@ def forward(
     h = (adapters[0].new_zeros if bounds[-1] < M or min(ranks) < max(ranks) else adapters[0].new_empty)(M, max(ranks))
     added = None if before or c is None else adjacent(c) if c.ndim == 1 else adjacent(c).unsqueeze(1)
     parts = _parts(members, dropout, ps, bounds, lambda e: (_nth(added, e), None, None, None))
-    term = parts, x.shape[1], y.shape[1], *_mask_of(dropout), _address(rows.order)
+    term = parts, x.shape[1], y.shape[1], *mask_of(dropout, 0)[2:], _address(rows.order)
     cpu_extension.extension.grouped_forward(*term, rows_of(x), rows_of(y), before, rows_of(h), torch.get_num_threads())
     if not before:
         y[numbers(rows.order, slice(bounds[-1], M))] = 0 if c is None or c.ndim == 2 else to(c, y.dtype)
@@ -83,7 +80,7 @@ def backward(
     grads = pytorch.begun(dy, x, members, needs, rows)
     parts = _parts(members, dropout, ps, bounds, lambda e: (None, *_gradients_of(e, grads, members, needs, x)))
     K = 0 if dx is None and x is None else (x if dx is None else dx).shape[1]
-    term = parts, K, dy.shape[1], *_mask_of(dropout), _address(rows.order)
+    term = parts, K, dy.shape[1], *mask_of(dropout, 0)[2:], _address(rows.order)
     read = rows_of(x), rows_of(dy), rows_of(h)
     cpu_extension.extension.grouped_backward(*term, *read, rows_of(dx), before, torch.get_num_threads())
     if needs.x and not before:
@@ -110,7 +107,7 @@ def _product(v: Tensor, W: Tensor | NF4Weight, c: Tensor | None, bounds: list[in
         y = F.grouped_mm(v, W.mT, offs=rows.offsets[1:])
     else:
         y = v.new_empty(len(v), W.shape[1])
-        for e, place in _places(bounds):
+        for e, place in places(bounds):
             torch.mm(v[place], W[e].T, out=y[place])
     y[bounds[-1] :] = 0
     return y
@@ -128,7 +125,7 @@ def _add_products(add: Callable[..., Tensor], out: Tensor, v: Tensor, W: Tensor 
     if len(W.shape) == 2:
         add(out, v, W)
     else:
-        for e, place in _places(bounds):
+        for e, place in places(bounds):
             add(out[place], v[place], weight_of(W, e))
 
 
@@ -140,7 +137,7 @@ def _parts(
 ) -> list[tuple]:
     """Of each segment with rows their place, its rank, A, B, scalings, threshold and `results`: c, dA, dB, dc."""
     found, p = [], 0.0 if dropout is None else dropout.p
-    for e, place in _places(bounds):
+    for e, place in places(bounds):
         _, A, B, _, s, _ = members[0 if len(members) == 1 else e + 1]
         drop = scale_and_threshold(ps[e] if ps else p)
         R = 0 if B is None else B.shape[-1]
@@ -162,11 +159,6 @@ def _gradients_of(
     return _nth(own.get("lora_A"), e), _nth(own.get("lora_B"), e), None if dc is None else _nth(dc.unsqueeze(1), e)
 
 
-def _places(bounds: list[int]) -> list[tuple[int, slice]]:
-    """(e, its rows) of the segments with rows."""
-    return [(e, slice(start, stop)) for e, (start, stop) in enumerate(itertools.pairwise(bounds)) if start < stop]
-
-
 def _nth(t: Tensor | None, e: int) -> Matrix:
     """t[e] of a stack of matrices; t itself, where it is none."""
     if t is None or t.ndim < 3:
@@ -177,22 +169,7 @@ def _nth(t: Tensor | None, e: int) -> Matrix:
 
 def _adjacent(members: Members) -> Members:
     """With A and B whose rows' elements are adjacent."""
-    return tuple(
-        [
-            m
-            if _is_adjacent(m.lora_A) and _is_adjacent(m.lora_B)
-            else m._replace(lora_A=adjacent(m.lora_A), lora_B=adjacent(m.lora_B))
-            for m in members
-        ]
-    )
-
-
-def _is_adjacent(t: Tensor | None) -> bool:
-    return t is None or t.stride()[-1] == 1
-
-
-def _mask_of(dropout: Dropout | None) -> tuple[int, int]:
-    return (0, 0) if dropout is None else (dropout.seed.item(), dropout.offset)  # type: ignore[return-value]
+    return tuple([LoRAWeights(W, adjacent(A), adjacent(B), c, s) for W, A, B, c, s, _ in members])
 
 
 def _address(order: Tensor | None) -> int:

@@ -5,8 +5,6 @@ shared weight, for those of each segment over its own. No weight is summed with 
 segments' sizes, which the host knows of ids from a CPU; of others it reads them, once a pass.
 """
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +15,7 @@ from ...values import Dropout, Grads, LoRAWeights, Needs, Rows
 from ..products import columns_together, transposed_product, weight_gradient
 from . import linear
 from .engine import ChunkMask, add_backward_product, add_forward_product, sum_dtype, to, total, work_dtype
-from .segments import Block, Members, Piece, Segment, blocks, ends, numbers, segments
+from .segments import Block, Members, Piece, Segment, blocks, ends, numbers, places, segments
 
 FIELDS = linear.FIELDS - {"magnitude"}
 notes = linear.notes
@@ -125,9 +123,8 @@ def of_base(
     if "weight" in names and "weight" not in grads:
         grads["weight"] = weight_gradient(dy, x)
     elif "weight" in names:
-        for e, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            if start < stop:
-                grads["weight"][e] = weight_gradient(dy[start:stop], x[start:stop])
+        for e, place in places(bounds):
+            grads["weight"][e] = weight_gradient(dy[place], x[place])
     if "bias" in names and "bias" not in grads:
         grads["bias"] = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
 

@@ -48,19 +48,22 @@ def ends(rows: Rows, M: int) -> list[int]:
     return (rows.offsets if rows.host is None else rows.host).tolist()
 
 
+def places(bounds: list[int]) -> list[tuple[int, slice]]:
+    """(e, its place among the sorted rows) of the segments with rows."""
+    return [(e, slice(start, stop)) for e, (start, stop) in enumerate(itertools.pairwise(bounds)) if start < stop]
+
+
 def segments(members: Members, p: float, ps: tuple[float, ...], bounds: list[int]) -> Iterator[Segment]:
     """Those with rows; of a stack a view of what is theirs. A bias that is shared is in each."""
     W, A, B, c, s, _ = members[0]
-    for e, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        if start == stop:
-            continue
+    for e, place in places(bounds):
         if len(members) > 1:
             own = members[e + 1]._replace(bias=c)
         else:
             weight = weight_of(W, e) if W is not None and len(W.shape) == 3 else None
             bias = c if c is None or c.ndim == 1 else c[e]
             own = LoRAWeights(weight, None if A is None else A[e], None if B is None else B[e], bias, s)
-        yield Segment(e, slice(start, stop), own, ps[e] if ps else p)
+        yield Segment(e, place, own, ps[e] if ps else p)
 
 
 def weight_of(W: Tensor | NF4Weight, e: int) -> Tensor | NF4Weight:
