@@ -109,6 +109,15 @@ def cpu_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         pytest.skip(cpu_extension.why_not)
 
 
+@pytest.fixture
+def cpu_by_name() -> Iterator[None]:
+    """The backend "cpu" alone computes in the test, which is left out where csrc/cpu is not built."""
+    if cpu_extension.extension is None:
+        pytest.skip(cpu_extension.why_not)
+    with use_backend("cpu"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

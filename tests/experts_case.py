@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from triton_interpreter import DEVICE
 
+from lora_kernels import lora_parameters
 from lora_kernels.layers.experts import experts_forward
 from lora_kernels.values import LoRAAdapter
 
@@ -83,6 +84,17 @@ def run(model, ids=IDS):
 
 def in_double(model):
     return copy.deepcopy(model).double()
+
+
+def losses_of(model, steps):
+    """Of each step of a training of its adapters."""
+    optimizer, losses = torch.optim.Adam(lora_parameters(model), lr=0.03), []
+    for _ in range(steps):
+        losses.append(model(input_ids=IDS, labels=IDS).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    return losses
 
 
 class Largest(TorchDispatchMode):

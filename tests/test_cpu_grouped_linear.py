@@ -12,7 +12,7 @@ from cpu_extension_build import SOURCES, compiled
 from kinds import DTYPES, Kind
 from segments_accuracy import FORMS, case_of, check, every_form
 
-from lora_kernels import cpu_extension, use_backend
+from lora_kernels import cpu_extension
 from lora_kernels.backends.cpu import grouped_linear
 from lora_kernels.cases.grouped_linear import GroupedCase
 from lora_kernels.cases.members import ours, plain, truth
@@ -24,12 +24,7 @@ DENSE = Kind("cpu", None)
 ALL = ("x", "weight", "lora_A", "lora_B", "bias")
 
 
-@pytest.fixture(autouse=True)
-def _by_name():
-    if cpu_extension.extension is None:
-        pytest.skip(cpu_extension.why_not)
-    with use_backend("cpu"):
-        yield
+pytestmark = pytest.mark.usefixtures("cpu_by_name")
 
 
 @every_form

@@ -25,12 +25,7 @@ SIZES.append((2200, 9, 12, 3))  # whose rows are 23 chunks of 96, others' up to 
 PAIRS = list(itertools.product(DTYPES, DTYPES))
 
 
-@pytest.fixture(autouse=True)
-def _by_name():
-    if cpu_extension.extension is None:
-        pytest.skip(cpu_extension.why_not)
-    with use_backend("cpu"):
-        yield
+pytestmark = pytest.mark.usefixtures("cpu_by_name")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

