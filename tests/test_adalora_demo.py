@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from test_demo import QUICK, model, run, text  # noqa: F401  (fixtures)
+from test_demo import QUICK, model, run_demo, text  # noqa: F401  (fixtures)
 
 
 @pytest.mark.parametrize("quantize", [(), ("--quantize", "nf4")], ids=["dense", "nf4"])
-def test_the_whole_command(run, model, text, tmp_path, quantize):  # noqa: F811
+def test_the_whole_command(run_demo, model, text, tmp_path, quantize):  # noqa: F811
     if quantize:
         pytest.importorskip("bitsandbytes")
-    code, out, err = run("--model", model, "--text", text, *QUICK, "--variant", "adalora", *quantize, "--json", "-")
+    code, out, err = run_demo("--model", model, "--text", text, *QUICK, "--variant", "adalora", *quantize, "--json", "-")
     assert code == 0, err
     found = json.loads(out)
     held_out = list(found["held_out"].values())

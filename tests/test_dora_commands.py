@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from accuracy import violations
-from test_demo import QUICK, model, run, text  # noqa: F401  (fixtures)
+from test_demo import QUICK, model, run_demo, text  # noqa: F401  (fixtures)
 
 from lora_kernels.backends.cpu import linear as cpu
 from lora_kernels.backends.torch import linear
@@ -81,8 +81,8 @@ def test_rows_of_a_model(model, capsys):  # noqa: F811
     assert "r=4, p=0.0, float32 DoRA" in capsys.readouterr().out
 
 
-def test_the_demo(run, model, text, tmp_path):  # noqa: F811
-    code, out, err = run("--model", model, "--text", text, *QUICK, "--variant", "dora", "--json", "-")
+def test_the_demo(run_demo, model, text, tmp_path):  # noqa: F811
+    code, out, err = run_demo("--model", model, "--text", text, *QUICK, "--variant", "dora", "--json", "-")
     assert code == 0, err
     found = json.loads(out)
     held_out = list(found["held_out"].values())
@@ -91,7 +91,7 @@ def test_the_demo(run, model, text, tmp_path):  # noqa: F811
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["use_dora"] is True
 
 
-def test_another_variant_is_one_line(run, model, text):  # noqa: F811
-    code, out, err = run("--model", model, "--text", text, "--variant", "vera")
+def test_another_variant_is_one_line(run_demo, model, text):  # noqa: F811
+    code, out, err = run_demo("--model", model, "--text", text, "--variant", "vera")
     assert (code, out) == (2, "")
     assert err == "lora-kernels: --variant: got vera, expected lora, dora or adalora\n"
