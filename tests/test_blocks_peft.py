@@ -10,6 +10,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from blocks_case import ALL, CASES, FUSED, SOME, check_same, results
 from peft import LoraConfig, get_peft_model
 from peft_model import FAST
+from tiny_models import llama
 
 from lora_kernels import accelerate, fuse_blocks, restore, unfuse_blocks
 
@@ -188,7 +189,7 @@ def test_4_bit_models():
 
     with tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
-        CASES["llama"].make().save_pretrained(directory)
+        llama(hidden_size=64, intermediate_size=128).save_pretrained(directory)  # whole blocks: bitsandbytes
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
         model = LlamaForCausalLM.from_pretrained(directory, quantization_config=quantization, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(target_modules=SOME, init_lora_weights=False)).train()

@@ -187,8 +187,11 @@ def test_one_stack_and_the_other_later(tmp_path):
     assert torch.equal(logits(model), before)
 
 
-def test_states_both_ways():
-    """bitsandbytes' state loads here, and its replace_parameter_4bit_prequantized takes ours."""
+def test_states_both_ways(monkeypatch):
+    """bitsandbytes' state loads here, and its replace_parameter_4bit_prequantized takes ours. Rows are whole blocks: others it
+    decodes wrongly on a CPU with AVX512.
+    """
+    monkeypatch.setitem(MODELS, "Mixtral", {**MODELS["Mixtral"], "hidden_size": 64, "intermediate_size": 64})
     model, _ = moe4("Mixtral", compress_statistics=True)
     state, expected = model.state_dict(), logits(model)
     other = moe("Mixtral")

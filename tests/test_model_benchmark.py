@@ -112,7 +112,7 @@ def test_a_model_that_peft_does_not_adapt_is_measured_without_it(tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    ("cases", "first"), [("linear", "lora_kernels 32→32: "), ("members", "lora_kernels, fused blocks q 32→32 k 32→")]
+    ("cases", "first"), [("linear", "lora_kernels 64→64: "), ("members", "lora_kernels, fused blocks q 64→64 k 64→")]
 )
 def test_a_wrong_layer_or_block_gets_no_times(directory, monkeypatch, cases, first):
     monkeypatch.setattr(getattr(model_gate, cases), "wrong", lambda problem: ["y: norm error 1"])

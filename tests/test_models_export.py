@@ -167,7 +167,7 @@ def test_transformers_reads_the_exported_model(max_shard_size, tmp_path):
     import tiny_llama
     from transformers import AutoModelForCausalLM
 
-    tiny_llama.write(tmp_path / "base", hidden=64)
+    tiny_llama.write(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
     add_lora(model, LoRAConfig(r=4, init_lora_weights=False, target_modules="all-linear"), quantize="nf4")
     ids = torch.randint(0, 200, (2, 12))

@@ -104,7 +104,7 @@ def test_a_transformers_model_loaded_in_4_bit(tmp_path, storage):
     import tiny_llama
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    tiny_llama.write(tmp_path / "base", hidden=64)
+    tiny_llama.write(tmp_path / "base")
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -7,8 +7,8 @@ WORDS = SENTENCE.split()
 TEXT = " ".join(WORDS[i * i % len(WORDS)] + WORDS[i % 7] for i in range(1500))
 
 
-def write(directory: Path, hidden: int = 32) -> Path:
-    """Save the model and its tokenizer in `directory`."""
+def write(directory: Path, hidden: int = 64) -> Path:
+    """Save the model and its tokenizer in `directory`. hidden: whole blocks, which is what bitsandbytes decodes rightly with AVX512."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
