@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from result_files import Rows
 
+from lora_kernels.backends.triton.kernels import segment_nf4_product
 from lora_kernels.commands.report import kernels as kernel_report
 
 GPUS = ("H100", "H200")
@@ -56,7 +57,9 @@ def _experts(name: str, E: int, top_k: int, H: int, inner: int) -> Rows:
     frozen = _products(M, 2 * inner, H, E, adds=False) + _products(M, H, inner, E, adds=False)
     _compare(layer, [rows[0], _row("", about, frozen), rows[2]])
     sums = _sums_of(M, 2 * inner, H, E) + _sums_of(M, H, inner, E)
-    return [*rows, layer, _row(f"{name} experts: what PEFT's W + B·A and its gradient add to the frozen ones", about, sums)]
+    decoded = _over_4_bits(M, 2 * inner, H, E) + _over_4_bits(M, H, inner, E)
+    return [*rows, layer, _row(f"{name} experts: products over 4 bits in the place of these", about, decoded),
+            _row(f"{name} experts: what PEFT's W + B·A and its gradient add to the frozen ones", about, sums)]  # fmt: skip
 
 
 def _copies(rows: int, columns: int) -> Work:
@@ -69,6 +72,15 @@ def _products(M: int, N: int, K: int, E: int, adds: bool = True) -> list[Work]:
     passes, W, flops = 1 + adds, E * N * K, 2.0 * M * N * K
     moved = (M * K + passes * M * N + W, M * N + passes * M * K + W)
     return [Work(BYTES * elements, 0, flops) for elements in moved]
+
+
+def _over_4_bits(M: int, N: int, K: int, E: int) -> list[Work]:
+    """The same over codes, which each tile of rows decodes anew; half of each segment's last tile is empty."""
+    tile, codes = segment_nf4_product.TILES[BYTES], E * N * K * (1 / 2 + 1 / 64)
+    return [
+        _kernel("segment_nf4_product", M + E * tile.rows // 2, C, 1, BYTES * 2 * M * D + codes, form, times=D / tile.columns)
+        for C, D, form in ((K, N, "forward"), (N, K, ""))
+    ]
 
 
 def _terms(M: int, N: int, K: int, E: int, form: str = "") -> list[Work]:

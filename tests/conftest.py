@@ -21,8 +21,8 @@ if triton_interpreter.DEVICE.type == "cpu":  # Triton's kernels then run in its 
 if "bitsandbytes" not in optional_packages.missing():
     import bitsandbytes
 
-    # In evaluation its layers repack their weight on a CPU with AVX512-bf16, round absmax for good, and fail where K < blocksize:
-    # no peer to compare with. A test that is about this sets the layer's own `support_avx512bf16_for_cpu`.
+    # In evaluation its layers repack their weight on a CPU with AVX512-bf16, which rounds absmax for good and fails where
+    # K < blocksize: no peer to compare with. A test that is about this sets the layer's own `support_avx512bf16_for_cpu`.
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 LEFT_OUT = optional_packages.left_out()
 collect_ignore = [file for files in LEFT_OUT.values() for file in files]

@@ -144,8 +144,9 @@ def test_every_magnitude(built, monkeypatch, name):
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_what_is_not_finite(built, monkeypatch, name, dtype):
-    """NaN where PyTorch's operations have it, and infinities of the same sign; of one element each, for PyTorch's gelu of several
-    has NaN for inf with AVX512.
+    """NaN where PyTorch's operations have it, and infinities of the same sign.
+
+    Each is computed alone: with AVX512 PyTorch's gelu of several elements is NaN for inf.
     """
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0, 3e4, -3e4])
     da, e, u = (

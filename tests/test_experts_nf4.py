@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_kernels import LoRAConfig, add_lora, merge_lora, quantize_nf4, remove_lora, save_merged, unmerge_lora, use_backend
-from lora_kernels.backends.torch import segments
+from lora_kernels.backends.torch import grouped_linear, segments
 from lora_kernels.cases.rule import violations
 from lora_kernels.layers.experts import weight_names
 from lora_kernels.layers.experts_4bit import why_not_4_bit
@@ -95,15 +95,15 @@ def test_a_whole_model(name):
         assert (tested[path] - value).abs().max() <= 2e-5 * value.abs().max() + 1e-7, path
 
 
-def test_the_host_waits_for_the_rows_of_experts_once(monkeypatch):
-    """Where it does not know them, as of ids on a GPU, and only where experts are decoded one at a time."""
-    made, reads, read = Segments.from_ids, [], Segments.read
+def test_a_gpu_s_kernels_ask_the_host_for_no_number_of_rows(monkeypatch):
+    made = Segments.from_ids
     monkeypatch.setattr(Segments, "from_ids", lambda ids, count: made(ids, count)._replace(host=None))
-    monkeypatch.setattr(Segments, "read", lambda self: reads.append(self.host) or read(self))
-    assert not broken()
-    assert reads == [None]
-    results(layer(torch.float32), drawn(torch.float32), fast)
-    assert reads == [None]
+    for name in ("ends", "segments"):
+        monkeypatch.setattr(grouped_linear, name, None)
+    with use_backend("triton"):
+        assert not broken()
+    with use_backend("torch"), pytest.raises(TypeError, match="not callable"):
+        broken()
 
 
 def test_no_stack_of_weights_is_formed(monkeypatch):

@@ -79,11 +79,11 @@ def update_one_percent_small(b_B, b_A, PRECISION: tl.constexpr):
 
 @triton.jit
 def decoded_tile_of_the_next_blocks(
-    codes, pairs, absmax, nested_absmax, nested_map, nested_offset, o_row, k, K, BLOCKSIZE: tl.constexpr, BD: tl.constexpr,
-    BC: tl.constexpr,
+    codes, pairs, absmax, nested_absmax, nested_map, nested_offset, o_row, k, K, BLOCKSIZE: tl.constexpr, SPAN: tl.constexpr,
+    BD: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     args = (codes, pairs, absmax + 1, nested_absmax, nested_map, nested_offset)
-    return right_decoded_tile(*args, o_row, k, K, BLOCKSIZE, BD, BC)
+    return right_decoded_tile(*args, o_row, k, K, BLOCKSIZE, SPAN, BD, BC)
 
 
 @triton.jit

@@ -20,17 +20,13 @@ from lora_kernels.commands.report import kernels as kernel_report
 # glu_backward has 61 with strips of 128 columns, of which it reloads a few, and 77 with half the rows and no spills. Those of
 # float32 beside 64 ranks with 4 warps are the tiles that replace others, should they not compile.
 SPILLS: dict[str, int] = {
-    "segment_product | bf16 bf16 | r16 | sm_80 | 64x32x64 w4s3": 2,
-    "segment_product | fp16 fp16 | r16 | sm_80 | 64x32x64 w4s3": 2,
     "glu | fp32 fp32 | r64 | sm_80 | 32x32 w4s2 drop": 6,
     "glu_backward | fp32 fp32 | r16 | sm_80 | 32x32 w8s2 drop": 16,
     "grad_x | fp32 fp32 | r64 | sm_80 | 16x32 w4s2 drop": 6,
     "grad_x | fp32 fp32 | r64 | sm_80 | 32x32 w8s2 drop": 11,
-    "segment_product | bf16 fp32 | r16 | sm_80 | 64x32x64 w4s3": 2,
     "segment_shrink | bf16 fp32 | r64 | sm_80 | 32x64 w4s2 drop": 2,
     "grad_dy | fp16 fp32 | r64 | sm_80 | 32x64 w8s2": 6,
     "grad_x | fp16 fp32 | r16 | sm_80 | 32x128 w8s3 drop": 20,
-    "segment_product | fp16 fp32 | r16 | sm_80 | 64x32x64 w4s3": 2,
     "nf4_product | bf16 bf16 | r16 | sm_86 | 64x128x64 w8s3": 2,
     "glu_backward | bf16 fp32 | r64 | sm_86 | 16x32 w4s2 drop": 3,
     "nf4_product | bf16 fp32 | r16 | sm_86 | 64x128x64 w8s3": 2,

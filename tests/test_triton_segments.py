@@ -11,10 +11,11 @@ from triton_interpreter import DEVICE
 
 from lora_kernels import LoRAAdapter, Segments, lora_grouped_linear, multi_lora_linear, quantize_nf4, use_backend
 from lora_kernels.backends.triton import grouped_linear
-from lora_kernels.backends.triton.kernels import segments
+from lora_kernels.backends.triton.kernels import segment_nf4_product, segments
 from lora_kernels.cases.grouped_linear import GroupedCase, MultiCase
 from lora_kernels.cases.members import ours
 from lora_kernels.cases.rule import violations
+from lora_kernels.functional.nf4 import quantize
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FORMS = {
@@ -23,6 +24,7 @@ FORMS = {
     "shared weight": (GroupedCase, {"own": ("bias",)}),
     "shared bias": (GroupedCase, {"own": ("weight",)}),
     "adapters": (MultiCase, {}),
+    "own in 4 bits": (GroupedCase, {"quant_type": "nf4", "K": 64, "N": 40}),
 }
 
 
@@ -100,13 +102,46 @@ def test_the_same_bits_again(form: str) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_a_4_bit_weight_is_shared_or_refused() -> None:
+def test_a_shared_4_bit_weight() -> None:
     check(case("shared", K=64, N=40, quant_type="nf4", dtype=FP16, p=0.3))
-    x, W = torch.randn(4, 64, device=DEVICE), quantize_nf4(torch.randn(2, 8, 64, device=DEVICE))
-    A, B = torch.ones(2, 3, 64, device=DEVICE), torch.ones(2, 8, 3, device=DEVICE)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_sizes_over_4_bits(sizes: str) -> None:
+    """Rows of 66 codes begin inside of blocks."""
+    M, of_segments = SIZES[sizes]
+    check(case("own in 4 bits", M=M, sizes=of_segments, p=0.3, dtype=FP16, K=66, N=144))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "N", "K", "quant_type", "blocksize", "nested"),
+    [(BF16, 40, 64, "nf4", 64, True), (FP16, 64, 70, "fp4", 32, False), (FP32, 48, 96, "nf4", 128, True)],
+)
+def test_4_bit_weights_are_decoded_to_the_bit(
+    dtype: torch.dtype, N: int, K: int, quant_type: str, blocksize: int, nested: bool
+) -> None:
+    """Times ones of a unit matrix, forward by columns of W and backward by rows; blocks are rows, parts of rows, or neither."""
+    E = 2
+    w = quantize(torch.randn(E, N, K, device=DEVICE).to(dtype), quant_type, blocksize, nested)
+    W, A, B = w.dequantize(), *(torch.zeros(E, *size, device=DEVICE, dtype=dtype) for size in ((1, K), (N, 1)))
+    x = torch.eye(K, device=DEVICE, dtype=dtype).repeat(E, 1)
+    assert torch.equal(lora_grouped_linear(x, w, A, B, of_each(K)), W.mT.flatten(0, 1))
+    x = torch.zeros(E * N, K, device=DEVICE, dtype=dtype, requires_grad=True)
+    y = lora_grouped_linear(x, w, A, B, of_each(N))
+    (dx,) = torch.autograd.grad(y, x, torch.eye(N, device=DEVICE, dtype=dtype).repeat(E, 1))
+    assert torch.equal(dx, W.flatten(0, 1))
+
+
+def of_each(rows: int, E: int = 2) -> Segments:
+    return Segments.from_ids(torch.arange(E).repeat_interleave(rows), E).to(DEVICE)
+
+
+def test_what_is_refused() -> None:
+    x, A, B = torch.randn(4, 33, device=DEVICE), torch.ones(2, 3, 33, device=DEVICE), torch.ones(2, 64, 3, device=DEVICE)
     own = Segments.from_ids(torch.tensor([0, 0, 1, 1]), 2).to(DEVICE)
-    with pytest.raises(RuntimeError, match="4-bit weights of segments' own are decoded one at a time"):
-        lora_grouped_linear(x, W, A, B, own)
+    with pytest.raises(RuntimeError, match="two rows of 33 codes share a byte"):
+        lora_grouped_linear(x, quantize_nf4(torch.randn(2, 64, 33, device=DEVICE)), A, B, own)
+    x = torch.randn(4, 64, device=DEVICE)
     wide = LoRAAdapter(torch.ones(65, 64, device=DEVICE), torch.ones(8, 65, device=DEVICE))
     with pytest.raises(RuntimeError, match="adapters of rank above 64 are ordinary products"):
         multi_lora_linear(x, torch.ones(8, 64, device=DEVICE), [wide, wide], own)
@@ -115,6 +150,7 @@ def test_a_4_bit_weight_is_shared_or_refused() -> None:
 # ---- mistakes ----
 
 tile_of, kept_tile, load_factor = segments.tile_of, segments.kept_tile, segments.load_factor
+decoded_tile = segment_nf4_product.decoded_tile
 
 
 @triton.jit
@@ -149,6 +185,24 @@ def the_first_adapter(F, e, o_r, o_k, stride_r, stride_k, R, K):
     return load_factor(F, e * 0, o_r, o_k, stride_r, stride_k, R, K)
 
 
+@triton.jit
+def absmax_of_the_next_block(
+    codes, pairs, absmax, nested_absmax, nested_map, nested_offset, o_row, k, K, BLOCKSIZE: tl.constexpr, SPAN: tl.constexpr,
+    BD: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    args = (codes, pairs, absmax + 1, nested_absmax, nested_map, nested_offset)
+    return decoded_tile(*args, o_row, k, K, BLOCKSIZE, SPAN, BD, BC)
+
+
+@triton.jit
+def rows_of_the_first_segment(
+    codes, pairs, absmax, nested_absmax, nested_map, nested_offset, o_row, k, K, BLOCKSIZE: tl.constexpr, SPAN: tl.constexpr,
+    BD: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    args = (codes, pairs, absmax, nested_absmax, nested_map, nested_offset)
+    return decoded_tile(*args, o_row % (40 * 64), k, K, BLOCKSIZE, SPAN, BD, BC)
+
+
 MISTAKES = [
     ("tile_of", rows_in_sorted_order), ("tile_of", the_segment_before), ("tile_of", rows_of_the_next_segment),
     ("kept_tile", dropout_for_all), ("kept_tile", mask_of_the_next_row), ("load_factor", the_first_adapter),
@@ -166,6 +220,23 @@ def test_a_mistake_in_a_kernel_is_caught(name: str, mistake: object, monkeypatch
     of = case("adapters", sizes=(5, 4, 6, 1), dtype=FP16, p=0.3)
     assert not broken(of)
     monkeypatch.setattr(segments, name, mistake)
+    assert broken(of)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels are replaced in the interpreter")
+@pytest.mark.parametrize(
+    ("name", "mistake"),
+    [
+        ("tile_of", the_segment_before),
+        ("tile_of", rows_of_the_next_segment),
+        ("decoded_tile", absmax_of_the_next_block),
+        ("decoded_tile", rows_of_the_first_segment),
+    ],
+)
+def test_a_mistake_in_the_4_bit_product_is_caught(name: str, mistake: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = case("own in 4 bits", sizes=(5, 4, 6, 1), dtype=FP16, p=0.3)
+    assert not broken(of)
+    monkeypatch.setattr(segment_nf4_product, name, mistake)
     assert broken(of)
 
 

@@ -8,7 +8,7 @@ TEXT = " ".join(WORDS[i * i % len(WORDS)] + WORDS[i % 7] for i in range(1500))
 
 
 def write(directory: Path, hidden: int = 64) -> Path:
-    """Save the model and its tokenizer in `directory`. hidden: whole blocks, which is what bitsandbytes decodes rightly with AVX512."""
+    """Save the model and its tokenizer in `directory`. hidden: of whole blocks, as bitsandbytes needs it with AVX512."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -141,6 +141,7 @@ def segment_kernels(pair: str, R: int) -> None:
     """Those of eight segments, with and without dropout; at rank 16 also of rows in any order."""
     import torch
 
+    from lora_kernels.backends.triton.kernels.segment_nf4_product import add_nf4_products
     from lora_kernels.backends.triton.kernels.segments import add_products, expand, reduce, shrink
     from lora_kernels.values import Rows
 
@@ -155,7 +156,11 @@ def segment_kernels(pair: str, R: int) -> None:
         expand(t["h"], A, False, None, t["x"].dtype, factors, edges, seed, rows)
         reduce(t["h"], t["x"], False, factors, edges, seed, rows, False)
         reduce(t["h"], t["dy"], True, factors, None, None, rows, rows.order is None)
-    add_products(t["dy"], t["x"], t["W"].expand(E, D, D), Rows(offsets, None, None))
+    W, rows = t["W"].expand(E, D, D), Rows(offsets, None, None)
+    add_products(t["dy"], t["x"], W, rows)
+    if pair.split()[0] == pair.split()[1]:  # no adapters
+        for forward in (True, False):
+            add_nf4_products(t["dy"], t["x"], weight_of_4_bits(W), rows, forward)
 
 
 def products(pair: str, R: int, dropouts: tuple[float, ...]) -> None:
@@ -195,6 +200,7 @@ def weight_of_4_bits(W: Any) -> Any:
 
     from lora_kernels.nf4 import NF4Weight
 
-    nested = (torch.empty(D * D // 64 // 256), torch.empty(256), torch.empty(()))
-    codes, absmax = (torch.empty(size, dtype=torch.uint8) for size in (D * D // 2, D * D // 64))
+    blocks = W.numel() // 64
+    nested = (torch.empty(blocks // 256), torch.empty(256), torch.empty(()))
+    codes, absmax = (torch.empty(size, dtype=torch.uint8) for size in (32 * blocks, blocks))
     return NF4Weight(codes, absmax, *nested, W.shape, W.dtype)

@@ -69,8 +69,6 @@ def experts_forward(
     E = W.shape[0]
     ids = top_k_index.reshape(-1)
     segments = Segments.from_ids(ids.masked_fill((ids < 0) | (ids >= E), -1), E)
-    if isinstance(W, NF4Weight) and not torch.compiler.is_compiling():
-        segments = segments.read()  # one expert is decoded at a time: the host waits once, and not for each of four products
     h = _product(experts, first, rows_by_expert(hidden_states, segments, k), segments, adapters)
     y = _product(experts, second, _activated(experts, h), segments, adapters)
     rows = rows_by_token(y, segments).unflatten(0, (-1, k))

@@ -2,7 +2,8 @@
 g and dB in a pass over dy each, dA in one over x, dx0 in one over dx. Only the gradient of segments' own W waits for the host.
 
 Adapters of a list are packed into stacks of the largest rank. The base product is the vendor's over a weight that is shared,
-and a kernel's over weights of segments' own: torch._grouped_mm does not accumulate, and y would be read and written again.
+and a kernel's over weights of segments' own, dense or in 4 bits: torch._grouped_mm does not accumulate, and y would be read and
+written again.
 """
 
 import functools
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...mask import LANE_RANGE, keep_scale, threshold
+from ...nf4 import NF4Weight
 from ...plan import Call, Plan
 from ...values import Dropout, Grads, LoRAWeights, Needs, Rows
 from ..products import add_product, weight_gradient
@@ -19,6 +21,7 @@ from ..torch import grouped_linear as pytorch
 from . import gpu, tuning
 from .kernels.mask import edge
 from .kernels.nf4_dequantize import dense
+from .kernels.segment_nf4_product import add_nf4_products
 from .kernels.segments import DROP_ALL, KEEP_ALL, add_products, expand, reduce, shrink
 from .kernels.tiles import adjacent, row_major
 from .planning import plan_of, refusal
@@ -33,8 +36,8 @@ def plan(call: Call) -> Plan | str:
     if (reason := refusal(call)) is not None:
         return reason
     weight, ranks = call.members[0].weight, [m.lora_B.shape[-1] for m in call.members if m.lora_B is not None]
-    if weight is not None and weight.quant_type is not None and len(weight.shape) == 3:
-        return "4-bit weights of segments' own are decoded one at a time, by PyTorch's backend"
+    if weight is not None and weight.quant_type is not None and len(weight.shape) == 3 and weight.shape[2] % 2:
+        return f"two rows of {weight.shape[2]} codes share a byte"
     if max(ranks, default=0) > tuning.MAX_RANK:
         return f"adapters of rank above {tuning.MAX_RANK} are ordinary products, PyTorch's"
     return plan_of("triton", call, (forward, backward), (pytorch.forward, pytorch.backward))
@@ -64,9 +67,7 @@ def forward(
     factors = factors_of(members, dropout, ps, len(A), x.device)
     h = shrink(x, A, False, *factors.mask, rows)  # 1
     y = expand(h, B, True, adjacent(c), x.dtype, factors.s, None, None, rows)
-    if len(W.shape) == 3:
-        return (add_products(y, x, W, rows),), (h,)  # 2
-    return (add_product(y, x, dense(W, x.dtype).T),), (h,)  # 2
+    return (add_base(y, x, W, rows, True),), (h,)  # 2
 
 
 def backward(
@@ -92,7 +93,7 @@ def backward(
         g = shrink(dy, stack(members, "lora_B"), True, factors.s, None, None, rows)  # 3
     if needs.x:
         dx = expand(g, stack(members, "lora_A"), False, None, dy.dtype, *factors.mask, rows)
-        dx = add_products(dx, dy, W.mT, rows) if len(W.shape) == 3 else add_product(dx, dy, dense(W, dy.dtype))  # 4
+        dx = add_base(dx, dy, W, rows, False)  # 4
     if need_A:
         dA, _ = reduce(g, x, False, *factors.mask, rows, False)  # 5
     if need_B or own_bias:
@@ -103,6 +104,16 @@ def backward(
     if "weight" in names:
         grads[0]["weight"] = weight_gradient(dy, x) if W is not None and len(W.shape) == 2 else of_weights(dy, x, members, rows)
     return Grads(dx, tuple(grads))
+
+
+def add_base(out: Tensor, u: Tensor, W: Tensor | NF4Weight, rows: Rows, forward: bool) -> Tensor:
+    """out += u·Wᵀ in place, or u·W, over a shared W or each segment's own."""
+    if len(W.shape) == 2:
+        W = dense(W, u.dtype)
+        return add_product(out, u, W.T if forward else W)
+    if isinstance(W, NF4Weight):
+        return add_nf4_products(out, u, W, rows, forward)
+    return add_products(out, u, W if forward else W.mT, rows)
 
 
 def stack(members: Members, name: str) -> Tensor:

@@ -57,11 +57,14 @@ def nf4_dequantize_kernel(
 
 @triton.jit
 def decoded_tile(
-    codes, pairs, absmax, nested_absmax, nested_map, nested_offset, o_row, k, K, BLOCKSIZE: tl.constexpr, BD: tl.constexpr,
-    BC: tl.constexpr,
+    codes, pairs, absmax, nested_absmax, nested_map, nested_offset, o_row, k, K, BLOCKSIZE: tl.constexpr, SPAN: tl.constexpr,
+    BD: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """W[row, k : k + BC] in float32 of BD rows that begin at the elements o_row and are whole blocks, K wide."""
-    SPAN: tl.constexpr = BLOCKSIZE if BLOCKSIZE < BC else BC  # codes of a row and step that share an absmax
+    """W[row, k : k + BC] in float32 of BD rows, K wide, that begin at the elements o_row.
+
+    SPAN divides the blocks, BC, k and what the rows begin at: so many codes share an absmax; rows of whole blocks leave the
+    smaller of BLOCKSIZE and BC.
+    """
     o_byte = k // 2 + tl.arange(0, BC // 2)
     byte = tl.load(codes + o_row[:, None] // 2 + o_byte[None, :], mask=(2 * o_byte < K)[None, :], other=0)
     first, second = pair_values(pairs, byte)

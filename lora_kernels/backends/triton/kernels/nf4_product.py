@@ -27,8 +27,9 @@ def nf4_product_kernel(
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BD + tl.arange(0, BD)
     acc = low_rank_tile(h, B, c, s, None, 0, o_m, i_n * BD, M, N, R, True, False, 0, PRECISION, BM, BD, BR)
     row = tl.minimum(o_n, N - 1).to(tl.int64) * K
+    SPAN: tl.constexpr = BLOCKSIZE if BLOCKSIZE < BC else BC
     for k in range(0, K, BC):
-        b_w = decoded_tile(codes, pairs, absmax, nested_absmax, nested_map, nested_offset, row, k, K, BLOCKSIZE, BD, BC)
+        b_w = decoded_tile(codes, pairs, absmax, nested_absmax, nested_map, nested_offset, row, k, K, BLOCKSIZE, SPAN, BD, BC)
         b_w = b_w.to(x.dtype.element_ty)
         b_x = load_tile(x, o_m, k + tl.arange(0, BC), stride_x, M, K)
         acc = tl.dot(b_x, b_w.T, acc)

@@ -50,7 +50,10 @@ def row_norm_kernel(
     for k in range(i_k * part_columns, tl.minimum(K, (i_k + 1) * part_columns), BK):
         o_k = k + tl.arange(0, BK)
         if W is None:
-            b_W = decoded_tile(codes, pairs, absmax, nested_absmax, nested_map, nested_offset, row * K, k, K, BLOCKSIZE, BM, BK)
+            SPAN: tl.constexpr = BLOCKSIZE if BLOCKSIZE < BK else BK
+            b_W = decoded_tile(
+                codes, pairs, absmax, nested_absmax, nested_map, nested_offset, row * K, k, K, BLOCKSIZE, SPAN, BM, BK
+            )
             b_W = tl.where((o_k < K)[None, :], b_W, 0.0)  # beyond K there is a nested absmax's offset
         else:
             p_W = W + row[:, None] * stride_n + o_k.to(tl.int64)[None, :] * stride_k

@@ -153,8 +153,9 @@ def segment_product_kernel(
 ):  # fmt: skip
     """out[j] += u[j]·W_eᵀ of the rows of each segment, for W[E, N, K] of any strides; those of none stay."""
     e, o_j, inside, _ = tile_of(offsets, None, tl.program_id(0), E, M, BE, BM)
-    inside = inside & (e < E)
-    W += tl.minimum(e, E - 1).to(tl.int64) * stride_e
+    if e >= E:
+        return
+    W += e.to(tl.int64) * stride_e
     o_n, acc = tl.program_id(1) * BN + tl.arange(0, BN), tl.zeros([BM, BN], tl.float32)
     for k in range(0, K, BK):
         o_k = k + tl.arange(0, BK)
@@ -173,7 +174,7 @@ def shrink(
     (E, R, K), (M, _) = _sizes(F, transposed), u.shape
     out = F.new_zeros(M, R)
     key = u.dtype, F.dtype, R, E, K, u.stride(0), transposed, edges is None, rows.order is None, tuning.precision(u.dtype)
-    grid = _most_tiles(M, E, SHRINK), 1
+    grid = most_tiles(M, E, SHRINK), 1
     shrinks(*key)(grid, u, F, out, rows.offsets, rows.order, factors, edges, seed, E, M, K, u.stride(0))
     return out
 
@@ -189,7 +190,7 @@ def expand(
         dtype, F.dtype, R, E, N, transposed, dtype_of(c), c is not None and c.ndim == 2, edges is None, rows.order is None,
         tuning.precision(dtype),
     )  # fmt: skip
-    grid = _most_tiles(M, E, EXPAND), -(-N // EXPAND.columns)
+    grid = most_tiles(M, E, EXPAND), -(-N // EXPAND.columns)
     expands(*key)(grid, v, F, c, out, rows.offsets, rows.order, factors, edges, seed, E, M, N)
     return out
 
@@ -216,7 +217,7 @@ def add_products(out: Tensor, u: Tensor, W: Tensor, rows: Rows) -> Tensor:
     """out[j] += u[j]·W_eᵀ in place, for W[E, N, K] of any strides."""
     (E, N, K), M = W.shape, len(u)
     products(u.dtype, E, N, K, u.stride(0), W.stride(), tuning.precision(u.dtype))(
-        (_most_tiles(M, E, PRODUCT), -(-N // PRODUCT.columns)), u, W, out, rows.offsets, E, M, K, N, u.stride(0), *W.stride()
+        (most_tiles(M, E, PRODUCT), -(-N // PRODUCT.columns)), u, W, out, rows.offsets, E, M, K, N, u.stride(0), *W.stride()
     )
     return out
 
@@ -226,7 +227,7 @@ def _sizes(F: Tensor, transposed: bool) -> tuple[int, int, int]:
     return (E, K, R) if transposed else (E, R, K)
 
 
-def _most_tiles(M: int, E: int, tile: Tile) -> int:
+def most_tiles(M: int, E: int, tile: Tile) -> int:
     """Tiles that M rows in E segments, and those of none, are cut into at most."""
     return M // tile.rows + min(M, E + 1)
 
@@ -236,7 +237,7 @@ def _of_rank(R: int, K: int, transposed: bool) -> dict[str, int]:
     return {"R": R, "BR": tuning.padded_rank(R), **strides}
 
 
-def _of_segments(E: int, tile: Tile) -> dict[str, int]:
+def of_segments(E: int, tile: Tile) -> dict[str, int]:
     return {"BE": triton.next_power_of_2(E + 1), "BM": tile.rows}
 
 
@@ -245,7 +246,7 @@ def shrinks(
     dtype: torch.dtype, adapter: torch.dtype, R: int, E: int, K: int, stride: int, transposed: bool, whole: bool, sorted_: bool,
     precision: str,
 ) -> Launch:  # fmt: skip
-    constants = {**_of_rank(R, K, transposed), **_of_segments(E, SHRINK), "BK": SHRINK.columns}
+    constants = {**_of_rank(R, K, transposed), **of_segments(E, SHRINK), "BK": SHRINK.columns}
     return Launch(segment_shrink_kernel, SHRINK.options(), DROP=not whole, PRECISION=precision, **constants)
 
 
@@ -254,7 +255,7 @@ def expands(
     dtype: torch.dtype, adapter: torch.dtype, R: int, E: int, N: int, transposed: bool, of_c: torch.dtype | None, own_c: bool,
     whole: bool, sorted_: bool, precision: str,
 ) -> Launch:  # fmt: skip
-    constants = {**_of_rank(R, N, transposed), **_of_segments(E, EXPAND), "BN": EXPAND.columns, "STRIDE_C": N if own_c else 0}
+    constants = {**_of_rank(R, N, transposed), **of_segments(E, EXPAND), "BN": EXPAND.columns, "STRIDE_C": N if own_c else 0}
     return Launch(segment_expand_kernel, EXPAND.options(), DROP=not whole, PRECISION=precision, **constants)
 
 
@@ -270,5 +271,5 @@ def reduces(
 
 @kept
 def products(dtype: torch.dtype, E: int, N: int, K: int, stride: int, strides: tuple[int, ...], precision: str) -> Launch:
-    constants = {**_of_segments(E, PRODUCT), "BN": PRODUCT.columns, "BK": PRODUCT.depth}
+    constants = {**of_segments(E, PRODUCT), "BN": PRODUCT.columns, "BK": PRODUCT.depth}
     return Launch(segment_product_kernel, PRODUCT.options(), PRECISION=precision, **constants)
