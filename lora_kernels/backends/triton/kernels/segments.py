@@ -69,6 +69,8 @@ def segment_shrink_kernel(
 ):  # fmt: skip
     """out[j] = factor_e·drop(u)[i]·F_eᵀ of the sorted rows j, which are rows i of u; F[E, R, K] by its strides."""
     e, o_j, inside, o_i = tile_of(offsets, order, tl.program_id(0), E, M, BE, BM)
+    if e > E:
+        return
     inside = inside & (e < E)
     e = tl.minimum(e, E - 1)
     o_r, acc = tl.arange(0, BR), tl.zeros([BM, BR], tl.float32)
@@ -96,6 +98,8 @@ def segment_expand_kernel(
     Of no segment: c, where it is shared (STRIDE_C = 0), else zeros. c may be None.
     """
     e, o_j, inside, o_i = tile_of(offsets, order, tl.program_id(0), E, M, BE, BM)
+    if e > E:
+        return
     some, e = e < E, tl.minimum(e, E - 1)
     n = tl.program_id(1) * BN
     o_r, o_n = tl.arange(0, BR), n + tl.arange(0, BN)
