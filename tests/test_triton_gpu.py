@@ -9,7 +9,7 @@ import torch
 from accuracy import Case, Problem, contract
 from triton_interpreter import DEVICE
 
-from lora_kernels import lora_linear, use_backend
+from lora_kernels import LoRAAdapter, Segments, lora_grouped_linear, lora_linear, multi_lora_linear, quantize_nf4, use_backend
 from lora_kernels.backends.triton.kernels import prefill, project
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
@@ -108,3 +108,34 @@ def test_values_of_scaling_p_and_m_compile_nothing_new() -> None:
     for s, p, M in ((1.0, 0.1, 250), (2.0, 0.5, 17), (torch.tensor(1.0, device=DEVICE), 0.9, 129)):
         contract(replace(case, scaling=s, p=p, M=M).draw())
     assert [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels] == before
+
+
+@pytest.mark.parametrize("form", ["stack", "4-bit stack", "adapters"])
+def test_segments_of_ids_on_the_gpu_wait_for_no_host(form: str) -> None:
+    """Sorted, computed and differentiated by one graph, whatever the ids are by then."""
+    E, M, K, N = 8, 257, 192, 264
+    draw = lambda *size: torch.randn(size, device=DEVICE, dtype=BF16) * size[-1] ** -0.5  # noqa: E731
+    ids, x, dy = torch.randint(-1, E, (M,), device=DEVICE), draw(M, K).requires_grad_(), draw(M, N)
+    A, B, W = draw(E, 16, K).requires_grad_(), draw(E, N, 16).requires_grad_(), draw(E, N, K)
+    W = quantize_nf4(W) if form == "4-bit stack" else W[0] if form == "adapters" else W
+
+    def step() -> tuple[torch.Tensor, ...]:
+        segments = Segments.from_ids(ids, E)
+        if form == "adapters":
+            y = multi_lora_linear(x, W, [LoRAAdapter(*pair) for pair in zip(A, B, strict=True)], segments)
+        else:
+            y = lora_grouped_linear(x[segments.order], W, A, B, segments)
+        return (y.detach(), *torch.autograd.grad(y, (x, A, B), dy))
+
+    want = step()
+    with refusing_synchronisation():
+        got = step()
+    graph, captured = capture(step)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, got, want))
+    assert all(map(torch.equal, captured, want))
+    ids.copy_(torch.randint(-1, E, (M,), device=DEVICE))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, step()))
