@@ -52,7 +52,7 @@ device=${DEVICE:-cuda} workers=$(nproc)
 # What the GPU's own kernels are tested by comes first, in case time runs out.
 tests=(tests/test_triton_gpu.py tests/test_csrc_gpu.py tests/test_triton_linear.py tests/test_triton_group.py
     tests/test_triton_magnitude.py tests/test_triton_glu_mlp.py tests/test_triton_nf4.py tests/test_triton_segments.py
-    tests/test_experts_activation.py tests/test_triton_eggroll.py tests/test_linear.py
+    tests/test_experts_activation.py tests/test_experts_nf4.py tests/test_triton_eggroll.py tests/test_linear.py
     tests/test_linear_group.py tests/test_dora.py tests/test_glu_mlp.py
     tests/test_csrc_kernels.py tests/test_csrc_backend.py tests/test_dropout.py tests/test_conv2d.py tests/test_embedding.py)
 if [ -n "$quick" ]; then

@@ -28,8 +28,8 @@ INLINE std::int64_t look_up(T* out, const T (&value)[CODES], const std::uint8_t*
     typedef Lane Lanes __attribute__((vector_size(64)));
     typedef Pair Pairs __attribute__((vector_size(64)));
     typedef std::uint8_t Bytes __attribute__((vector_size(step)));
-    Lanes table;
-    for (int lane = 0; lane < 2 * step; lane += CODES) std::memcpy(reinterpret_cast<Lane*>(&table) + lane, value, sizeof(value));
+    Lanes table{};  // of 16 bits twice as many as there are codes
+    std::memcpy(&table, value, sizeof(value));
     std::int64_t done = 0;
     for (; done + step <= bytes; done += step) {
       Bytes packed;
