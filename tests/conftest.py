@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import bitsandbytes_evaluation
 import optional_packages
 import properties  # noqa: F401  # --hypothesis-profile=thorough
 import pytest
@@ -18,12 +19,7 @@ from lora_kernels.plan import load
 torch.set_num_threads(min(2, torch.get_num_threads()))  # more only fight over a busy machine
 if triton_interpreter.DEVICE.type == "cpu":  # Triton's kernels then run in its interpreter, if they are asked for
     triton_interpreter.install()
-if "bitsandbytes" not in optional_packages.missing():
-    import bitsandbytes
-
-    # In evaluation its layers repack their weight on a CPU with AVX512-bf16, which rounds absmax for good and fails where
-    # K < blocksize: no peer to compare with. A test that is about this sets the layer's own `support_avx512bf16_for_cpu`.
-    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+bitsandbytes_evaluation.install()
 LEFT_OUT = optional_packages.left_out()
 collect_ignore = [file for files in LEFT_OUT.values() for file in files]
 

@@ -121,6 +121,9 @@ def test_predictions_of_segments_count_what_is_moved(bench):
     assert of(": activation")["megabytes"] == pytest.approx(2 * 8 * M * inner / 1e6), "a, e, u; da, e, u, de, du"
     stacks = 3 * inner * H * E
     assert of(": products")["megabytes"] == pytest.approx(2 * (2 * stacks + M * (6 * H + 9 * inner)) / 1e6)
+    codes, rows_in = stacks * (1 / 2 + 1 / 64), M + 64 * E  # of u, where half of each last tile is empty
+    decoded = 2 * (2 * H + 3 * inner) * (rows_in + 2 * M) + 2 * codes
+    assert of(": products over 4 bits in the place of these")["megabytes"] == pytest.approx(decoded / 1e6)
     sums = next(row for name, row in rows.items() if "PEFT" in name and "Qwen3" in name)
     assert sums["megabytes"] == pytest.approx(2 * (5 * stacks + M * (2 * H + 3 * inner)) / 1e6)
     assert 1 < of(", forward+backward")["times_bare"]["H200"] < of(", forward+backward")["times_bare"]["H100"] < 1.5

@@ -7,6 +7,7 @@ import triton.language as tl
 from accuracy import nan_in_fresh_memory
 from members_accuracy import draw_and_run
 from segments_accuracy import SIZES, check
+from test_triton_mutants import decoded_tile_of_the_next_blocks
 from triton_interpreter import DEVICE
 
 from lora_kernels import LoRAAdapter, Segments, lora_grouped_linear, multi_lora_linear, quantize_nf4, use_backend
@@ -186,15 +187,6 @@ def the_first_adapter(F, e, o_r, o_k, stride_r, stride_k, R, K):
 
 
 @triton.jit
-def absmax_of_the_next_block(
-    codes, pairs, absmax, nested_absmax, nested_map, nested_offset, o_row, k, K, BLOCKSIZE: tl.constexpr, SPAN: tl.constexpr,
-    BD: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    args = (codes, pairs, absmax + 1, nested_absmax, nested_map, nested_offset)
-    return decoded_tile(*args, o_row, k, K, BLOCKSIZE, SPAN, BD, BC)
-
-
-@triton.jit
 def rows_of_the_first_segment(
     codes, pairs, absmax, nested_absmax, nested_map, nested_offset, o_row, k, K, BLOCKSIZE: tl.constexpr, SPAN: tl.constexpr,
     BD: tl.constexpr, BC: tl.constexpr,
@@ -229,7 +221,7 @@ def test_a_mistake_in_a_kernel_is_caught(name: str, mistake: object, monkeypatch
     [
         ("tile_of", the_segment_before),
         ("tile_of", rows_of_the_next_segment),
-        ("decoded_tile", absmax_of_the_next_block),
+        ("decoded_tile", decoded_tile_of_the_next_blocks),
         ("decoded_tile", rows_of_the_first_segment),
     ],
 )

@@ -7,8 +7,8 @@ WORDS = SENTENCE.split()
 TEXT = " ".join(WORDS[i * i % len(WORDS)] + WORDS[i % 7] for i in range(1500))
 
 
-def write(directory: Path, hidden: int = 64) -> Path:
-    """Save the model and its tokenizer in `directory`. hidden: of whole blocks, as bitsandbytes needs it with AVX512."""
+def write(directory: Path) -> Path:
+    """Save the model and its tokenizer in `directory`. Rows are whole blocks, as bitsandbytes needs them with AVX512."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -22,8 +22,8 @@ def write(directory: Path, hidden: int = 64) -> Path:
     tokenizer.train_from_iterator([TEXT], trainer)
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

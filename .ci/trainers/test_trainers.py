@@ -47,9 +47,8 @@ tf32: false
 """
 LLAMAFACTORY = """
 import importlib.machinery, sys, types
-if "torchaudio" not in sys.modules:  # the one on PyPI is for CUDA, and nothing is heard here
-    sys.modules["torchaudio"] = types.ModuleType("torchaudio")
-    sys.modules["torchaudio"].__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+audio = sys.modules["torchaudio"] = types.ModuleType("torchaudio")  # PyPI's is for CUDA, and nothing is heard here
+audio.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
 from llamafactory.train.tuner import run_exp
 from lora_kernels.integrations.trainer import LoRAKernelsCallback
 
@@ -88,7 +87,7 @@ def is_trained(adapter: Path) -> bool:
 
 
 def test_lightning():
-    lightning = pytest.importorskip("lightning")
+    import lightning
 
     class Module(lightning.LightningModule):
         def __init__(self, fast: bool):
@@ -125,7 +124,6 @@ def test_lightning():
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
 def test_axolotl(folder, adapter):
     """Its runs differ among themselves: losses are not compared."""
-    pytest.importorskip("axolotl")
     four_bits = "true" if adapter == "qlora" else "false"
     (folder / "config.yml").write_text(AXOLOTL.format(adapter=adapter, four_bits=four_bits))
     assert REPORT in ran("-m", "axolotl.cli.train", "config.yml")
@@ -134,7 +132,6 @@ def test_axolotl(folder, adapter):
 
 def test_llamafactory(folder):
     """Its losses are those without the callback."""
-    pytest.importorskip("llamafactory")
     columns = {"data": {"file_name": str(folder / "data.jsonl"), "columns": {"prompt": "text"}}}
     (folder / "dataset_info.json").write_text(json.dumps(columns))
     (folder / "train.py").write_text(LLAMAFACTORY)

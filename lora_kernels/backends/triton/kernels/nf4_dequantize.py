@@ -116,5 +116,13 @@ def dequantization(
     )  # fmt: skip
 
 
+Kind = tuple[int, torch.dtype, bool]
+
+
+def kind(w: NF4Weight) -> Kind:
+    """(blocksize, absmax's dtype, whether it is nested): what a kernel that decodes is compiled for."""
+    return w.blocksize, w.absmax.dtype, w.nested_absmax is not None
+
+
 def tables(w: NF4Weight) -> tuple[Tensor | None, ...]:
     return pair_table(w.quant_type, w.device), w.absmax, w.nested_absmax, w.nested_map, w.nested_offset

@@ -12,7 +12,7 @@ from .. import tuning
 from ..launch import Launch, call, dtype_of
 from ..tuning import Tile
 from .lowrank_product import low_rank_tile, tile_of
-from .nf4_dequantize import decoded_tile, tables
+from .nf4_dequantize import Kind, decoded_tile, kind, tables
 from .tiles import load_tile, store_tile
 
 
@@ -50,9 +50,8 @@ def refusal(x: Tensor, W: NF4Weight, R: int) -> str | None:
 def product(x: Tensor, W: NF4Weight, h: Tensor, B: Tensor, s: float | Tensor, c: Tensor | None) -> Tensor:
     """Equation 2 in one kernel, for 16-bit x with dense rows: y[M, N]."""
     N, K = W.shape
-    kind = W.blocksize, W.absmax.dtype, W.nested_absmax is not None
     key = (
-        x.device, x.dtype, h.dtype, h.shape[1], K, N, x.stride(0), dtype_of(s), dtype_of(c), kind, tuning.precision(x.dtype)
+        x.device, x.dtype, h.dtype, h.shape[1], K, N, x.stride(0), dtype_of(s), dtype_of(c), kind(W), tuning.precision(x.dtype)
     )  # fmt: skip
     return call("nf4_product", products, key, x, W, h, B, s, c)
 
@@ -68,12 +67,12 @@ def products(
     stride_x: int,
     of_s: torch.dtype | None,
     of_c: torch.dtype | None,
-    kind: tuple[int, torch.dtype, bool],
+    of_W: Kind,
     precision: str,
 ) -> Callable[..., Tensor]:
-    """run(x, W, h, B, s, c): equation 2 with this tile, for 4-bit weights of a kind (blocksize, absmax's dtype, nested)."""
+    """run(x, W, h, B, s, c): equation 2 with this tile, for 4-bit weights of a kind."""
     launch = Launch(
-        nf4_product_kernel, tile.options() | {"enable_fp_fusion": False}, BLOCKSIZE=kind[0], PRECISION=precision,
+        nf4_product_kernel, tile.options() | {"enable_fp_fusion": False}, BLOCKSIZE=of_W[0], PRECISION=precision,
         BM=tile.rows, BD=tile.columns, BC=tile.depth, BR=tuning.padded_rank(R),
     )  # fmt: skip
     column_tiles = -(-N // tile.columns)

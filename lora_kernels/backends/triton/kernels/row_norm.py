@@ -12,7 +12,8 @@ from ....nf4 import NF4Weight
 from .. import tuning
 from ..launch import Launch, call, dtype_of
 from ..tuning import Tile
-from .nf4_dequantize import decoded_tile, tables
+from .nf4_dequantize import Kind, decoded_tile, tables
+from .nf4_dequantize import kind as kind_of_4_bits
 from .sums import new_parts, sum_parts
 from .tiles import cut, dot, load_tile, scalar
 
@@ -83,7 +84,7 @@ def row_norm(W: Tensor | NF4Weight, A: Tensor, B: Tensor, s: float | Tensor, dty
 def kind_of(W: Tensor | NF4Weight) -> tuple[tuple[int, int], tuple]:
     """(strides, what else the kernel is compiled for)."""
     if isinstance(W, NF4Weight):
-        return (0, 0), (W.blocksize, W.absmax.dtype, W.nested_absmax is not None)
+        return (0, 0), kind_of_4_bits(W)
     return W.stride(), (0, W.dtype, False)  # type: ignore[return-value]
 
 
@@ -96,7 +97,7 @@ def norms(
     N: int,
     K: int,
     strides: tuple[int, int],
-    kind: tuple[int, torch.dtype, bool],
+    kind: Kind,
     of_s: torch.dtype | None,
     precision: str,
 ) -> Callable[..., Tensor]:

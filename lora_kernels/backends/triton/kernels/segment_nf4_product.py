@@ -15,8 +15,8 @@ from ....values import Rows
 from .. import tuning
 from ..launch import Launch, kept
 from ..tuning import Tile
-from .nf4_dequantize import decoded_tile, tables
-from .segments import load_rows, most_tiles, of_segments, tile_of
+from .nf4_dequantize import Kind, decoded_tile, kind, tables
+from .segments import add_to_rows, load_rows, most_tiles, of_segments, tile_of
 from .tiles import dot
 
 # By u's bytes. Decoding bounds the loop: a decoded tile serves many rows, 8 instructions an element of u on sm_90 and 26 in
@@ -34,32 +34,25 @@ def segment_nf4_product_kernel(
     e, o_j, inside, _ = tile_of(offsets, None, tl.program_id(0), E, M, BE, BM)
     if e >= E:
         return
+    C = K if FORWARD else N
     first, d, acc = e.to(tl.int64) * N, tl.program_id(1) * BD, tl.zeros([BM, BD], tl.float32)
     o_d = d + tl.arange(0, BD)
-    for c in range(0, K if FORWARD else N, BC):
+    for c in range(0, C, BC):
         o_c = c + tl.arange(0, BC)
         row = (first + tl.minimum(o_d if FORWARD else o_c, N - 1)) * K
-        if FORWARD:
-            b_W = decoded_tile(
-                codes, pairs, absmax, nested_absmax, nested_map, nested_offset, row, c, K, BLOCKSIZE, SPAN, BD, BC
-            ).T
-        else:
-            b_W = decoded_tile(
-                codes, pairs, absmax, nested_absmax, nested_map, nested_offset, row, d, K, BLOCKSIZE, SPAN, BC, BD
-            )
-        b_u = load_rows(u, o_j, inside, o_c, stride_u, K if FORWARD else N)
-        acc = dot(b_u, b_W.to(u.dtype.element_ty), acc, PRECISION)
-    D = N if FORWARD else K
-    acc += load_rows(out, o_j, inside, o_d, D, D).to(tl.float32)
-    p_out = out + o_j.to(tl.int64)[:, None] * D + o_d[None, :]
-    tl.store(p_out, acc.to(out.dtype.element_ty), mask=inside[:, None] & (o_d < D)[None, :])
+        b_W = decoded_tile(
+            codes, pairs, absmax, nested_absmax, nested_map, nested_offset, row, c if FORWARD else d, K, BLOCKSIZE, SPAN,
+            BD if FORWARD else BC, BC if FORWARD else BD,
+        )  # fmt: skip
+        b_u = load_rows(u, o_j, inside, o_c, stride_u, C)
+        acc = dot(b_u, (b_W.T if FORWARD else b_W).to(u.dtype.element_ty), acc, PRECISION)
+    add_to_rows(out, acc, o_j, inside, o_d, N if FORWARD else K)
 
 
 def add_nf4_products(out: Tensor, u: Tensor, W: NF4Weight, rows: Rows, forward: bool) -> Tensor:
     """out[j] += u[j]·W_eᵀ in place, or u[j]·W_e; rows of W have an even number of codes."""
     (E, N, K), M = W.shape, len(u)
-    kind = W.blocksize, W.absmax.dtype, W.nested_absmax is not None
-    tile, launch = products(u.dtype, E, N, K, u.stride(0), forward, kind, tuning.precision(u.dtype))
+    tile, launch = products(u.dtype, E, N, K, u.stride(0), forward, kind(W), tuning.precision(u.dtype))
     grid = most_tiles(M, E, tile), -(-(N if forward else K) // tile.columns)
     launch(grid, u, W.codes, *tables(W), out, rows.offsets, E, M, N, K, u.stride(0))
     return out
@@ -67,21 +60,13 @@ def add_nf4_products(out: Tensor, u: Tensor, W: NF4Weight, rows: Rows, forward: 
 
 @kept
 def products(
-    dtype: torch.dtype,
-    E: int,
-    N: int,
-    K: int,
-    stride: int,
-    forward: bool,
-    kind: tuple[int, torch.dtype, bool],
-    precision: str,
+    dtype: torch.dtype, E: int, N: int, K: int, stride: int, forward: bool, of_W: Kind, precision: str
 ) -> tuple[Tile, Launch]:
-    tile = TILES[dtype.itemsize]
-    span = math.gcd(
-        kind[0], K, tile.depth if forward else tile.columns
-    )  # of whole blocks or parts of one, wherever a row begins
+    """The tile and the launch for stacks of this size and kind; rows may begin inside of blocks."""
+    tile, blocksize = TILES[dtype.itemsize], of_W[0]
+    span = math.gcd(blocksize, K, tile.depth if forward else tile.columns)
     launch = Launch(
-        segment_nf4_product_kernel, tile.options() | {"enable_fp_fusion": False}, FORWARD=forward, BLOCKSIZE=kind[0], SPAN=span,
-        PRECISION=precision, BD=tile.columns, BC=tile.depth, **of_segments(E, tile),
+        segment_nf4_product_kernel, tile.options() | {"enable_fp_fusion": False}, FORWARD=forward, BLOCKSIZE=blocksize,
+        SPAN=span, PRECISION=precision, BD=tile.columns, BC=tile.depth, **of_segments(E, tile),
     )  # fmt: skip
     return tile, launch

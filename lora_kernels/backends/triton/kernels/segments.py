@@ -55,6 +55,14 @@ def load_rows(p, o_row, inside, o_column, stride, columns):
 
 
 @triton.jit
+def add_to_rows(p, value, o_row, inside, o_column, columns):
+    """p[o_row, o_column] += value, of the rows inside, which are adjacent."""
+    value += load_rows(p, o_row, inside, o_column, columns, columns).to(tl.float32)
+    p_tile = p + o_row.to(tl.int64)[:, None] * columns + o_column[None, :]
+    tl.store(p_tile, value.to(p.dtype.element_ty), mask=inside[:, None] & (o_column < columns)[None, :])
+
+
+@triton.jit
 def load_factor(F, e, o_r, o_k, stride_r, stride_k, R, K):
     """F[e, o_r, o_k] of a stack whose segments are R·K apart."""
     p_tile = F + e.to(tl.int64) * R * K + o_r[:, None] * stride_r + o_k[None, :] * stride_k
@@ -166,9 +174,7 @@ def segment_product_kernel(
         p_W = W + o_k.to(tl.int64)[:, None] * stride_k + o_n.to(tl.int64)[None, :] * stride_n
         b_W = tl.load(p_W, mask=(o_k < K)[:, None] & (o_n < N)[None, :], other=0.0)
         acc = dot(load_rows(u, o_j, inside, o_k, stride_u, K), b_W, acc, PRECISION)
-    acc += load_rows(out, o_j, inside, o_n, N, N).to(tl.float32)
-    p_out = out + o_j.to(tl.int64)[:, None] * N + o_n[None, :]
-    tl.store(p_out, acc.to(out.dtype.element_ty), mask=inside[:, None] & (o_n < N)[None, :])
+    add_to_rows(out, acc, o_j, inside, o_n, N)
 
 
 def shrink(
